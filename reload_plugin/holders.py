@@ -1,0 +1,246 @@
+"""The objects that hold a layer's state, and reading and putting back what they hold.
+
+A layer keeps what its kernels need in several places: parameters, buffers, plain attributes, and
+helper objects of its own (quant method, scheme, kernel, experts) with attributes in turn. Each such
+place is a *holder*; what it holds is read as a flat mapping, so that the effect of
+``process_weights_after_loading`` is a difference of two mappings and undoing it is putting one back.
+"""
+
+from __future__ import annotations
+
+import enum
+import functools
+import types
+import weakref
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+Key = tuple[str, Any]
+Contents = dict[Key, Any]
+
+
+class _Absent(enum.Enum):
+    ABSENT = "absent"
+
+
+ABSENT = _Absent.ABSENT
+"""Stands for an attribute that is not there."""
+
+_TABLES = ("_parameters", "_buffers", "_modules")
+_MODULE_INTERNALS = frozenset(nn.Module().__dict__) - {"training", "_non_persistent_buffers_set"}
+OUR_ATTRIBUTES = frozenset({"_reload_plugin_record", "load_weights"})
+"""Instance attributes that this package sets on a model; never part of its state."""
+
+_FOREIGN = (
+    "torch",
+    "numpy",
+    "transformers",
+    "builtins",
+    "logging",
+    "threading",
+    "asyncio",
+    "weakref",
+    "vllm.config",
+    "vllm.compilation",
+    "vllm.distributed",
+    "vllm.platforms",
+    "vllm.utils",
+    "vllm.transformers_utils",
+)
+"""Packages whose objects are shared infrastructure and not part of any layer's state."""
+
+_ATOMS = (
+    str,
+    bytes,
+    int,
+    float,
+    complex,
+    bool,
+    type(None),
+    type,
+    enum.Enum,
+    types.ModuleType,
+    types.FunctionType,
+    types.BuiltinFunctionType,
+    types.MethodType,
+    torch.dtype,
+    torch.device,
+    weakref.ref,
+)
+
+
+def is_helper(value: object) -> bool:
+    """Whether ``value`` is an object or container whose attributes belong to the layer's state."""
+    if isinstance(value, (dict, list)):
+        return True
+    if isinstance(value, (nn.Module, torch.Tensor, *_ATOMS)):
+        return False
+    return not is_foreign(type(value)) and (hasattr(value, "__dict__") or bool(slots_of(value)))
+
+
+def is_foreign(cls: type) -> bool:
+    """Whether a class belongs to shared infrastructure (configs, process groups, torch itself)."""
+    module = cls.__module__ or ""
+    return any(module == name or module.startswith(name + ".") for name in _FOREIGN)
+
+
+def slots_of(value: object) -> list[str]:
+    """Names of the slots that a class without ``__dict__`` stores its attributes in."""
+    found: list[str] = []
+    for cls in type(value).__mro__:
+        slots = cls.__dict__.get("__slots__", ())
+        found += [slots] if isinstance(slots, str) else list(slots)
+    return [name for name in found if name not in ("__dict__", "__weakref__")]
+
+
+def read(holder: object) -> Contents:
+    """What ``holder`` holds now, one level deep, as key -> value. Copies no tensor."""
+    if isinstance(holder, nn.Module):
+        return _read_module(holder)
+    if isinstance(holder, dict):
+        return {("item", key): value for key, value in holder.items()}
+    if isinstance(holder, list):
+        return {("item", index): value for index, value in enumerate(holder)}
+    found: Contents = {("attribute", k): v for k, v in getattr(holder, "__dict__", {}).items()}
+    for name in slots_of(holder):
+        if hasattr(holder, name):
+            found["attribute", name] = getattr(holder, name)
+    return found
+
+
+def _read_module(module: nn.Module) -> Contents:
+    found: Contents = {}
+    for table in _TABLES:
+        found.update({(table, name): value for name, value in module.__dict__[table].items()})
+    for name, value in module.__dict__.items():
+        if name == "_non_persistent_buffers_set":
+            found["attribute", name] = frozenset(value)
+        elif name not in _MODULE_INTERNALS and name not in OUR_ATTRIBUTES:
+            found["attribute", name] = value
+    return found
+
+
+def write(holder: object, key: Key, value: object) -> None:
+    """Set one key, or delete it when ``value`` is ABSENT. Bypasses ``__setattr__`` on purpose:
+    ``nn.Module`` would move the name between its tables, frozen dataclasses would refuse."""
+    kind, name = key
+    if kind == "item":
+        _write_item(holder, name, value)
+    elif kind in _TABLES:
+        _write_table(holder.__dict__[kind], name, value)
+    elif name == "_non_persistent_buffers_set" and isinstance(holder, nn.Module):
+        holder._non_persistent_buffers_set.clear()
+        holder._non_persistent_buffers_set.update(value)  # type: ignore[call-overload]
+    elif value is ABSENT:
+        _delete_attribute(holder, name)
+    elif name in getattr(holder, "__dict__", ()) or not slots_of(holder):
+        holder.__dict__[name] = value
+    else:
+        object.__setattr__(holder, name, value)
+
+
+def _write_table(table: dict[str, Any], name: str, value: object) -> None:
+    if value is ABSENT:
+        table.pop(name, None)
+    else:
+        table[name] = value
+
+
+def _write_item(holder: Any, name: Any, value: object) -> None:
+    if value is ABSENT:
+        if isinstance(holder, dict):
+            holder.pop(name, None)
+        elif name < len(holder):
+            del holder[name:]
+    elif isinstance(holder, list) and name >= len(holder):
+        holder.append(value)
+    else:
+        holder[name] = value
+
+
+def _delete_attribute(holder: object, name: str) -> None:
+    if name in getattr(holder, "__dict__", ()):
+        del holder.__dict__[name]
+    elif hasattr(holder, name):
+        object.__delattr__(holder, name)
+
+
+def put_back(holder: object, contents: Contents) -> None:
+    """Make ``holder`` hold exactly ``contents`` again, in the same order."""
+    now = read(holder)
+    if list(now) == list(contents) and all(now[key] is contents[key] for key in now):
+        return
+    for key in reversed(list(now)):
+        if key not in contents:
+            write(holder, key, ABSENT)
+    for key, value in contents.items():
+        if now.get(key, ABSENT) is not value:
+            write(holder, key, value)
+    _reorder_tables(holder, contents)
+
+
+def _reorder_tables(holder: object, contents: Contents) -> None:
+    if not isinstance(holder, nn.Module):
+        return
+    for table in _TABLES:
+        order = [name for kind, name in contents if kind == table]
+        held = holder.__dict__[table]
+        if list(held) != order:
+            entries = {name: held[name] for name in order}
+            held.clear()
+            held.update(entries)
+
+
+def holders_of(layer: nn.Module) -> Iterator[tuple[str, object]]:
+    """``layer`` itself and every helper object it owns, each once, with a readable path."""
+    seen: set[int] = set()
+    stack: list[tuple[str, object]] = [("", layer)]
+    while stack:
+        path, holder = stack.pop()
+        if id(holder) in seen:
+            continue
+        seen.add(id(holder))
+        yield path, holder
+        for (_, name), value in read(holder).items():
+            if is_helper(value):
+                stack.append((f"{path}.{name}" if path else str(name), value))
+
+
+def tensors_in(value: object, seen: set[int] | None = None) -> Iterator[torch.Tensor]:
+    """Every tensor reachable from a held value: through helpers, containers, closures and partials."""
+    seen = set() if seen is None else seen
+    if isinstance(value, torch.Tensor):
+        yield value
+        return
+    if id(value) in seen:
+        return
+    seen.add(id(value))
+    for part in _parts(value):
+        yield from tensors_in(part, seen)
+
+
+def _parts(value: Any) -> list[object]:
+    if isinstance(value, types.FunctionType):
+        cells = [c.cell_contents for c in value.__closure__ or ()]
+        return [*cells, *(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values()]
+    if isinstance(value, types.MethodType):
+        return [] if isinstance(value.__self__, nn.Module) else [value.__self__]
+    if isinstance(value, functools.partial):
+        return [value.func, *value.args, *value.keywords.values()]
+    if isinstance(value, (tuple, set, frozenset)):
+        return list(value)
+    return list(read(value).values()) if is_helper(value) else []
+
+
+def same(before: object, after: object) -> bool:
+    """Whether two held values are the same for our purpose: one object, or equal plain values."""
+    if before is after:
+        return True
+    if type(before) is not type(after):
+        return False
+    if isinstance(before, (str, bytes, int, float, complex, bool, torch.dtype, torch.device, frozenset)):
+        return bool(before == after)
+    return isinstance(before, types.MethodType) and before == after

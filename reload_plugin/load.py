@@ -1,0 +1,342 @@
+"""From a stream of (name, tensor) to complete layers in load format.
+
+The model's own ``load_weights`` does the loading. A dispatch mode watches it: which staging a
+weight is written to, which elements, and whether anything else is touched. That gives memory on
+first touch, completeness by identity, and a guard over the served tensors in one place.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
+
+from .errors import ReloadError, SourceError
+from .formats import Box, Geometry
+from .staging import StagedStorage
+
+_SCALE = re.compile(r"scale|zero|alpha|shape")
+_LIMIT = 10_000
+"""Offenders after which a stream is not read any further."""
+
+
+class LateWriteError(ReloadError):
+    """A loader wrote to a layer that was complete already, or to a served tensor."""
+
+
+class RejectedWeight(Exception):
+    """Stops a loader at a weight that does not fit; the reason is already noted."""
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One place a checkpoint tensor is written to. ``region`` is None where it is not a box."""
+
+    weight: str
+    parameter: str
+    region: Box | None
+
+
+@dataclass
+class Problems:
+    """Everything that does not fit, by kind: name -> reason."""
+
+    missing: dict[str, str] = field(default_factory=dict)
+    unexpected: dict[str, str] = field(default_factory=dict)
+    duplicate: dict[str, str] = field(default_factory=dict)
+    misshapen: dict[str, str] = field(default_factory=dict)
+
+    def __bool__(self) -> bool:
+        return bool(self.missing or self.unexpected or self.duplicate or self.misshapen)
+
+    @property
+    def count(self) -> int:
+        return sum(map(len, (self.missing, self.unexpected, self.duplicate, self.misshapen)))
+
+
+@dataclass
+class Loaded:
+    """What a stream has brought so far."""
+
+    shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    slots: dict[str, list[Slot]] = field(default_factory=dict)
+    read: dict[str, int] = field(default_factory=dict)
+    nbytes: int = 0
+
+
+def _written_arguments(func: Any, cache: dict[Any, tuple[int, ...]] = {}) -> tuple[int, ...]:  # noqa: B006
+    """Positions of the arguments that an operator writes to."""
+    found = cache.get(func)
+    if found is None:
+        arguments = func._schema.arguments
+        found = tuple(
+            i for i, a in enumerate(arguments) if a.alias_info is not None and a.alias_info.is_write
+        )
+        cache[func] = found
+    return found
+
+
+def _key(tensor: torch.Tensor) -> int:
+    """Identity of a tensor's storage; 0 for wrapper subclasses."""
+    if type(tensor) is not torch.Tensor and is_traceable_wrapper_subclass(tensor):
+        return 0
+    return int(tensor.untyped_storage()._cdata)
+
+
+class LoadTrace(TorchDispatchMode):
+    """Watches loaders while active: allocates staging, notes slots, protects served tensors.
+
+    In ``dry`` mode sources are meta tensors and nothing is written: only the slots are noted.
+    """
+
+    def __init__(self, problems: Problems, dry: bool = False) -> None:
+        super().__init__()
+        self.dry = dry
+        self.problems = problems
+        self.loaded = Loaded()
+        self.storages: dict[int, StagedStorage] = {}
+        self.wrapped: dict[int, StagedStorage] = {}
+        self.protected: dict[int, str] = {}
+        self.current = ""
+        self._sources: dict[int, str] = {}
+        self._touched: list[StagedStorage] = []
+        self._recent: set[int] = set()
+
+    def take_recent(self) -> set[int]:
+        """Storages written to since this was last asked."""
+        recent, self._recent = self._recent, set()
+        return recent
+
+    def watch(self, storages: Iterable[StagedStorage]) -> None:
+        self.storages.update({storage.key: storage for storage in storages})
+
+    # -- one weight at a time ---------------------------------------------------------------------
+
+    def begin(self, name: str, tensor: torch.Tensor) -> None:
+        """The stream hands ``tensor`` to the loader now."""
+        if self.current in self.loaded.slots:
+            self._sources.clear()
+        self.current = name
+        self.loaded.shapes[name] = tuple(tensor.shape)
+        self.loaded.nbytes += tensor.numel() * tensor.element_size()
+        self._sources[_key(tensor)] = name
+
+    def end(self) -> None:
+        """The loader asked for the next weight: what it touched in a dry run is given back."""
+        if self.dry:
+            for storage in self._touched:
+                storage.release()
+        self._touched.clear()
+
+    # -- watching ---------------------------------------------------------------------------------
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        source = ""
+        inputs = list(_tensors(args, kwargs))
+        for tensor in inputs:
+            key = _key(tensor)
+            storage = self.storages.get(key)
+            if storage is not None and not storage.materialised:
+                self._materialise(storage)
+            source = source or self._sources.get(key, "")
+        if written := _written_arguments(func):
+            for index in written:
+                if index < len(args) and isinstance(args[index], torch.Tensor):
+                    self._note_write(func, args[index], args, source or self.current)
+            if self.dry and any(_key(args[i]) in self.storages for i in written if i < len(args)):
+                return args[written[0]]
+        elif self.dry and kwargs.get("device") is not None and any(t.is_meta for t in inputs):
+            kwargs = {**kwargs, "device": torch.device("meta")}
+        out = func(*args, **kwargs)
+        if source and not written:
+            self._follow(out, source)
+        return out
+
+    def _materialise(self, storage: StagedStorage) -> None:
+        if storage.closed:
+            raise LateWriteError(self._late(storage.primary.name))
+        storage.materialise(initialise=not self.dry)
+        self._touched.append(storage)
+
+    def _follow(self, out: Any, source: str) -> None:
+        """What is computed from a weight still belongs to that weight."""
+        for tensor in out if isinstance(out, (list, tuple)) else (out,):
+            if isinstance(tensor, torch.Tensor):
+                self._sources.setdefault(_key(tensor), source)
+
+    def _note_write(self, func: Any, target: torch.Tensor, args: tuple[Any, ...], name: str) -> None:
+        key = _key(target)
+        storage = self.storages.get(key)
+        if storage is None:
+            if key in self.protected:
+                raise LateWriteError(self._late(self.protected[key]))
+            return
+        if storage.closed:
+            raise LateWriteError(self._late(storage.primary.name))
+        if func is torch.ops.aten.copy_.default:
+            self._check_copy(name, target, args[1], storage)
+        self._recent.add(key)
+        region = storage.coverage.add(_in_elements_of(target, storage))
+        self.loaded.slots.setdefault(name, []).append(Slot(name, storage.primary.name, region))
+
+    def _check_copy(
+        self, name: str, target: torch.Tensor, source: torch.Tensor, storage: StagedStorage
+    ) -> None:
+        self.loaded.read[name] = self.loaded.read.get(name, 0) + source.numel()
+        parameter = storage.primary.name
+        if source.numel() != target.numel() and not (source.numel() == 1 and _SCALE.search(parameter)):
+            self.reject(
+                name,
+                f"shape {list(self.loaded.shapes.get(name, source.shape))} would be broadcast from "
+                f"{list(source.shape)} to {list(target.shape)} in {parameter}",
+            )
+        whole = not (target.dtype.is_floating_point or target.dtype.is_complex)
+        if whole and source.dtype.is_floating_point and source.dtype.itemsize > 1:
+            self.reject(name, f"{source.dtype} cannot be loaded into {target.dtype} of {parameter}")
+        if source.dtype.is_complex and not target.dtype.is_complex:
+            self.reject(name, f"{source.dtype} cannot be loaded into {target.dtype} of {parameter}")
+
+    def reject(self, name: str, reason: str) -> None:
+        """Note that a weight does not fit and stop its loader."""
+        self.problems.misshapen[name] = reason
+        raise RejectedWeight(reason)
+
+    def _late(self, target: str) -> str:
+        return (
+            f"While {self.current!r} was loaded, the model's loader wrote to {target}, which is complete or "
+            "served already. The engine serves what it served before. Send each weight once; if this model's "
+            "loader revisits layers on purpose, reload it with whole_model=True."
+        )
+
+
+def _tensors(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[torch.Tensor]:
+    for value in args:
+        if isinstance(value, torch.Tensor):
+            yield value
+        elif isinstance(value, (list, tuple)):
+            yield from (v for v in value if isinstance(v, torch.Tensor))
+    for value in kwargs.values():
+        if isinstance(value, torch.Tensor):
+            yield value
+
+
+def _in_elements_of(target: torch.Tensor, storage: StagedStorage) -> Geometry:
+    """The written view in elements of the storage's primary tensor (which may have another dtype)."""
+    view = Geometry.of(target)
+    here, there = target.element_size(), storage.primary.format.dtype.itemsize
+    if here == there:
+        return view
+    start = view.offset * here // there
+    return Geometry(start, (max(1, view.numel * here // there),), (1,))
+
+
+class Feed:
+    """The caller's weights, checked one by one, on their way into the model's loader.
+
+    ``between`` runs whenever the loader comes back for the next weight: the one moment at which no
+    loader is in the middle of anything. Nothing the caller handed over is kept past that moment.
+    """
+
+    def __init__(
+        self, weights: Iterable[tuple[str, torch.Tensor]], trace: LoadTrace, between: Callable[[], None]
+    ) -> None:
+        try:
+            self._weights = iter(weights)
+        except TypeError as error:
+            raise SourceError(
+                f"weights_iterator is a {type(weights).__name__}, not an iterable of (name, tensor). "
+                "The engine serves what it served before."
+            ) from error
+        self._trace = trace
+        self._between = between
+        self.exhausted = False
+
+    def __iter__(self) -> Feed:
+        return self
+
+    def __next__(self) -> tuple[str, torch.Tensor]:
+        while True:
+            self._trace.end()
+            self._between()
+            name, tensor = self._checked(self._fetch())
+            if tensor is not None:
+                self._trace.begin(name, tensor)
+                return name, tensor
+
+    def _fetch(self) -> object:
+        if self._trace.problems.count > _LIMIT:
+            self.exhausted = True
+            raise StopIteration
+        try:
+            with torch.utils._python_dispatch._disable_current_modes():
+                return next(self._weights)
+        except StopIteration:
+            self.exhausted = True
+            raise
+        except ReloadError:
+            raise
+        except Exception as error:
+            raise SourceError(
+                f"The weights stopped after {len(self._trace.loaded.shapes)} tensors: "
+                f"{type(error).__name__}: {error}. The engine serves what it served before."
+            ) from error
+
+    def _checked(self, item: object) -> tuple[str, torch.Tensor | None]:
+        if not (isinstance(item, (tuple, list)) and len(item) == 2 and isinstance(item[0], str)):
+            raise SourceError(
+                f"Weight {len(self._trace.loaded.shapes)} is {_describe(item)}, not a (name, tensor) pair. "
+                "The engine serves what it served before."
+            )
+        name, tensor = item
+        problems = self._trace.problems
+        if not isinstance(tensor, torch.Tensor):
+            problems.misshapen[name] = f"a {type(tensor).__name__}, not a tensor"
+        elif tensor.is_meta and not self._trace.dry:
+            problems.misshapen[name] = "a meta tensor, which has no values"
+        elif name in self._trace.loaded.shapes:
+            problems.duplicate[name] = "sent more than once"
+        else:
+            return name, tensor
+        return name, None
+
+
+def _describe(item: object) -> str:
+    if isinstance(item, (tuple, list)):
+        return f"a {type(item).__name__} of {[type(part).__name__ for part in item]}"
+    return f"a {type(item).__name__}"
+
+
+def load_all(load_weights: Callable[[Any], Any], feed: Feed, trace: LoadTrace) -> None:
+    """Run the model's loader over the feed, going on after each weight it rejects.
+
+    Rejected weights end up in ``trace.problems``; whatever else the source or a late write raises
+    goes through. After the first problem nothing more is written, the rest is only checked.
+    """
+    while not feed.exhausted:
+        seen = len(trace.loaded.shapes)
+        try:
+            load_weights(feed)
+            return
+        except RejectedWeight:
+            pass
+        except ReloadError:
+            raise
+        except Exception as error:
+            _note_rejection(trace, error)
+        if len(trace.loaded.shapes) == seen and trace.problems.count > _LIMIT:
+            return
+
+
+def _note_rejection(trace: LoadTrace, error: Exception) -> None:
+    """Sort what a vLLM loader raised: no place for this name, or not in this shape."""
+    name = trace.current
+    reason = f"{type(error).__name__}: {str(error).splitlines()[0][:200] if str(error) else 'no message'}"
+    lost = isinstance(error, (KeyError, AttributeError)) or "no module or parameter named" in str(error)
+    (trace.problems.unexpected if lost else trace.problems.misshapen)[name] = reason

@@ -1,0 +1,115 @@
+"""Where each checkpoint tensor goes, learnt by running the model's own loader on meta tensors.
+
+Nothing is read and nothing is written: the served weights stay where they are, and a checkpoint that
+does not fit is refused here. A plan holds no storage.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+
+from torch import nn
+
+from .errors import ReloadError, SourceError, weights_error
+from .load import Problems, Slot
+from .session import SERVES_OLD, ReloadSession, complete_record_of
+from .sources import TensorInfo
+
+
+class PlanUnavailable(Exception):
+    """The model's loader looks at values, so it cannot be run on meta tensors."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a checkpoint would do to a model."""
+
+    infos: dict[str, TensorInfo]
+    slots: dict[str, list[Slot]] = field(repr=False)
+    order: tuple[str, ...] = field(repr=False)
+    """Names in the order in which the layers need them."""
+    names_of_group: dict[str, frozenset[str]] = field(repr=False)
+    """Group name -> every weight that goes into it."""
+    coverage: dict[str, str]
+    """Parameter -> ``whole``, ``part`` or ``none``."""
+    problems: Problems
+    kept: dict[str, str]
+    ignored: dict[str, str]
+
+    @property
+    def staging_bytes(self) -> int:
+        """Bytes of the checkpoint, an upper bound of what it needs in load format."""
+        return sum(info.meta().nbytes for info in self.infos.values())
+
+    def raise_problems(self, source: str) -> None:
+        """Raise WeightsError with every offender, if there is one."""
+        if self.problems:
+            raise weights_error(source, SERVES_OLD, **vars(self.problems))
+
+
+def make_plan(
+    model: nn.Module,
+    infos: Iterable[TensorInfo],
+    source: str,
+    was_written: Callable[[str], str | None] = lambda name: None,
+    also_ignored: frozenset[str] = frozenset(),
+) -> Plan:
+    """Trace the model's loader over ``infos``. Touches neither storage nor served weights.
+
+    Args:
+        model: a recorded model.
+        infos: names, shapes and dtypes of the checkpoint.
+        source: what to call it in messages.
+        was_written: how completely the checkpoint the engine started with writes a parameter.
+        also_ignored: names that a cold start is known to pass over.
+
+    Raises:
+        PlanUnavailable: the loader needs values.
+
+    """
+    listed: Sequence[TensorInfo] = list(infos)
+    if not listed:
+        raise SourceError(f"{source} holds no tensors. {SERVES_OLD}")
+    session = ReloadSession(model, source=source, dry=True, was_written=was_written, also_ignored=also_ignored)
+    with session:
+        try:
+            session.load((info.name, info.meta()) for info in listed)
+        except (NotImplementedError, ReloadError) as error:
+            raise PlanUnavailable(str(error)) from error
+        if any("meta" in reason for reason in session.problems.misshapen.values()):
+            raise PlanUnavailable(next(iter(session.problems.misshapen.values())))
+        kept, ignored = session.account()
+        coverage = session.coverage()
+        return _plan(model, listed, session, coverage, kept, ignored)
+
+
+def _plan(
+    model: nn.Module,
+    infos: Sequence[TensorInfo],
+    session: ReloadSession,
+    coverage: dict[str, str],
+    kept: dict[str, str],
+    ignored: dict[str, str],
+) -> Plan:
+    groups = complete_record_of(model).groups
+    group_of = {t.name: index for index, group in enumerate(groups) for t in group.tensors}
+    slots = session.loaded.slots
+    needed: dict[str, list[int]] = {
+        info.name: sorted({group_of[slot.parameter] for slot in slots.get(info.name, ())}) for info in infos
+    }
+    members: dict[str, set[str]] = {}
+    for name, indices in needed.items():
+        for index in indices:
+            members.setdefault(groups[index].name, set()).add(name)
+    order = sorted(needed, key=lambda name: needed[name][:1] or [-1])
+    return Plan(
+        infos={info.name: info for info in infos},
+        slots=slots,
+        order=tuple(order),
+        names_of_group={group: frozenset(names) for group, names in members.items()},
+        coverage=coverage,
+        problems=session.problems,
+        kept=kept,
+        ignored=ignored,
+    )

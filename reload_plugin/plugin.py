@@ -1,0 +1,179 @@
+"""Patching vLLM: the only module that does. ``register`` is the entry point; ``unregister`` undoes it."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+from collections.abc import Callable, Iterable
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import nn
+
+from . import _vllm
+
+logger = logging.getLogger("vllm.reload_plugin")
+
+OFF_SWITCH = "RELOAD_PLUGIN"
+"""Environment variable: ``0`` leaves vLLM as it was."""
+
+_patches: list[tuple[ModuleType, str, object]] = []
+_constructing = 0
+
+
+def register() -> None:
+    """Take over vLLM's reload in this process. Harmless when called again.
+
+    Leaves vLLM untouched, with one log line, when ``RELOAD_PLUGIN=0`` is set, when the version is
+    not supported, or when a seam that this package leans on is missing.
+    """
+    if _patches:
+        return
+    if os.environ.get(OFF_SWITCH) == "0":
+        logger.info("reload_plugin is switched off by %s=0; vLLM's own reload stays in place.", OFF_SWITCH)
+        return
+    version = _vllm.version()
+    if version is None or not version.startswith(_vllm.SUPPORTED):
+        logger.warning(
+            "reload_plugin supports vLLM %s and found %s; vLLM's own reload stays in place.",
+            ", ".join(f"{prefix}x" for prefix in _vllm.SUPPORTED),
+            version,
+        )
+        return
+    if missing := _vllm.missing_seams():
+        logger.warning(
+            "reload_plugin does not find %s in vLLM %s; vLLM's own reload stays in place.",
+            ", ".join(missing),
+            version,
+        )
+        return
+    _patch_all()
+    logger.info("reload_plugin takes over weight reloading in vLLM %s.", version)
+
+
+def unregister() -> None:
+    """Put back everything that ``register`` replaced."""
+    from .session import use_process_weights
+
+    for module, name, original in reversed(_patches):
+        setattr(module, name, original)
+    _patches.clear()
+    use_process_weights(None)
+
+
+def patched() -> list[str]:
+    """What is patched now, as ``module.name``."""
+    return [f"{module.__name__}.{name}" for module, name, _ in _patches]
+
+
+def _patch_all() -> None:
+    from .session import use_process_weights
+
+    process = _vllm.get(_vllm.LOADER_UTILS, "process_weights_after_loading")
+    use_process_weights(process)
+    _replace(_vllm.LOADER_UTILS, "initialize_model", _recording_construction)
+    _replace(_vllm.LOADER_UTILS, "process_weights_after_loading", _recording_processing)
+    _replace(_vllm.INPLACE, "reload_weights", _reloading)
+    _replace(_vllm.LAYERWISE, "initialize_layerwise_reload", _opening)
+    _replace(_vllm.LAYERWISE, "finalize_layerwise_reload", _finishing)
+
+
+def _replace(module: str, name: str, wrap: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+    """Replace a function in its module and wherever vLLM bound it by name."""
+    original = _vllm.get(module, name)
+    replacement = functools.wraps(original)(wrap(original))
+    for binder, attribute in list(_vllm.binders_of(original)):
+        setattr(binder, attribute, replacement)
+        _patches.append((binder, attribute, original))
+
+
+def _recording_construction(original: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
+    """``initialize_model`` that records the load format of the outermost model it builds."""
+
+    def initialize_model(*args: Any, **kwargs: Any) -> nn.Module:
+        global _constructing
+        from .record import ConstructionTrace, record_constructed
+
+        if _constructing:
+            return original(*args, **kwargs)
+        trace = ConstructionTrace()
+        _constructing += 1
+        try:
+            with trace:
+                model = original(*args, **kwargs)
+        finally:
+            _constructing -= 1
+        record_constructed(model, trace, kwargs.get("vllm_config", args[0] if args else None))
+        return model
+
+    return initialize_model
+
+
+def _recording_processing(original: Callable[..., None]) -> Callable[..., None]:
+    """``process_weights_after_loading`` that records what it does to the model."""
+
+    def process_weights_after_loading(
+        model: nn.Module, model_config: Any, target_device: torch.device
+    ) -> None:
+        from .record import TailWatch, finish_record, record_of
+
+        record = record_of(model) if isinstance(model, nn.Module) else None
+        if record is None or record.complete:
+            original(model, model_config, target_device)
+            return
+        with TailWatch(model, record) as watch:
+            original(model, model_config, target_device)
+        finish_record(record, watch.before_tail, model_config, target_device)
+
+    return process_weights_after_loading
+
+
+def _reloading(original: Callable[..., None]) -> Callable[..., None]:
+    """vLLM's ``reload_weights`` for its model runners; models without a record keep vLLM's own."""
+
+    def reload_weights(
+        vllm_config: Any,
+        model: nn.Module,
+        weights_iterator: Iterable[tuple[str, torch.Tensor]] | None,
+        weights_path: str | None,
+        is_checkpoint_format: bool,
+    ) -> None:
+        from .record import record_of
+        from .reload import reload_weights as ours
+
+        if record_of(model) is None:
+            logger.warning("%s was built before reload_plugin; vLLM's own reload runs.", type(model).__name__)
+            original(vllm_config, model, weights_iterator, weights_path, is_checkpoint_format)
+            return
+        report = ours(model, weights_iterator, weights_path, is_checkpoint_format)
+        logger.info("Reloaded: %s", report.model_dump_json(exclude={"ignored", "kept"}))
+
+    return reload_weights
+
+
+def _opening(original: Callable[[nn.Module], None]) -> Callable[[nn.Module], None]:
+    def initialize_layerwise_reload(model: nn.Module) -> None:
+        from .record import record_of
+        from .reload import open_layerwise
+
+        if record_of(model) is None:
+            original(model)
+        else:
+            open_layerwise(model)
+
+    return initialize_layerwise_reload
+
+
+def _finishing(original: Callable[..., None]) -> Callable[..., None]:
+    def finalize_layerwise_reload(model: nn.Module, *args: Any, **kwargs: Any) -> None:
+        from .record import record_of
+        from .reload import finish_layerwise
+
+        if record_of(model) is None:
+            original(model, *args, **kwargs)
+        else:
+            finish_layerwise(model)
+
+    return finalize_layerwise_reload

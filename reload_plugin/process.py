@@ -1,0 +1,84 @@
+"""Load format to kernel format: vLLM's own processing, run on one group of layers at a time."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from . import _vllm
+from .errors import ProcessingError, ReloadError
+from .record import ModelRecord
+from .staging import Stage
+
+ProcessWeights = Callable[..., None]
+"""vLLM's ``process_weights_after_loading(model, model_config, target_device)``, unpatched."""
+
+
+class NativeSpy(TorchDispatchMode):
+    """Notes tensors handed to native constructors: operators outside aten that return a plain handle.
+
+    oneDNN's int8 handler keeps the address of the weight scales it was made with, so that memory has
+    to live as long as the handler does.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.captured: list[torch.Tensor] = []
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        opaque = isinstance(out, (int, torch.ScriptObject)) and not isinstance(out, bool)
+        if opaque and func.namespace != "aten":
+            given = (*args, *(kwargs or {}).values())
+            self.captured += [value.detach() for value in given if isinstance(value, torch.Tensor)]
+        return out
+
+
+def process_stage(stage: Stage, record: ModelRecord, original: ProcessWeights) -> None:
+    """Process a loaded group; afterwards its layers are in kernel format with the new values.
+
+    Layers of online methods are first processed the way they are while a cold start streams the
+    weights in, and then once more with everything else, as a cold start does.
+    """
+    stage.materialise()
+    # Only native code on the CPU keeps addresses, and a mode would keep torch.compile from compiling.
+    spy = NativeSpy() if record.target_device.type == "cpu" else None
+    try:
+        with spy or contextlib.nullcontext():
+            for layer in stage.group.layers:
+                module = layer.ref()
+                if module is not None and layer.online:
+                    _vllm.process_online(module)
+            _vllm.process_layers(original, stage.layers, record.model_config, record.target_device)
+    except ReloadError:
+        raise
+    except Exception as error:
+        raise ProcessingError(
+            f"Processing {stage.group.name or 'the model'} raised {type(error).__name__}: {error}. "
+            "The engine serves what it served before."
+        ) from error
+    stage.captured = [] if spy is None else spy.captured
+    stage.processed = True
+
+
+def process_tail(model: nn.Module, record: ModelRecord, original: ProcessWeights) -> None:
+    """The end of vLLM's processing that concerns the model as a whole: its own hook, if it has one.
+
+    Every layer must show its new values while this runs.
+    """
+    try:
+        _vllm.process_layers(original, [], record.model_config, record.target_device, model)
+    except ReloadError:
+        raise
+    except Exception as error:
+        raise ProcessingError(
+            f"{type(model).__name__}.process_weights_after_loading raised {type(error).__name__}: {error}. "
+            "The engine serves what it served before."
+        ) from error

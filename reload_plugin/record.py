@@ -1,0 +1,436 @@
+"""The load format of a model, and what ``process_weights_after_loading`` does to it.
+
+Three looks at a model while it starts give the record:
+
+* *constructed*: right after ``initialize_model``; this is the load format,
+* *loaded and processed*: after vLLM's whole-model ``process_weights_after_loading`` (PWAL),
+* in between, when PWAL turns from quantization methods to attention layers and the model's own
+  hook (its *tail*), because what the tail changes in other layers has to be taken last.
+
+The record keeps descriptions and differences. Tensors are held weakly: whatever vLLM lets go of is
+freed as before, and whatever somebody still holds is put back as the same object.
+"""
+
+from __future__ import annotations
+
+import functools
+import weakref
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.parameter import UninitializedTensorMixin
+from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
+from torch.utils._pytree import tree_leaves
+
+from . import _vllm
+from .formats import SMALL_BYTES, AsServed, Constant, Geometry, Initial, TensorFormat, Uninitialised, Values
+from .holders import ABSENT, Contents, Key, holders_of, read, same
+
+RECORD_ATTRIBUTE = "_reload_plugin_record"
+"""Where a model keeps its record, so that both are freed together."""
+
+
+def storage_id(tensor: torch.Tensor) -> int | None:
+    """Identity of a tensor's storage, or None for tensors without one of their own."""
+    if isinstance(tensor, UninitializedTensorMixin) or is_traceable_wrapper_subclass(tensor):
+        return None
+    try:
+        return int(tensor.untyped_storage()._cdata)
+    except (RuntimeError, NotImplementedError, ValueError):
+        return None
+
+
+class ConstructionTrace(TorchDispatchMode):
+    """Notes what the constructor puts into each storage: nothing, one value, or computed values."""
+
+    _EMPTY = ("empty", "new_empty")
+    _FILLS: Mapping[str, float] = {"zeros": 0, "new_zeros": 0, "ones": 1, "new_ones": 1}
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.initial: dict[int, Initial] = {}
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        name = func._schema.name.removeprefix("aten::")
+        if name.endswith("_") and not name.startswith("_") and args and isinstance(args[0], torch.Tensor):
+            self._note_written(name, args)
+        else:
+            inputs = {storage_id(t) for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
+            for tensor in tree_leaves(out):
+                if isinstance(tensor, torch.Tensor) and (key := storage_id(tensor)) not in inputs and key:
+                    self.initial[key] = self._made_by(name, args)
+        return out
+
+    def _made_by(self, name: str, args: tuple[Any, ...]) -> Initial:
+        base = name.removesuffix("_like")
+        if base.startswith(self._EMPTY):
+            return Uninitialised()
+        if base in self._FILLS:
+            return Constant(self._FILLS[base])
+        if base in ("full", "new_full") and isinstance(args[-1], (int, float, bool, complex)):
+            return Constant(args[-1])
+        if name in ("_to_copy", "clone") and isinstance(args[0], torch.Tensor):
+            return self.initial.get(storage_id(args[0]) or 0, AsServed())
+        return AsServed()
+
+    def _note_written(self, name: str, args: tuple[Any, ...]) -> None:
+        target = args[0]
+        key = storage_id(target)
+        if key is None:
+            return
+        whole = target.numel() * target.element_size() >= target.untyped_storage().nbytes()
+        if whole and name == "zero_":
+            self.initial[key] = Constant(0)
+        elif whole and name == "fill_" and isinstance(args[1], (int, float, bool, complex)):
+            self.initial[key] = Constant(args[1])
+        else:
+            self.initial[key] = AsServed()
+
+
+@dataclass(eq=False)
+class TensorRecord:
+    """One load-format tensor: its format, its storage, and the object itself while it lives."""
+
+    format: TensorFormat
+    storage: int
+    """Number of the storage; tensors with the same number are views of one memory."""
+    ref: weakref.ref[torch.Tensor]
+    is_parameter: bool
+    layer: str
+
+    @property
+    def name(self) -> str:
+        return self.format.name
+
+    @property
+    def expected(self) -> bool:
+        """Whether a loader is expected to write every element: nobody else ever did."""
+        return self.is_parameter and isinstance(self.format.initial, Uninitialised)
+
+
+@dataclass(eq=False)
+class HolderRecord:
+    """One holder of a layer and how PWAL changed it: ``undo`` maps a key to its load-format value.
+
+    Values that are tensors are kept as their TensorRecord; ABSENT means PWAL added the key.
+    """
+
+    ref: Callable[[], object | None]
+    path: str
+    constructed: Contents
+    undo: Contents = field(default_factory=dict)
+
+
+@dataclass(eq=False)
+class LayerRecord:
+    """A module that owns state directly."""
+
+    name: str
+    ref: weakref.ref[nn.Module]
+    holders: list[HolderRecord]
+    tensors: list[TensorRecord]
+    children: dict[str, weakref.ref[nn.Module]]
+    deferred: bool
+    """Attention-like: vLLM processes it after all other layers."""
+    online: bool
+    """Its quant method creates weights on meta and is processed while the weights stream in."""
+    late: bool = False
+    """The tail of PWAL changes it once more, so its result is taken only after the tail."""
+
+    @property
+    def effect(self) -> bool:
+        return any(holder.undo for holder in self.holders)
+
+
+@dataclass(eq=False)
+class Group:
+    """Layers that share load-format memory and are therefore loaded and processed together."""
+
+    layers: list[LayerRecord]
+    tensors: list[TensorRecord] = field(default_factory=list)
+
+    @property
+    def name(self) -> str:
+        return self.layers[0].name
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of staging the group needs in load format."""
+        by_storage: dict[int, int] = {}
+        for record in self.tensors:
+            end = record.format.geometry.offset * record.format.dtype.itemsize + record.format.nbytes
+            by_storage[record.storage] = max(end, by_storage.get(record.storage, 0))
+        return sum(by_storage.values())
+
+    @property
+    def deferred(self) -> bool:
+        return any(layer.deferred for layer in self.layers)
+
+    @property
+    def late(self) -> bool:
+        return any(layer.late for layer in self.layers)
+
+
+@dataclass(eq=False)
+class ModelRecord:
+    """Everything needed to put a model back into load format and process it again."""
+
+    layers: list[LayerRecord]
+    vllm_config: Any
+    model_config: Any = None
+    target_device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    groups: list[Group] = field(default_factory=list)
+    complete: bool = False
+    version: int = 0
+    """Reloads committed since the start."""
+    native: dict[str, list[torch.Tensor]] = field(default_factory=dict)
+    """Group name -> memory that the group's native handles point into."""
+    session: Any = None
+    """The session that vLLM's layerwise calls have open."""
+    last_good: Any = None
+    """A Source that would give the served weights again, if there is one."""
+    learnt: dict[str, frozenset[str]] | None = None
+    """Group name -> weights that went into it at the last good reload."""
+    start_names: frozenset[str] | None = None
+    """Names in the checkpoint the engine started with."""
+    start_coverage: dict[str, str] | None = None
+    """Parameter -> how completely that checkpoint writes it."""
+    broken: str | None = None
+    """Why the model holds a mixture of two generations, if it does."""
+
+
+def record_of(model: nn.Module) -> ModelRecord | None:
+    """The record of a model, or None when it was built without one."""
+    found = model.__dict__.get(RECORD_ATTRIBUTE)
+    return found if isinstance(found, ModelRecord) else None
+
+
+def record_constructed(model: nn.Module, trace: ConstructionTrace | None, vllm_config: Any) -> ModelRecord:
+    """Record the load format of a model that was just constructed; stored on the model itself."""
+    recorder = _Recorder(trace)
+    layers = [recorder.layer(name, module) for name, module in model.named_modules()]
+    record = ModelRecord(layers, vllm_config)
+    _vllm.attach(model, RECORD_ATTRIBUTE, record)
+    return record
+
+
+class _Recorder:
+    """Numbers storages and describes tensors while one model is recorded."""
+
+    def __init__(self, trace: ConstructionTrace | None) -> None:
+        self._trace = trace
+        self._storages: dict[int, int] = {}
+        self._tensors: dict[int, TensorRecord] = {}
+        self._seen: set[int] = set()
+
+    def layer(self, name: str, module: nn.Module) -> LayerRecord:
+        own: list[TensorRecord] = []
+        holders = []
+        for path, holder in holders_of(module):
+            if id(holder) in self._seen:
+                continue
+            self._seen.add(id(holder))
+            prefix = ".".join(part for part in (name, path) if part)
+            constructed = {
+                key: self._value(value, prefix, key, name, own) for key, value in read(holder).items()
+            }
+            holders.append(HolderRecord(_reference(holder), path, constructed))
+        children = {n: weakref.ref(m) for n, m in module._modules.items() if m is not None}
+        method = getattr(module, "quant_method", None)
+        return LayerRecord(
+            name,
+            weakref.ref(module),
+            holders,
+            own,
+            children,
+            deferred=_vllm.is_deferred_attention_layer(module),
+            online=bool(getattr(method, "uses_meta_device", False)),
+        )
+
+    def _value(self, value: object, prefix: str, key: Key, layer: str, own: list[TensorRecord]) -> object:
+        if not isinstance(value, torch.Tensor) or isinstance(value, UninitializedTensorMixin):
+            return value
+        record = self._tensors.get(id(value))
+        if record is None or record.ref() is not value:
+            record = self._describe(value, f"{prefix}.{key[1]}" if prefix else str(key[1]), key, layer)
+            self._tensors[id(value)] = record
+        if record not in own:
+            own.append(record)
+        return record
+
+    def _describe(self, tensor: torch.Tensor, name: str, key: Key, layer: str) -> TensorRecord:
+        storage = storage_id(tensor)
+        number = self._storages.setdefault(storage if storage is not None else -id(tensor), len(self._storages))
+        attributes = dict(tensor.__dict__)
+        if "weight_loader" in attributes:
+            attributes["weight_loader"] = _vllm.unwrap_weight_loader(attributes["weight_loader"])
+        plain = storage is not None
+        geometry = Geometry.of(tensor) if plain else Geometry(0, tuple(tensor.shape), (0,) * tensor.dim())
+        fmt = TensorFormat(
+            name,
+            geometry,
+            tensor.dtype,
+            tensor.device,
+            type(tensor),
+            tensor.requires_grad,
+            attributes,
+            self._initial(tensor, storage),
+        )
+        return TensorRecord(fmt, number, weakref.ref(tensor), key[0] == "_parameters", layer)
+
+    def _initial(self, tensor: torch.Tensor, storage: int | None) -> Initial:
+        noted = self._trace.initial.get(storage) if self._trace is not None and storage else None
+        if isinstance(noted, (Uninitialised, Constant)):
+            return noted
+        if storage is None or tensor.is_meta:
+            return noted or AsServed()
+        if tensor.numel() * tensor.element_size() <= SMALL_BYTES:
+            return Values(tensor.detach().clone())
+        return AsServed()
+
+
+def _reference(holder: object) -> Callable[[], object | None]:
+    """A weak reference where the object allows one; containers are held strongly."""
+    try:
+        return weakref.ref(holder)
+    except TypeError:
+        return lambda: holder
+
+
+@dataclass(frozen=True, eq=False)
+class Seen:
+    """A tensor at the time of a look, without keeping it alive."""
+
+    ref: weakref.ref[torch.Tensor]
+    address: int
+
+    def unchanged(self, other: object) -> bool:
+        return isinstance(other, Seen) and self.ref() is other.ref() and self.address == other.address
+
+
+def look(record: ModelRecord) -> list[Contents]:
+    """What every recorded holder holds now, in the record's order (tensors by identity)."""
+    return [_contents(holder) for layer in record.layers for holder in layer.holders]
+
+
+def _contents(holder: HolderRecord) -> Contents:
+    target = holder.ref()
+    return {} if target is None else {key: _seen(value) for key, value in read(target).items()}
+
+
+def _seen(value: object) -> object:
+    if not isinstance(value, torch.Tensor):
+        return value
+    return Seen(weakref.ref(value), 0 if storage_id(value) is None else value.data_ptr())
+
+
+class TailWatch:
+    """While vLLM processes a model, looks at it once: when attention layers or the hook begin."""
+
+    _NAME = "process_weights_after_loading"
+
+    def __init__(self, model: nn.Module, record: ModelRecord) -> None:
+        self.before_tail: list[Contents] | None = None
+        self._record = record
+        layers = [module for layer in record.layers if layer.deferred and (module := layer.ref()) is not None]
+        self._watched = layers + ([model] if hasattr(model, self._NAME) else [])
+
+    def __enter__(self) -> TailWatch:
+        for module in self._watched:
+            _vllm.attach(module, self._NAME, self._looking(getattr(module, self._NAME)))
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for module in self._watched:
+            module.__dict__.pop(self._NAME, None)
+        self._watched = []
+
+    def _looking(self, method: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(method)
+        def looking(*args: Any, **kwargs: Any) -> Any:
+            if self._watched:
+                self.__exit__()
+                self.before_tail = look(self._record)
+            return method(*args, **kwargs)
+
+        return looking
+
+
+def finish_record(
+    record: ModelRecord, before_tail: list[Contents] | None, model_config: Any, target_device: torch.device
+) -> None:
+    """Complete the record after PWAL: keep what changed, and group layers that share memory.
+
+    Args:
+        record: the record made at construction.
+        before_tail: a ``look`` taken when PWAL's tail began, or None when it had none.
+        model_config: vLLM's config of this model (a draft model has its own).
+        target_device: the device PWAL ran on.
+
+    """
+    after = look(record)
+    flat = [(layer, holder) for layer in record.layers for holder in layer.holders]
+    for index, (layer, holder) in enumerate(flat):
+        holder.undo = _difference(holder.constructed, after[index])
+        if before_tail is not None and not layer.deferred and _changed(before_tail[index], after[index]):
+            layer.late = True
+        if layer.name == "":
+            layer.late = True  # what vLLM sets on the model itself comes with the tail
+        holder.constructed = {
+            key: value for key, value in holder.constructed.items() if isinstance(value, TensorRecord)
+        }
+    record.model_config = model_config
+    record.target_device = target_device
+    record.groups = _group(record.layers)
+    record.complete = True
+
+
+def _difference(constructed: Contents, after: Contents) -> Contents:
+    undo: Contents = {}
+    for key, before in constructed.items():
+        now = after.get(key, ABSENT)
+        if not _unchanged(before, now):
+            undo[key] = before
+    for key in after:
+        if key not in constructed:
+            undo[key] = ABSENT
+    return undo
+
+
+def _unchanged(before: object, now: object) -> bool:
+    if isinstance(before, TensorRecord):
+        return isinstance(now, Seen) and before.ref() is not None and now.ref() is before.ref()
+    return same(before, now)
+
+
+def _changed(before: Contents, after: Contents) -> bool:
+    return before.keys() != after.keys() or not all(_still(before[key], after[key]) for key in before)
+
+
+def _still(before: object, after: object) -> bool:
+    return before.unchanged(after) if isinstance(before, Seen) else same(before, after)
+
+
+def _group(layers: Iterable[LayerRecord]) -> list[Group]:
+    """Join layers that share the storage of a parameter; keep the model's order."""
+    parameters = {t.storage for layer in layers for t in layer.tensors if t.is_parameter}
+    group_of: dict[int, Group] = {}
+    groups: list[Group] = []
+    for layer in layers:
+        group = Group([layer])
+        shared = {t.storage for t in layer.tensors if t.storage in parameters}
+        for other in {id(group_of[s]): group_of[s] for s in shared if s in group_of}.values():
+            group.layers = other.layers + group.layers
+            groups.remove(other)
+        groups.append(group)
+        for member in group.layers:
+            group_of.update({t.storage: group for t in member.tensors if t.storage in parameters})
+    for group in groups:
+        group.tensors = list({id(t): t for layer in group.layers for t in layer.tensors}.values())
+    return groups

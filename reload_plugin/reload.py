@@ -1,0 +1,271 @@
+"""Reloading a model from an iterator or from disk: chooses the policy, keeps the promise.
+
+Weights that can be listed are planned first and refused before anything is touched. Weights that can
+only be iterated are staged in full before they are committed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from . import _vllm
+from .errors import EngineBrokenError, ReloadError, SourceError
+from .kernel_format import copy_kernel_format
+from .plan import Plan, PlanUnavailable, make_plan
+from .record import ModelRecord, record_constructed
+from .session import SERVES_OLD, Policy, ReloadSession, complete_record_of
+from .sources import Source, open_folder
+from .verify import ReloadReport
+
+logger = logging.getLogger("vllm.reload_plugin")
+
+Weights = Iterable[tuple[str, torch.Tensor]]
+
+
+def reload_weights(
+    model: nn.Module,
+    weights_iterator: Weights | None = None,
+    weights_path: str | None = None,
+    is_checkpoint_format: bool = True,
+    *,
+    whole_model: bool = False,
+) -> ReloadReport:
+    """Make ``model`` the one a cold start on the new weights would give, in place.
+
+    Args:
+        model: a model of a running engine, recorded by the plugin.
+        weights_iterator: (checkpoint name, tensor) pairs. A tensor may be reused by the caller as
+            soon as the next pair is asked for.
+        weights_path: folder to read instead; with neither, the engine's own model path. It is not
+            remembered.
+        is_checkpoint_format: False for tensors that are in kernel format already: exact names,
+            shapes and dtypes of the served parameters and buffers.
+        whole_model: load everything before anything is processed; for models whose loader comes
+            back to layers it has finished.
+
+    Returns:
+        What was loaded, kept and ignored, and what it cost.
+
+    Raises:
+        ReloadError: the reload failed and the engine serves what it served before.
+        EngineBrokenError: it failed while layers were committed one by one and the old weights
+            could not be brought back; the engine refuses to serve until a reload succeeds.
+
+    """
+    record = complete_record_of(model)
+    abandon_open_session(record)
+    if weights_iterator is not None and weights_path is not None:
+        raise SourceError(f"Give weights_iterator or weights_path, not both. {SERVES_OLD}")
+    if weights_iterator is not None:
+        if not is_checkpoint_format:
+            return copy_kernel_format(model, weights_iterator, "the iterator")
+        return _reload_from_iterator(model, record, weights_iterator, whole_model)
+    path = record.model_config.model if weights_path is None else str(weights_path)
+    try:
+        source = open_folder(path, record.vllm_config, record.model_config, model)
+    except SourceError as error:
+        raise SourceError(f"{error} {SERVES_OLD}") from error.__cause__
+    if not is_checkpoint_format:
+        return copy_kernel_format(model, source.read(), path)
+    return _reload_from_source(model, record, source, whole_model)
+
+
+@contextlib.contextmanager
+def restore_for_reloading(model: nn.Module) -> Iterator[ReloadSession]:
+    """Inside the block ``model.load_weights`` reloads: any number of calls, one commit at the end.
+
+    The block works on the load format: parameters have the shapes and loaders of a freshly built
+    model. Leaving it normally checks that everything came, processes and commits; leaving it by an
+    exception puts the old weights back.
+
+    Raises:
+        WeightsError: at the end of the block, listing all that does not fit.
+
+    """
+    record = complete_record_of(model)
+    abandon_open_session(record)
+    session = _session(model, record, "model.load_weights", "staged", None)
+    with session:
+        session.take_over()
+        yield session
+        session.finish()
+    _after_commit(record, None, session)
+
+
+def record_for_reloading(model: nn.Module, vllm_config: Any = None) -> None:
+    """Record a model that was not built by vLLM's loaders.
+
+    Call it right after the model is constructed, before its weights are loaded; vLLM's
+    ``process_weights_after_loading(model, ...)`` then completes the record.
+    """
+    config = vllm_config if vllm_config is not None else _vllm.current_vllm_config()
+    record_constructed(model, None, config)
+
+
+# -- vLLM's layerwise calls -----------------------------------------------------------------------
+
+
+def open_layerwise(model: nn.Module) -> None:
+    """vLLM's ``initialize_layerwise_reload``: from now on ``model.load_weights`` stages a reload."""
+    record = complete_record_of(model)
+    abandon_open_session(record)
+    session = _session(model, record, "a weight update", "staged", None)
+    session.open()
+    session.take_over()
+    record.session = session
+
+
+def finish_layerwise(model: nn.Module) -> ReloadReport:
+    """vLLM's ``finalize_layerwise_reload``: check, process, commit."""
+    record = complete_record_of(model)
+    session = record.session
+    if session is None:
+        raise ReloadError(f"No weight update is open: none was started, or it failed. {SERVES_OLD}")
+    record.session = None
+    try:
+        report: ReloadReport = session.finish()
+    finally:
+        session.abort()
+    _after_commit(record, None, session)
+    return report
+
+
+def abandon_open_session(record: ModelRecord) -> None:
+    """A session that was opened and never finished ends here; its weights were never served."""
+    if record.session is not None:
+        logger.warning("A weight update that was started and never finished is abandoned.")
+        record.session.abort()
+        record.session = None
+
+
+# -- from an iterator, from a source --------------------------------------------------------------
+
+
+def _reload_from_iterator(
+    model: nn.Module, record: ModelRecord, weights: Weights, whole_model: bool
+) -> ReloadReport:
+    with _session(model, record, "the iterator", "staged", None, whole_model) as session:
+        session.load(weights)
+        report = session.finish()
+    _after_commit(record, None, session)
+    return report
+
+
+def _reload_from_source(
+    model: nn.Module, record: ModelRecord, source: Source, whole_model: bool
+) -> ReloadReport:
+    plan = _plan_for(model, record, source)
+    if plan is not None:
+        plan.raise_problems(source.description)
+    restorable = plan is not None and record.last_good is not None and record.last_good.unchanged()
+    policy: Policy = "streaming" if restorable and not whole_model else "staged"
+    session = _session(model, record, source.description, policy, plan, whole_model)
+    try:
+        with session:
+            session.load(source.read(plan.order if plan is not None else None))
+            report = session.finish()
+    except BaseException:
+        if session.committed:
+            _bring_back(model, record)
+        raise
+    _after_commit(record, source, session)
+    return report
+
+
+def _session(
+    model: nn.Module,
+    record: ModelRecord,
+    description: str,
+    policy: Policy,
+    plan: Plan | None,
+    whole_model: bool = False,
+) -> ReloadSession:
+    return ReloadSession(
+        model,
+        source=description,
+        policy=policy,
+        whole_model=whole_model,
+        names_of_group=plan.names_of_group if plan is not None else record.learnt,
+        was_written=_knowledge(model, record),
+        also_ignored=_start_names(model, record),
+    )
+
+
+def _plan_for(model: nn.Module, record: ModelRecord, source: Source) -> Plan | None:
+    infos = source.infos()
+    if infos is None:
+        return None
+    try:
+        return make_plan(
+            model, infos, source.description, _knowledge(model, record), _start_names(model, record)
+        )
+    except PlanUnavailable as reason:
+        logger.info("No preflight for %s: %s", source.description, reason)
+        return None
+
+
+def _start_source(model: nn.Module, record: ModelRecord) -> Source | None:
+    """The checkpoint in the engine's own model path, if it can be listed."""
+    try:
+        source = open_folder(record.model_config.model, record.vllm_config, record.model_config, model)
+    except ReloadError:
+        return None
+    return source if source.infos() is not None else None
+
+
+def _start_names(model: nn.Module, record: ModelRecord) -> frozenset[str]:
+    """Names in the engine's own checkpoint: what a cold start passes over there is no surprise."""
+    if record.start_names is None:
+        source = _start_source(model, record)
+        infos = (source.infos() if source is not None else None) or ()
+        record.start_names = frozenset(info.name for info in infos)
+    return record.start_names
+
+
+def _knowledge(model: nn.Module, record: ModelRecord) -> Callable[[str], str | None]:
+    """How completely the engine's own checkpoint writes a parameter; traced when first asked."""
+
+    def was_written(parameter: str) -> str | None:
+        if record.start_coverage is None:
+            record.start_coverage = {}
+            source = _start_source(model, record)
+            with contextlib.suppress(PlanUnavailable, ReloadError):
+                if source is not None:
+                    names = _start_names(model, record)
+                    plan = make_plan(model, source.infos() or (), source.description, also_ignored=names)
+                    record.start_coverage = plan.coverage
+        return record.start_coverage.get(parameter)
+
+    return was_written
+
+
+def _after_commit(record: ModelRecord, source: Source | None, session: ReloadSession) -> None:
+    record.last_good = source
+    record.learnt = session.learnt()
+    record.broken = None
+
+
+def _bring_back(model: nn.Module, record: ModelRecord) -> None:
+    """Some layers were committed and then the reload failed: load the last good source again."""
+    source = record.last_good
+    record.broken = "a reload failed after some of its layers were committed"
+    try:
+        if source is None or not source.unchanged():
+            raise SourceError("the weights served before are gone")
+        with _session(model, record, source.description, "streaming", None) as session:
+            session.load(source.read())
+            session.finish()
+    except BaseException as error:
+        record.broken = f"a reload failed half way, and the old weights could not be read again: {error}"
+        raise EngineBrokenError(
+            f"The engine holds a mixture of two generations and refuses to serve: {record.broken}. "
+            "Reload a complete checkpoint to heal it."
+        ) from error
+    record.broken = None
+    logger.warning("A reload failed after some layers were committed; the old weights were read again.")

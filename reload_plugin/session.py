@@ -1,0 +1,510 @@
+"""The line of a reload, on one screen: record, plan, load, process, commit, verify.
+
+    with ReloadSession(model, source="step 12") as session:
+        session.load(weights)        # any number of times
+        report = session.finish()
+
+Leaving the block without ``finish`` aborts: the model serves what it served before.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import enum
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from types import TracebackType
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from . import _vllm
+from .commit import Commit, plan_commit
+from .errors import NotRecordedError, SessionError, SourceError, weights_error
+from .load import Feed, Loaded, LoadTrace, Problems, load_all
+from .process import ProcessWeights, process_stage, process_tail
+from .record import ModelRecord, record_of, storage_id
+from .staging import Stage
+from .verify import ReloadReport, check_slots, ignorable
+
+Policy = Literal["staged", "streaming"]
+
+SERVES_OLD = "The engine serves what it served before."
+
+
+class State(enum.Enum):
+    """Where a session is; every state but LOADING and PROCESSING has the served weights in place."""
+
+    READY = "ready"
+    OPEN = "open"
+    LOADING = "loading"
+    PROCESSING = "processing"
+    COMMITTED = "committed"
+    ABORTED = "aborted"
+
+
+class ReloadSession:
+    """One reload of one model, from the first weight to the commit.
+
+    Args:
+        model: a model whose load format was recorded.
+        source: what to call the weights in messages and in the report.
+        policy: ``staged`` keeps every new layer aside until all are done (one kernel-format copy of
+            the model) and then commits; ``streaming`` commits each layer when it is done (one layer
+            of extra memory) and needs a caller that can bring the old weights back.
+        whole_model: process no layer before all weights are loaded (for loaders that revisit layers).
+        names_of_group: group name -> all the weights that go into it, where that is known; such a group
+            is processed when it has them. Without it, when every element of it has been written.
+        was_written: how completely the checkpoint the engine started with writes a parameter
+            (``whole``, ``part``, ``none``, or None when nothing is known).
+        also_ignored: names that a cold start is known to pass over.
+        dry: only find out where weights would go; see ``plan``.
+
+    Raises:
+        NotRecordedError: the model was built without the plugin.
+
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        source: str = "the iterator",
+        policy: Policy = "staged",
+        whole_model: bool = False,
+        names_of_group: Mapping[str, frozenset[str]] | None = None,
+        was_written: Callable[[str], str | None] = lambda name: None,
+        also_ignored: frozenset[str] = frozenset(),
+        dry: bool = False,
+    ) -> None:
+        self.model = model
+        self.source = source
+        self.policy: Policy = policy
+        self.whole_model = whole_model
+        self.state = State.READY
+        self.problems = Problems()
+        self.committed: list[str] = []
+        self.report: ReloadReport | None = None
+        self._names_of_group = names_of_group or {}
+        self._was_written = was_written
+        self._also_ignored = also_ignored
+        self._record = complete_record_of(model)
+        self._trace = LoadTrace(self.problems, dry)
+        self._seconds: dict[str, float] = defaultdict(float)
+        self._started = time.perf_counter()
+        self._stages: list[Stage] = []
+        self._open_stages: dict[int, Stage] = {}
+        self._entered = False
+        self._took_over = False
+        self._staged: list[tuple[Stage, Commit]] = []
+        self._late: list[Stage] = []
+        self._tree: list[tuple[nn.Module, dict[str, nn.Module | None]]] = []
+        self._peak = 0
+        self._moved: list[str] = []
+
+    # -- life -------------------------------------------------------------------------------------
+
+    def __enter__(self) -> ReloadSession:
+        self.open()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.abort()
+
+    @property
+    def loaded(self) -> Loaded:
+        """What the stream has brought so far."""
+        return self._trace.loaded
+
+    def open(self) -> None:
+        """Prepare to load. The model goes on serving until the first ``load``."""
+        self._require(State.READY)
+        shared = _shared_tensors(self._record)
+        device = self._record.target_device
+        self._stages = [Stage(group, device, shared) for group in self._record.groups]
+        self.state = State.OPEN
+
+    def load(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str] | None:
+        """Load some of the weights. When this returns, the old weights are served.
+
+        Returns:
+            What the model's ``load_weights`` returned: names of parameters it loaded.
+
+        """
+        returned: list[Any] = []
+        with self.loading():
+            feed = Feed(weights, self._trace, self._close_complete)
+            with self._timed("load"):
+                load_all(lambda w: returned.append(self._load_weights(w)), feed, self._trace)
+        return returned[-1] if returned else None
+
+    @contextlib.contextmanager
+    def loading(self) -> Iterator[None]:
+        """The model in load format; every exit puts the served state back."""
+        self._require(State.OPEN)
+        self.state = State.LOADING
+        try:
+            with self._context():
+                self._show_load_format()
+                with self._trace:
+                    yield
+        finally:
+            self._show_served()
+            if self.state is State.LOADING:
+                self.state = State.OPEN
+
+    def finish(self) -> ReloadReport:
+        """Check that everything came, process what is left, and commit.
+
+        Raises:
+            WeightsError: lists all that does not fit; nothing was committed under ``staged``.
+            ProcessingError: vLLM's processing raised.
+
+        """
+        self._require(State.OPEN)
+        kept, ignored = self.check()
+        self.state = State.PROCESSING
+        try:
+            with self._context():
+                self._show_load_format()
+                self._process_rest()
+                self._process_tail()
+            with self._timed("commit"):
+                for stage, commit in self._staged:
+                    self._apply(stage, commit)
+            self.state = State.COMMITTED
+        finally:
+            self._show_served()
+            if self.state is State.PROCESSING:
+                self.state = State.OPEN
+        self.report = self._make_report(kept, ignored)
+        self._drop()
+        return self.report
+
+    def check(self) -> tuple[dict[str, str], dict[str, str]]:
+        """Account for every slot; returns (kept, ignored). Raises WeightsError with all offenders."""
+        if not self.loaded.shapes and not self.problems:
+            raise SourceError(f"{self.source} gave no weights. {SERVES_OLD}")
+        kept, ignored = self.account()
+        if self.problems:
+            raise weights_error(self.source, SERVES_OLD, **vars(self.problems))
+        return kept, ignored
+
+    def account(self) -> tuple[dict[str, str], dict[str, str]]:
+        """Like ``check``, but leaves the offenders in ``problems``."""
+        stages = [stage for stage in self._stages if not stage.processed]
+        return check_slots(stages, self.loaded, self.problems, self._rule_of, self._was_written)
+
+    def coverage(self) -> dict[str, str]:
+        """Parameter -> ``whole``, ``part`` or ``none``: how much of it the weights so far write."""
+        found = {}
+        for storage in (s for stage in self._stages for s in stage.storages if s.primary.is_parameter):
+            part = "part" if storage.coverage.touched else "none"
+            found[storage.primary.name] = "whole" if storage.coverage.complete else part
+        return found
+
+    def learnt(self) -> dict[str, frozenset[str]]:
+        """Group name -> weights that went into it."""
+        group_of = {t.name: group.name for group in self._record.groups for t in group.tensors}
+        found: dict[str, set[str]] = defaultdict(set)
+        for name, slots in self.loaded.slots.items():
+            for slot in slots:
+                found[group_of[slot.parameter]].add(name)
+        return {group: frozenset(names) for group, names in found.items()}
+
+    def abort(self) -> None:
+        """Forget the reload. The model serves what it served before. Harmless when it is over."""
+        if self.state in (State.COMMITTED, State.ABORTED):
+            return
+        self._show_served()
+        self._drop()
+        self.state = State.ABORTED
+
+    # -- taking over model.load_weights -----------------------------------------------------------
+
+    def take_over(self) -> None:
+        """From now on ``model.load_weights`` loads into this session. Undone by ``abort`` and ``finish``."""
+        self._require(State.OPEN)
+        _vllm.attach(self.model, "load_weights", self.load)
+        self._took_over = True
+
+    def _hand_back(self) -> None:
+        if self._took_over:
+            self.model.__dict__.pop("load_weights", None)
+            self._took_over = False
+
+    # -- states of the model ----------------------------------------------------------------------
+
+    def _show_load_format(self) -> None:
+        self._restore_tree()
+        if self._entered:
+            for stage in (*self._open_stages.values(), *self._late):
+                if stage.hidden:
+                    stage.unhide()
+            return
+        self._entered = True
+        for stage in self._stages:
+            self._open_stages[id(stage)] = stage
+            stage.enter()
+            self._trace.watch(stage.storages)
+        self._trace.protected = _served_storages(self._stages)
+
+    def _show_served(self) -> None:
+        """Whatever happened: every layer shows its served state and the module tree is whole."""
+        for stage in (*self._open_stages.values(), *self._late):
+            if not stage.hidden:
+                stage.hide()
+        for parent, children in self._tree:
+            parent._modules.clear()
+            parent._modules.update(children)
+        self._tree = []
+
+    def _restore_tree(self) -> None:
+        """Take wrappers that were put around layers after the start (LoRA) out of the module tree."""
+        for layer in self._record.layers:
+            parent = layer.ref()
+            if parent is None:
+                continue
+            wrapped = {
+                name: child
+                for name, ref in layer.children.items()
+                if (child := ref()) is not None and _wraps(parent._modules.get(name), child)
+            }
+            if wrapped:
+                self._tree.append((parent, dict(parent._modules)))
+                parent._modules.update(wrapped)
+
+    def _drop(self) -> None:
+        self._hand_back()
+        for stage in self._stages:
+            stage.drop()
+        self._stages, self._open_stages, self._late, self._staged = [], {}, [], []
+        self._trace.storages = {}
+        self._trace.protected = {}
+
+    # -- process and commit -----------------------------------------------------------------------
+
+    def _close_complete(self) -> None:
+        """Between two weights: process the layers that have everything."""
+        if self._trace.dry or self.whole_model or self.problems:
+            return
+        for stage in self._touched_stages():
+            if not stage.group.deferred and self._is_complete(stage):
+                self._close(stage)
+
+    def _touched_stages(self) -> list[Stage]:
+        recent = self._trace.take_recent()
+        return [s for s in self._open_stages.values() if any(x.key in recent for x in s.storages)]
+
+    def _is_complete(self, stage: Stage) -> bool:
+        names = self._names_of_group.get(stage.group.name)
+        if names is not None and not names <= self.loaded.shapes.keys():
+            return False
+        parameters = [s for s in stage.storages if s.primary.is_parameter]
+        return names is not None or (bool(parameters) and all(s.coverage.complete for s in parameters))
+
+    def _close(self, stage: Stage) -> None:
+        """Process one group; keep or commit its result, and show what it serves."""
+        with self._untraced(), self._timed("process"):
+            process_stage(stage, self._record, original_process_weights())
+        for storage in stage.storages:
+            storage.closed = True
+        del self._open_stages[id(stage)]
+        self._note_peak()
+        if stage.group.late:
+            self._late.append(stage)
+            return
+        with self._untraced():
+            stage.take_result()
+            self._keep(stage)
+
+    def _keep(self, stage: Stage) -> None:
+        """Commit a result at once or put it aside; staging that is not part of it is given back."""
+        commit = plan_commit(stage)
+        if self.policy == "streaming":
+            with self._timed("commit"):
+                self._apply(stage, commit)
+        else:
+            stage.release(commit.kept_storages(applied=False))
+            self._staged.append((stage, commit))
+
+    def _apply(self, stage: Stage, commit: Commit) -> None:
+        self.committed.append(stage.group.name)
+        self._moved += [path for _, _, path in commit.moves]
+        commit.apply()
+        self._record.native[stage.group.name] = commit.native
+        stage.release(commit.kept_storages(applied=True))
+        stage.drop()
+
+    def _process_rest(self) -> None:
+        for stage in list(self._open_stages.values()):
+            if stage.group.deferred:
+                continue
+            if stage.touched or any(layer.effect for layer in stage.group.layers):
+                self._close(stage)
+            else:
+                self._leave(stage)
+
+    def _leave(self, stage: Stage) -> None:
+        stage.served.show()
+        del self._open_stages[id(stage)]
+        stage.drop()
+
+    def _process_tail(self) -> None:
+        """Attention layers and the model's own hook, with every layer showing its new values."""
+        shown = [stage for stage, _ in self._staged if stage.result is not None]
+        deferred = list(self._open_stages.values())
+        done: list[Stage] = []
+        try:
+            for stage in shown:
+                stage.result.show()  # type: ignore[union-attr]
+            for stage in deferred:
+                with self._timed("process"):
+                    process_stage(stage, self._record, original_process_weights())
+                self._note_peak()
+            with self._timed("process"):
+                process_tail(self.model, self._record, original_process_weights())
+            done = deferred + self._late
+        finally:
+            for stage in shown:
+                stage.served.show()
+        for stage in done:
+            self._open_stages.pop(id(stage), None)
+        self._late = []
+        for stage in done:
+            stage.take_result()
+        for stage in done:
+            self._keep(stage)
+
+    # -- small things -----------------------------------------------------------------------------
+
+    def _load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> Any:
+        return type(self.model).load_weights(self.model, weights)  # type: ignore[operator]
+
+    def _rule_of(self, name: str, shape: tuple[int, ...]) -> str | None:
+        if name in self._also_ignored:
+            return "also in the engine's own checkpoint and unused there"
+        config = self._record.model_config
+        if config is None:
+            return None
+        parallel = getattr(self._record.vllm_config, "parallel_config", None)
+        world = getattr(parallel, "world_size", 1)
+        return ignorable(name, shape, config.hf_config, config.quantization is not None, world)
+
+    def _make_report(self, kept: dict[str, str], ignored: dict[str, str]) -> ReloadReport:
+        self._record.version += 1
+        seconds = dict(self._seconds)
+        seconds["load"] = max(0.0, seconds.get("load", 0.0) - self._inside_load)
+        seconds["total"] = time.perf_counter() - self._started
+        return ReloadReport(
+            source=self.source,
+            policy=self.policy,
+            tensors=len(self.loaded.shapes),
+            nbytes=self.loaded.nbytes,
+            layers=len(self.committed),
+            kept=kept,
+            ignored=ignored,
+            moved=tuple(self._moved),
+            staging_bytes=self._peak,
+            seconds=seconds,
+            version=self._record.version,
+        )
+
+    def _note_peak(self) -> None:
+        held = sum(s.nbytes for s in self._trace.storages.values() if s.materialised)
+        self._peak = max(self._peak, held + sum(commit.nbytes for _, commit in self._staged))
+
+    @contextlib.contextmanager
+    def _context(self) -> Iterator[None]:
+        config = self._record.model_config
+        with _vllm.loading_context(self._record.vllm_config, getattr(config, "dtype", None)):
+            yield
+
+    @contextlib.contextmanager
+    def _untraced(self) -> Iterator[None]:
+        with torch.utils._python_dispatch._disable_current_modes():
+            yield
+
+    _inside_load = 0.0
+    _depth = 0
+
+    @contextlib.contextmanager
+    def _timed(self, stage: str) -> Iterator[None]:
+        start = time.perf_counter()
+        self._depth += 1
+        try:
+            yield
+        finally:
+            self._depth -= 1
+            spent = time.perf_counter() - start
+            self._seconds[stage] += spent
+            if self._depth == 1:
+                self._inside_load += spent
+
+    def _require(self, state: State) -> None:
+        if self.state is not state:
+            raise SessionError(
+                f"This needs a session that is {state.value}; it is {self.state.value}. "
+                "Make a new ReloadSession for the next reload."
+            )
+
+
+def complete_record_of(model: nn.Module) -> ModelRecord:
+    """The model's record; raises NotRecordedError when there is none or it is not complete."""
+    record = record_of(model)
+    if record is None or not record.complete:
+        raise NotRecordedError(
+            f"{type(model).__name__} has no recorded load format, so its weights cannot be reloaded. Install "
+            "the plugin (entry point group vllm.general_plugins) in the process that builds the model, or call "
+            "record_for_reloading(model) right after it is constructed and before its weights are processed."
+        )
+    return record
+
+
+_original: list[ProcessWeights] = []
+
+
+def use_process_weights(original: ProcessWeights | None) -> None:
+    """Tell the session which function is vLLM's own PWAL (the plugin patches the name)."""
+    _original[:] = [] if original is None else [original]
+
+
+def original_process_weights() -> ProcessWeights:
+    """vLLM's whole-model ``process_weights_after_loading``, unpatched."""
+    if _original:
+        return _original[0]
+    found: ProcessWeights = _vllm.get(_vllm.LOADER_UTILS, "process_weights_after_loading")
+    return found
+
+
+def _wraps(current: nn.Module | None, original: nn.Module) -> bool:
+    return current is not None and current is not original and any(m is original for m in current.modules())
+
+
+def _shared_tensors(record: ModelRecord) -> frozenset[int]:
+    """Tensors (by record) that several groups hold and that are nobody's parameter: left alone."""
+    seen: set[int] = set()
+    shared: set[int] = set()
+    for group in record.groups:
+        own = {id(t) for t in group.tensors}
+        shared |= own & seen
+        seen |= own
+    return frozenset(shared)
+
+
+def _served_storages(stages: list[Stage]) -> dict[int, str]:
+    """Storages of everything that is served, to keep loaders away from them."""
+    found: dict[int, str] = {}
+    for stage in stages:
+        for state in stage.served.tensors.values():
+            found[storage_id(state.data) or 0] = stage.group.name
+        for _, contents in stage.served.contents:
+            for key, value in contents.items():
+                if isinstance(value, torch.Tensor) and (stored := storage_id(value)):
+                    found[stored] = f"{stage.group.name}.{key[1]}"
+    staged = {storage.key for stage in stages for storage in stage.storages}
+    return {key: name for key, name in found.items() if key and key not in staged}

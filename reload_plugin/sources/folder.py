@@ -1,0 +1,82 @@
+"""A folder (or file) of weights, by the rules a cold start uses to find them."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from .. import _vllm
+from ..errors import ReloadError, SourceError
+from .base import Source, TensorInfo
+from .safetensors_files import SafetensorsSource
+
+NEXT = "Give a folder of safetensors files (model.safetensors, or files with an index)."
+
+
+class EngineReaderSource:
+    """Anything else that vLLM's own default loader reads; its names are known only while it is read."""
+
+    def __init__(self, vllm_config: Any, model_config: Any, model: nn.Module, path: str) -> None:
+        self.description = path
+        self._arguments = (vllm_config, model_config, model, path)
+
+    def infos(self) -> Sequence[TensorInfo] | None:
+        return None
+
+    def read(self, order: Sequence[str] | None = None) -> Iterator[tuple[str, torch.Tensor]]:
+        assert order is None, "a source without a listing has one order"
+        return _vllm.all_weights(*self._arguments)
+
+    def unchanged(self) -> bool:
+        return False
+
+
+def open_folder(path: str, vllm_config: Any, model_config: Any, model: nn.Module) -> Source:
+    """The weights a cold start on ``path`` would load.
+
+    Args:
+        path: local folder, single safetensors file, or the name of a repository that vLLM resolves.
+        vllm_config: config of the engine; its load config says which files count.
+        model_config: config of the model being reloaded.
+        model: the model; some name patterns of their own.
+
+    Raises:
+        SourceError: nothing is there, or not whole.
+
+    """
+    if os.path.isfile(path) and path.endswith(".safetensors"):
+        return SafetensorsSource([path], path)
+    if os.path.isdir(path):
+        _check_index(path)
+    elif os.path.isabs(path) or path.startswith(".") or os.path.exists(path) or path.count("/") != 1:
+        raise SourceError(f"There is no folder {path}. {NEXT}")
+    try:
+        files = _vllm.weight_files(vllm_config, model_config, model, path)
+    except ReloadError:
+        raise
+    except Exception as error:
+        raise SourceError(f"{path} holds no weights that vLLM finds: {error}. {NEXT}") from error
+    special = bool(getattr(model, "secondary_weights", ()))
+    if special or not all(file.endswith(".safetensors") for file in files):
+        return EngineReaderSource(vllm_config, model_config, model, path)
+    return SafetensorsSource(files, path)
+
+
+def _check_index(path: str) -> None:
+    """An index that names files which are not there is a half-written folder."""
+    index = os.path.join(path, "model.safetensors.index.json")
+    if not os.path.exists(index):
+        return
+    try:
+        with open(index, encoding="utf-8") as handle:
+            files = set(json.load(handle)["weight_map"].values())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise SourceError(f"{index} is not a safetensors index: {type(error).__name__}: {error}.") from error
+    missing = sorted(str(file) for file in files if not os.path.exists(os.path.join(path, str(file))))
+    if missing:
+        raise SourceError(f"{index} names {missing[0]} and {len(missing) - 1} more files that are not there.")

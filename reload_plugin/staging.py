@@ -1,0 +1,306 @@
+"""One group of layers between the state it serves and its load format, and back.
+
+A stage holds up to three states of the same objects: *served* (what the engine answers with),
+*load format* (what loaders write into) and *result* (what processing made of it). Showing one of
+them puts it on the live objects; nothing is copied. Placeholders have the load format's shape and
+device but no memory until somebody touches them.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from .errors import UnsupportedError
+from .formats import AsServed, Constant, Coverage, Geometry, TensorFormat, Uninitialised, Values
+from .holders import Contents, Key, put_back, read, write
+from .record import Group, HolderRecord, TensorRecord
+
+POISON = "RELOAD_PLUGIN_POISON"
+"""Environment variable: fill staging that nobody wrote yet with NaN (or the largest integer)."""
+
+
+@dataclass(eq=False)
+class TensorState:
+    """What one tensor object is made of; the object itself stays the same."""
+
+    tensor: torch.Tensor
+    data: torch.Tensor
+    cls: type[torch.Tensor]
+    attributes: dict[str, Any]
+
+    @staticmethod
+    def of(tensor: torch.Tensor) -> TensorState:
+        return TensorState(tensor, tensor.data, type(tensor), dict(tensor.__dict__))
+
+    def show(self) -> None:
+        """Make the object this again."""
+        self.tensor.data = self.data
+        self.tensor.__class__ = self.cls
+        self.tensor.__dict__ = dict(self.attributes)
+
+
+@dataclass(eq=False)
+class State:
+    """A whole state of a group: what its holders hold and what its tensors are made of."""
+
+    contents: list[tuple[object, Contents]]
+    tensors: dict[int, TensorState]
+
+    def show(self) -> None:
+        for holder, contents in self.contents:
+            put_back(holder, contents)
+        for state in self.tensors.values():
+            state.show()
+
+    def data_of(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The data ``tensor`` has in this state (its present data if this state says nothing)."""
+        state = self.tensors.get(id(tensor))
+        return tensor.data if state is None else state.data
+
+
+class StagedStorage:
+    """Load-format memory for all tensors that are views of one storage. Allocated on first touch."""
+
+    def __init__(self, records: list[TensorRecord], device: torch.device) -> None:
+        self.records = records
+        self.primary = max(records, key=lambda r: (r.is_parameter, r.format.nbytes))
+        self.coverage = Coverage(self.primary.format.geometry)
+        self.nbytes = max(_end(r.format) for r in records)
+        whole = torch.empty(self.nbytes, dtype=torch.uint8, device=device)
+        self.storage = whole.untyped_storage()
+        self.views = {id(r): self._view(r.format, device) for r in records}
+        self.storage.resize_(0)
+        self.materialised = False
+        self.closed = False
+        """Its group is processed: nothing may be written to it any more."""
+        self.served: dict[int, torch.Tensor] = {}
+
+    @property
+    def key(self) -> int:
+        return int(self.storage._cdata)
+
+    def _view(self, fmt: TensorFormat, device: torch.device) -> torch.Tensor:
+        geometry = fmt.geometry
+        empty = torch.empty(0, dtype=fmt.dtype, device=device)
+        return empty.set_(self.storage, geometry.offset, geometry.size, geometry.stride)
+
+    def materialise(self, initialise: bool = True) -> None:
+        """Allocate, and write what the constructor would have left there."""
+        if self.materialised:
+            return
+        self.materialised = True
+        self.storage.resize_(self.nbytes)
+        if not initialise:
+            return
+        if os.environ.get(POISON):
+            _poison(self.views[id(self.primary)])
+        for record in self.records:
+            self._initialise(record)
+
+    def release(self) -> None:
+        """Give the memory back, also under views that a loader still holds."""
+        self.materialised = False
+        self.storage.resize_(0)
+
+    def _initialise(self, record: TensorRecord) -> None:
+        view, initial = self.views[id(record)], record.format.initial
+        if isinstance(initial, Constant):
+            view.fill_(initial.value)
+        elif isinstance(initial, Values):
+            view.copy_(initial.tensor)
+        elif isinstance(initial, AsServed):
+            served = self.served.get(id(record))
+            if served is not None and served.shape == view.shape and served.dtype == view.dtype:
+                view.copy_(served)
+        else:
+            assert isinstance(initial, Uninitialised)
+
+
+def _end(fmt: TensorFormat) -> int:
+    g = fmt.geometry
+    if g.numel == 0:
+        return g.offset * fmt.dtype.itemsize
+    last = g.offset + sum((n - 1) * s for n, s in zip(g.size, g.stride, strict=True))
+    return (last + 1) * fmt.dtype.itemsize
+
+
+def _poison(view: torch.Tensor) -> None:
+    if view.dtype.is_floating_point or view.dtype.is_complex:
+        view.fill_(float("nan"))
+    elif view.dtype != torch.bool:
+        view.fill_(torch.iinfo(view.dtype).max)
+
+
+class Stage:
+    """A group while it is being reloaded. ``enter`` first; ``served.show()`` undoes everything."""
+
+    def __init__(self, group: Group, target_device: torch.device, shared: frozenset[int]) -> None:
+        self.group = group
+        self.storages: list[StagedStorage] = []
+        self._device = target_device
+        self._shared = shared
+        self._objects: dict[int, torch.Tensor] = {}
+        self._shelf: State | None = None
+        self.served = State([], {})
+        self.result: State | None = None
+        self.processed = False
+        self.captured: list[torch.Tensor] = []
+        """Tensors that native code was given while the group was processed."""
+
+    @property
+    def layers(self) -> list[tuple[str, nn.Module]]:
+        alive = [(layer.name, layer.ref()) for layer in self.group.layers]
+        return [(name, module) for name, module in alive if module is not None]
+
+    # -- entering ---------------------------------------------------------------------------------
+
+    def enter(self) -> None:
+        """Put the group's layers into load format, without memory. Undone by ``served.show()``."""
+        holders = self._alive_holders()
+        self.served = State([(held, read(held)) for _, held in holders], {})
+        places = self._places(holders)
+        records = list({id(record): record for _, _, record in places}.values())
+        self._make_storages(records)
+        for record in records:
+            self._resolve(record)
+        for holder, held in holders:
+            for key, before in holder.undo.items():
+                if not isinstance(before, TensorRecord):
+                    write(held, key, before)
+        for held, key, record in places:
+            write(held, key, self._objects[id(record)])
+
+    def _alive_holders(self) -> list[tuple[HolderRecord, object]]:
+        found = []
+        for layer in self.group.layers:
+            if layer.ref() is None:
+                continue
+            for holder in layer.holders:
+                held = holder.ref()
+                if held is not None:
+                    found.append((holder, held))
+        return found
+
+    def _places(
+        self, holders: list[tuple[HolderRecord, object]]
+    ) -> list[tuple[object, Key, TensorRecord]]:
+        """Where load-format tensors go: where PWAL changed them, and where they still are."""
+        places = []
+        for (holder, held), (_, contents) in zip(holders, self.served.contents, strict=True):
+            for key, record in holder.constructed.items():
+                if key in holder.undo:
+                    places.append((held, key, record))
+                    continue
+                tensor = record.ref()
+                in_place = tensor is not None and contents.get(key) is tensor
+                if in_place and id(record) not in self._shared:
+                    places.append((held, key, record))
+        return places
+
+    def _make_storages(self, records: list[TensorRecord]) -> None:
+        by_storage: dict[tuple[int, torch.device], list[TensorRecord]] = {}
+        for record in records:
+            if not is_wrapper(record):
+                device = self._device if record.format.device.type == "meta" else record.format.device
+                by_storage.setdefault((record.storage, device), []).append(record)
+        self.storages = [StagedStorage(found, device) for (_, device), found in by_storage.items()]
+
+    def _resolve(self, record: TensorRecord) -> None:
+        """Find or make the object of a load-format tensor and give it its placeholder."""
+        if is_wrapper(record):
+            self._objects[id(record)] = _copy_of_wrapper(record)
+            return
+        storage = next(s for s in self.storages if id(record) in s.views)
+        view, fmt = storage.views[id(record)], record.format
+        tensor = record.ref()
+        if tensor is not None and tensor.device == view.device and not is_traceable_wrapper_subclass(tensor):
+            state = TensorState.of(tensor)
+            self.served.tensors[id(tensor)] = state
+            storage.served[id(record)] = state.data
+            tensor.data = view
+        elif issubclass(fmt.cls, nn.Parameter):
+            tensor = nn.Parameter(view, requires_grad=fmt.requires_grad)
+        else:
+            tensor = view
+        tensor.__class__ = fmt.cls
+        tensor.__dict__ = dict(fmt.attributes)
+        self._objects[id(record)] = tensor
+
+    # -- moving between states --------------------------------------------------------------------
+
+    def object_of(self, record: TensorRecord) -> torch.Tensor | None:
+        """The load-format object of a record while the group is entered."""
+        return self._objects.get(id(record))
+
+    def capture(self) -> State:
+        """The state the group is in now."""
+        contents = [(held, read(held)) for held, _ in self.served.contents]
+        return State(contents, {id(t): TensorState.of(t) for t in self._objects.values()})
+
+    def hide(self) -> None:
+        """Show the served state; ``unhide`` goes on where this left off."""
+        self._shelf = self.capture()
+        self.served.show()
+
+    def unhide(self) -> None:
+        assert self._shelf is not None, "only a hidden stage can be shown again"
+        self._shelf.show()
+        self._shelf = None
+
+    @property
+    def hidden(self) -> bool:
+        return self._shelf is not None
+
+    def take_result(self) -> None:
+        """Keep the present state as the result of processing and show the served one."""
+        self.result = self.capture()
+        self.served.show()
+
+    def release(self, keep: set[int]) -> None:
+        """Give back all staging but the storages whose identity is in ``keep``."""
+        for storage in self.storages:
+            if storage.key not in keep:
+                storage.release()
+
+    def drop(self) -> None:
+        """Forget everything that is not served."""
+        self.result = self._shelf = None
+        self._objects = {}
+        self.storages = []
+        self.captured = []
+        self.served = State([], {})
+
+    def materialise(self) -> None:
+        """Give every load-format tensor its memory and initial values."""
+        for storage in self.storages:
+            storage.materialise()
+
+    @property
+    def touched(self) -> bool:
+        return any(storage.coverage.touched for storage in self.storages)
+
+
+def is_wrapper(record: TensorRecord) -> bool:
+    """Whether a record describes a tensor subclass that wraps other tensors (torchao)."""
+    plain = Geometry(0, record.format.shape, (0,) * len(record.format.shape))
+    return record.format.geometry == plain and record.format.geometry.numel > 1
+
+
+def _copy_of_wrapper(record: TensorRecord) -> torch.Tensor:
+    tensor = record.ref()
+    if tensor is None:
+        raise UnsupportedError(
+            f"{record.name} is a {record.format.cls.__name__} that no longer exists, and its load format "
+            "cannot be rebuilt from a description. The engine serves what it served before."
+        )
+    copy = tensor.detach().clone()
+    if isinstance(tensor, nn.Parameter):
+        copy = nn.Parameter(copy, requires_grad=tensor.requires_grad)
+    copy.__dict__.update(record.format.attributes)
+    return copy
