@@ -6,6 +6,8 @@ Names are looked up when they are used, so importing this module imports no part
 from __future__ import annotations
 
 import contextlib
+import copy
+import dataclasses
 import importlib
 import importlib.metadata
 import sys
@@ -23,26 +25,31 @@ LOADER_UTILS = "vllm.model_executor.model_loader.utils"
 RELOAD = "vllm.model_executor.model_loader.reload"
 LAYERWISE = RELOAD + ".layerwise"
 INPLACE = RELOAD + ".inplace"
-TORCHAO = RELOAD + ".torchao_decorator"
 ATTENTION = "vllm.model_executor.layers.attention"
-BASE_CONFIG = "vllm.model_executor.layers.quantization.base_config"
+DUMMY = "vllm.model_executor.model_loader.dummy_loader"
+WEIGHT_UTILS = "vllm.model_executor.model_loader.weight_utils"
 TORCH_UTILS = "vllm.utils.torch_utils"
+
+RUNNERS = (
+    ("vllm.v1.worker.gpu_model_runner", "GPUModelRunner"),
+    ("vllm.v1.worker.gpu.model_runner", "GPUModelRunner"),
+)
+"""Both model runners, as (module, class); the CPU runners derive from them."""
+WORKER = ("vllm.v1.worker.gpu_worker", "Worker")
 
 SEAMS: tuple[tuple[str, str], ...] = (
     (LOADER_UTILS, "initialize_model"),
     (LOADER_UTILS, "process_weights_after_loading"),
     (LAYERWISE, "initialize_layerwise_reload"),
     (LAYERWISE, "finalize_layerwise_reload"),
-    (LAYERWISE, "_get_original_loader"),
     (INPLACE, "reload_weights"),
     (ATTENTION, "is_deferred_attention_layer"),
-    (BASE_CONFIG, "QuantizeMethodBase"),
+    (WEIGHT_UTILS, "default_weight_loader"),
     (TORCH_UTILS, "set_default_torch_dtype"),
     ("vllm.config", "set_current_vllm_config"),
     ("vllm.config", "get_current_vllm_config_or_none"),
-    ("vllm.model_executor.model_loader", "get_model_loader"),
     ("vllm.model_executor.model_loader.default_loader", "DefaultModelLoader"),
-    ("vllm.v1.worker.gpu_worker", "Worker"),
+    (DUMMY, "DummyModelLoader"),
 )
 """Every symbol leaned on, as (module, name); the contract test checks each one."""
 
@@ -98,6 +105,12 @@ def unwrap_weight_loader(loader: Callable[..., Any]) -> Callable[..., Any]:
     """The model's own ``weight_loader`` without vLLM's layer-by-layer wrapper around it."""
     while getattr(loader, "__name__", "") == "online_process_loader":
         loader = loader.__wrapped__  # type: ignore[attr-defined]
+    return loader
+
+
+def default_weight_loader() -> Callable[..., Any]:
+    """What loads a parameter that has no loader of its own."""
+    loader: Callable[..., Any] = get(WEIGHT_UTILS, "default_weight_loader")
     return loader
 
 
@@ -181,18 +194,34 @@ def all_weights(vllm_config: Any, model_config: Any, model: nn.Module, path: str
     """vLLM's own iterator over the weights in ``path`` (any format its default loader reads)."""
     loader_cls = get("vllm.model_executor.model_loader.default_loader", "DefaultModelLoader")
     loader = loader_cls(_disk_load_config(vllm_config.load_config))
-    import copy
-
     config = copy.copy(model_config)
     config.model, config.model_weights, config.revision = path, "", None
     return iter(loader.get_all_weights(config, model))
 
 
+def starts_from_files(vllm_config: Any) -> bool:
+    """Whether the engine's cold start reads weight files through vLLM's default loader."""
+    return vllm_config is not None and vllm_config.load_config.load_format in _READABLE
+
+
+def starts_from_dummy(vllm_config: Any) -> bool:
+    """Whether the engine's cold start fills the model with vLLM's dummy weights."""
+    return vllm_config is not None and vllm_config.load_config.load_format == "dummy"
+
+
+def load_dummy(vllm_config: Any, model_config: Any, model: nn.Module) -> None:
+    """Write vLLM's dummy weights (the same every time) into a model in load format."""
+    loader = get(DUMMY, "DummyModelLoader")(vllm_config.load_config)
+    loader.load_weights(model, model_config)
+
+
+_READABLE = frozenset(
+    {"auto", "hf", "safetensors", "pt", "mistral", "npcache", "fastsafetensors", "instanttensor"}
+)
+
+
 def _disk_load_config(load_config: Any) -> Any:
     """The engine's load config, or the default one when the engine did not start from files."""
-    import dataclasses
-
-    readable = {"auto", "hf", "safetensors", "pt", "mistral", "npcache", "fastsafetensors", "instanttensor"}
-    if load_config.load_format in readable:
+    if load_config.load_format in _READABLE:
         return load_config
     return dataclasses.replace(load_config, load_format="auto", model_loader_extra_config={})

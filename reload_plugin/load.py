@@ -182,6 +182,7 @@ class LoadTrace(TorchDispatchMode):
             raise LateWriteError(self._late(storage.primary.name))
         if func is torch.ops.aten.copy_.default:
             self._check_copy(name, target, args[1], storage)
+        name = name or storage.primary.name
         self._recent.add(key)
         region = storage.coverage.add(_in_elements_of(target, storage))
         self.loaded.slots.setdefault(name, []).append(Slot(name, storage.primary.name, region))

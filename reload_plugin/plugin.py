@@ -5,8 +5,9 @@ from __future__ import annotations
 import functools
 import logging
 import os
+import sys
 from collections.abc import Callable, Iterable
-from types import ModuleType
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,7 +20,8 @@ logger = logging.getLogger("vllm.reload_plugin")
 OFF_SWITCH = "RELOAD_PLUGIN"
 """Environment variable: ``0`` leaves vLLM as it was."""
 
-_patches: list[tuple[ModuleType, str, object]] = []
+_patches: list[tuple[Any, str, object]] = []
+"""(module or class, name, what was there before)"""
 _constructing = 0
 
 
@@ -126,8 +128,62 @@ def _recording_processing(original: Callable[..., None]) -> Callable[..., None]:
         with TailWatch(model, record) as watch:
             original(model, model_config, target_device)
         finish_record(record, watch.before_tail, model_config, target_device)
+        record.start_stamps = _stamps(record.vllm_config, model_config)
+        _patch_workers()
 
     return process_weights_after_loading
+
+
+def _stamps(vllm_config: Any, model_config: Any) -> dict[str, tuple[int, int, int]] | None:
+    """Size, time and inode of the weight files this engine has just started from."""
+    from .errors import SourceError
+    from .sources.safetensors_files import stamp_of
+
+    folder = Path(getattr(model_config, "model", ""))
+    if not _vllm.starts_from_files(vllm_config) or not folder.is_dir():
+        return None
+    try:
+        return {str(file): stamp_of(str(file)) for file in sorted(folder.glob("*.safetensors"))}
+    except SourceError:
+        return None
+
+
+def _patch_workers() -> None:
+    """Patch the runners and the worker of this process, now that vLLM has imported them."""
+    for module, cls in _vllm.RUNNERS:
+        _replace_method(module, cls, "reload_weights", _runner_reloading)
+    _replace_method(*_vllm.WORKER, "execute_model", _guarding)
+
+
+def _replace_method(module: str, cls: str, name: str, wrap: Callable[..., Any]) -> None:
+    owner = getattr(sys.modules.get(module), cls, None)
+    if owner is None or any(where is owner and what == name for where, what, _ in _patches):
+        return
+    original = getattr(owner, name)
+    setattr(owner, name, functools.wraps(original)(wrap(original)))
+    _patches.append((owner, name, original))
+
+
+def _runner_reloading(original: Callable[..., Any]) -> Callable[..., Any]:
+    """A runner's ``reload_weights`` that also takes the older name of ``is_checkpoint_format``."""
+
+    def reload_weights(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if "process_weights_after_loading" in kwargs:
+            kwargs["is_checkpoint_format"] = kwargs.pop("process_weights_after_loading")
+        return original(self, *args, **kwargs)
+
+    return reload_weights
+
+
+def _guarding(original: Callable[..., Any]) -> Callable[..., Any]:
+    """The worker's forward pass, which never runs on half-loaded weights."""
+    from .reload import before_serving
+
+    def execute_model(self: Any, *args: Any, **kwargs: Any) -> Any:
+        before_serving()
+        return original(self, *args, **kwargs)
+
+    return execute_model
 
 
 def _reloading(original: Callable[..., None]) -> Callable[..., None]:

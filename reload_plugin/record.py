@@ -197,6 +197,8 @@ class ModelRecord:
     """A Source that would give the served weights again, if there is one."""
     learnt: dict[str, frozenset[str]] | None = None
     """Group name -> weights that went into it at the last good reload."""
+    start_stamps: dict[str, tuple[int, int, int]] | None = None
+    """Weight file -> size, time and inode when the engine had just started from it."""
     start_names: frozenset[str] | None = None
     """Names in the checkpoint the engine started with."""
     start_coverage: dict[str, str] | None = None

@@ -93,7 +93,8 @@ def restore_for_reloading(model: nn.Module) -> Iterator[ReloadSession]:
     session = _session(model, record, "model.load_weights", "staged", None)
     with session:
         session.take_over()
-        yield session
+        with session.loading():
+            yield session
         session.finish()
     _after_commit(record, None, session)
 
@@ -119,6 +120,7 @@ def open_layerwise(model: nn.Module) -> None:
     session.open()
     session.take_over()
     record.session = session
+    _attention.add(record)
 
 
 def finish_layerwise(model: nn.Module) -> ReloadReport:
@@ -128,6 +130,7 @@ def finish_layerwise(model: nn.Module) -> ReloadReport:
     if session is None:
         raise ReloadError(f"No weight update is open: none was started, or it failed. {SERVES_OLD}")
     record.session = None
+    _attention.discard(record)
     try:
         report: ReloadReport = session.finish()
     finally:
@@ -142,6 +145,27 @@ def abandon_open_session(record: ModelRecord) -> None:
         logger.warning("A weight update that was started and never finished is abandoned.")
         record.session.abort()
         record.session = None
+        _attention.discard(record)
+
+
+_attention: set[ModelRecord] = set()
+"""Records with an open weight update or a broken model; nearly always empty."""
+
+
+def before_serving() -> None:
+    """Called before every forward pass: an open update steps aside, a broken model refuses.
+
+    Raises:
+        EngineBrokenError: the model holds a mixture of two generations.
+
+    """
+    for record in list(_attention):
+        if record.session is not None:
+            record.session.hide()
+        if record.broken is not None:
+            raise EngineBrokenError(
+                f"The engine does not serve: {record.broken}. Reload a complete checkpoint to heal it."
+            )
 
 
 # -- from an iterator, from a source --------------------------------------------------------------
@@ -163,7 +187,7 @@ def _reload_from_source(
     plan = _plan_for(model, record, source)
     if plan is not None:
         plan.raise_problems(source.description)
-    restorable = plan is not None and record.last_good is not None and record.last_good.unchanged()
+    restorable = plan is not None and _can_bring_back(model, record)
     policy: Policy = "streaming" if restorable and not whole_model else "staged"
     session = _session(model, record, source.description, policy, plan, whole_model)
     try:
@@ -249,23 +273,55 @@ def _after_commit(record: ModelRecord, source: Source | None, session: ReloadSes
     record.last_good = source
     record.learnt = session.learnt()
     record.broken = None
+    _attention.discard(record)
+
+
+def _can_bring_back(model: nn.Module, record: ModelRecord) -> bool:
+    """Whether the served weights could be loaded again, should a reload fail half way."""
+    if record.version == 0 and record.last_good is None:
+        record.last_good = _start_generation(model, record)
+    good = record.last_good
+    return good is not None and bool(good.unchanged())
+
+
+class DummyWeights:
+    """The weights of an engine started with ``load_format=dummy``: made anew, the same every time."""
+
+    description = "vLLM's dummy weights"
+
+    def unchanged(self) -> bool:
+        return True
+
+
+def _start_generation(model: nn.Module, record: ModelRecord) -> Source | DummyWeights | None:
+    """What a cold start loaded, if it can be loaded again."""
+    if _vllm.starts_from_dummy(record.vllm_config):
+        return DummyWeights()
+    source = _start_source(model, record) if _vllm.starts_from_files(record.vllm_config) else None
+    same = source is not None and getattr(source, "stamps", None) == record.start_stamps
+    return source if same else None
 
 
 def _bring_back(model: nn.Module, record: ModelRecord) -> None:
-    """Some layers were committed and then the reload failed: load the last good source again."""
-    source = record.last_good
-    record.broken = "a reload failed after some of its layers were committed"
+    """Some layers were committed and then the reload failed: load the last good weights again."""
+    good = record.last_good
     try:
-        if source is None or not source.unchanged():
+        if good is None or not good.unchanged():
             raise SourceError("the weights served before are gone")
-        with _session(model, record, source.description, "streaming", None) as session:
-            session.load(source.read())
-            session.finish()
+        with _session(model, record, good.description, "streaming", None) as session:
+            if isinstance(good, DummyWeights):
+                with session.loading():
+                    _vllm.load_dummy(record.vllm_config, record.model_config, model)
+                session.finish(check=False)
+            else:
+                session.load(good.read())
+                session.finish()
     except BaseException as error:
-        record.broken = f"a reload failed half way, and the old weights could not be read again: {error}"
+        record.broken = f"a reload failed half way and the weights served before could not be read: {error}"
+        _attention.add(record)
         raise EngineBrokenError(
             f"The engine holds a mixture of two generations and refuses to serve: {record.broken}. "
             "Reload a complete checkpoint to heal it."
         ) from error
-    record.broken = None
+    record.version -= 1
     logger.warning("A reload failed after some layers were committed; the old weights were read again.")

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import enum
+import functools
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -97,7 +98,7 @@ class ReloadSession:
         self._stages: list[Stage] = []
         self._open_stages: dict[int, Stage] = {}
         self._entered = False
-        self._took_over = False
+        self._shown = False
         self._staged: list[tuple[Stage, Commit]] = []
         self._late: list[Stage] = []
         self._tree: list[tuple[nn.Module, dict[str, nn.Module | None]]] = []
@@ -129,12 +130,7 @@ class ReloadSession:
         self.state = State.OPEN
 
     def load(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str] | None:
-        """Load some of the weights. When this returns, the old weights are served.
-
-        Returns:
-            What the model's ``load_weights`` returned: names of parameters it loaded.
-
-        """
+        """Load some of the weights. Returns what the model's ``load_weights`` returned."""
         returned: list[Any] = []
         with self.loading():
             feed = Feed(weights, self._trace, self._close_complete)
@@ -144,21 +140,58 @@ class ReloadSession:
 
     @contextlib.contextmanager
     def loading(self) -> Iterator[None]:
-        """The model in load format; every exit puts the served state back."""
+        """The model in load format, watched. May be nested; the outermost exit shows the served state
+        again, unless ``show`` was called before."""
+        if self.state is State.LOADING:
+            yield
+            return
         self._require(State.OPEN)
+        shown = self._shown
         self.state = State.LOADING
         try:
             with self._context():
-                self._show_load_format()
+                self.show()
                 with self._trace:
                     yield
         finally:
-            self._show_served()
+            if not shown:
+                self.hide()
             if self.state is State.LOADING:
                 self.state = State.OPEN
 
-    def finish(self) -> ReloadReport:
+    def show(self) -> None:
+        """Put the model into load format. It cannot serve until ``hide``."""
+        if self._shown:
+            return
+        self._shown = True
+        self._restore_tree()
+        if self._entered:
+            for stage in (*self._open_stages.values(), *self._late):
+                stage.unhide()
+            return
+        self._entered = True
+        for stage in self._stages:
+            self._open_stages[id(stage)] = stage
+            stage.enter()
+            self._trace.watch(stage.storages)
+        self._trace.protected = _served_storages(self._stages)
+
+    def hide(self) -> None:
+        """Show the served weights; what was loaded so far is kept for the next ``show``."""
+        for stage in (*self._open_stages.values(), *self._late):
+            if not stage.hidden:
+                stage.hide()
+        for parent, children in self._tree:
+            parent._modules.clear()
+            parent._modules.update(children)
+        self._tree = []
+        self._shown = False
+
+    def finish(self, check: bool = True) -> ReloadReport:
         """Check that everything came, process what is left, and commit.
+
+        Args:
+            check: False takes the weights as they are, for a source that is known to be whole.
 
         Raises:
             WeightsError: lists all that does not fit; nothing was committed under ``staged``.
@@ -166,11 +199,11 @@ class ReloadSession:
 
         """
         self._require(State.OPEN)
-        kept, ignored = self.check()
+        kept, ignored = self.check() if check else ({}, {})
         self.state = State.PROCESSING
         try:
             with self._context():
-                self._show_load_format()
+                self.show()
                 self._process_rest()
                 self._process_tail()
             with self._timed("commit"):
@@ -178,7 +211,7 @@ class ReloadSession:
                     self._apply(stage, commit)
             self.state = State.COMMITTED
         finally:
-            self._show_served()
+            self.hide()
             if self.state is State.PROCESSING:
                 self.state = State.OPEN
         self.report = self._make_report(kept, ignored)
@@ -187,7 +220,7 @@ class ReloadSession:
 
     def check(self) -> tuple[dict[str, str], dict[str, str]]:
         """Account for every slot; returns (kept, ignored). Raises WeightsError with all offenders."""
-        if not self.loaded.shapes and not self.problems:
+        if not self.loaded.shapes and not self.loaded.slots and not self.problems:
             raise SourceError(f"{self.source} gave no weights. {SERVES_OLD}")
         kept, ignored = self.account()
         if self.problems:
@@ -220,48 +253,35 @@ class ReloadSession:
         """Forget the reload. The model serves what it served before. Harmless when it is over."""
         if self.state in (State.COMMITTED, State.ABORTED):
             return
-        self._show_served()
+        self.hide()
         self._drop()
         self.state = State.ABORTED
 
     # -- taking over model.load_weights -----------------------------------------------------------
 
     def take_over(self) -> None:
-        """From now on ``model.load_weights`` loads into this session. Undone by ``abort`` and ``finish``."""
+        """From now on the model's ``load_weights`` and its parameters' loaders load into this session."""
         self._require(State.OPEN)
+        self.show()
         _vllm.attach(self.model, "load_weights", self.load)
-        self._took_over = True
+        for stage in self._stages:
+            stage.wrap_loaders(self._watched)
+
+    def _watched(self, loader: Callable[..., Any]) -> Callable[..., Any]:
+        """A weight loader that loads into this session when it is called by itself."""
+
+        @functools.wraps(loader)
+        def watched(*args: Any, **kwargs: Any) -> Any:
+            with self.loading():
+                return loader(*args, **kwargs)
+
+        return watched
 
     def _hand_back(self) -> None:
-        if self._took_over:
-            self.model.__dict__.pop("load_weights", None)
-            self._took_over = False
+        if self.model.__dict__.get("load_weights") == self.load:
+            del self.model.__dict__["load_weights"]
 
     # -- states of the model ----------------------------------------------------------------------
-
-    def _show_load_format(self) -> None:
-        self._restore_tree()
-        if self._entered:
-            for stage in (*self._open_stages.values(), *self._late):
-                if stage.hidden:
-                    stage.unhide()
-            return
-        self._entered = True
-        for stage in self._stages:
-            self._open_stages[id(stage)] = stage
-            stage.enter()
-            self._trace.watch(stage.storages)
-        self._trace.protected = _served_storages(self._stages)
-
-    def _show_served(self) -> None:
-        """Whatever happened: every layer shows its served state and the module tree is whole."""
-        for stage in (*self._open_stages.values(), *self._late):
-            if not stage.hidden:
-                stage.hide()
-        for parent, children in self._tree:
-            parent._modules.clear()
-            parent._modules.update(children)
-        self._tree = []
 
     def _restore_tree(self) -> None:
         """Take wrappers that were put around layers after the start (LoRA) out of the module tree."""
@@ -309,6 +329,7 @@ class ReloadSession:
 
     def _close(self, stage: Stage) -> None:
         """Process one group; keep or commit its result, and show what it serves."""
+        stage.unwrap_loaders()
         with self._untraced(), self._timed("process"):
             process_stage(stage, self._record, original_process_weights())
         for storage in stage.storages:
@@ -363,6 +384,7 @@ class ReloadSession:
             for stage in shown:
                 stage.result.show()  # type: ignore[union-attr]
             for stage in deferred:
+                stage.unwrap_loaders()
                 with self._timed("process"):
                     process_stage(stage, self._record, original_process_weights())
                 self._note_peak()

@@ -9,6 +9,7 @@ device but no memory until somebody touches them.
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from . import _vllm
 from .errors import UnsupportedError
 from .formats import AsServed, Constant, Coverage, Geometry, TensorFormat, Uninitialised, Values
 from .holders import Contents, Key, put_back, read, write
@@ -150,6 +152,7 @@ class Stage:
         self.served = State([], {})
         self.result: State | None = None
         self.processed = False
+        self._wrapped = False
         self.captured: list[torch.Tensor] = []
         """Tensors that native code was given while the group was processed."""
 
@@ -231,6 +234,25 @@ class Stage:
         tensor.__class__ = fmt.cls
         tensor.__dict__ = dict(fmt.attributes)
         self._objects[id(record)] = tensor
+
+    def wrap_loaders(self, wrap: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+        """Put ``wrap`` around the weight loaders of the load-format tensors."""
+        for tensor in self._objects.values():
+            loader = tensor.__dict__.get("weight_loader", _vllm.default_weight_loader())
+            tensor.__dict__["weight_loader"] = wrap(loader)
+        self._wrapped = True
+
+    def unwrap_loaders(self) -> None:
+        """Undo ``wrap_loaders``, so that processing sees the tensors as a cold start does."""
+        if not self._wrapped:
+            return
+        self._wrapped = False
+        for record in self.group.tensors:
+            tensor = self._objects.get(id(record))
+            if tensor is not None:
+                tensor.__dict__.pop("weight_loader", None)
+                if "weight_loader" in record.format.attributes:
+                    tensor.__dict__["weight_loader"] = record.format.attributes["weight_loader"]
 
     # -- moving between states --------------------------------------------------------------------
 

@@ -63,9 +63,10 @@ class SafetensorsSource:
     def __init__(self, files: Sequence[str], description: str) -> None:
         self.description = description
         self._places: dict[str, _Place] = {}
-        self._stamps: dict[str, Stamp] = {}
+        self.stamps: dict[str, Stamp] = {}
+        """File -> size, time and inode when its header was read."""
         for file in files:
-            self._stamps[file] = _stamp(file)
+            self.stamps[file] = stamp_of(file)
             for place in _header(file):
                 if place.info.name in self._places:
                     other = self._places[place.info.name].file
@@ -94,17 +95,18 @@ class SafetensorsSource:
 
     def unchanged(self) -> bool:
         try:
-            return all(_stamp(file) == stamp for file, stamp in self._stamps.items())
+            return all(stamp_of(file) == stamp for file, stamp in self.stamps.items())
         except SourceError:
             return False
 
     def _check_unchanged(self) -> None:
-        for file, stamp in self._stamps.items():
-            if _stamp(file) != stamp:
+        for file, stamp in self.stamps.items():
+            if stamp_of(file) != stamp:
                 raise SourceError(f"{file} changed while it was read. Reload when the trainer has finished writing.")
 
 
-def _stamp(file: str) -> Stamp:
+def stamp_of(file: str) -> Stamp:
+    """Size, modification time (ns) and inode of a file: what tells that it was rewritten."""
     try:
         found = os.stat(file)
     except OSError as error:
