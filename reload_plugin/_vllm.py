@@ -101,11 +101,11 @@ def is_deferred_attention_layer(module: nn.Module) -> bool:
     return bool(get(ATTENTION, "is_deferred_attention_layer")(module))
 
 
-def unwrap_weight_loader(loader: Callable[..., Any]) -> Callable[..., Any]:
-    """The model's own ``weight_loader`` without vLLM's layer-by-layer wrapper around it."""
-    while getattr(loader, "__name__", "") == "online_process_loader":
-        loader = loader.__wrapped__  # type: ignore[attr-defined]
-    return loader
+def unwrap_weight_loader(value: Any) -> Any:
+    """A parameter's attribute; a loader without vLLM's layer-by-layer wrapper around it."""
+    while getattr(value, "__name__", "") == "online_process_loader":
+        value = value.__wrapped__
+    return value
 
 
 def default_weight_loader() -> Callable[..., Any]:

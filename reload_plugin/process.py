@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch._ops import OpOverload, OpOverloadPacket
+from torch.overrides import TorchFunctionMode
 
 from . import _vllm
 from .errors import ProcessingError, ReloadError
@@ -19,23 +20,23 @@ ProcessWeights = Callable[..., None]
 """vLLM's ``process_weights_after_loading(model, model_config, target_device)``, unpatched."""
 
 
-class NativeSpy(TorchDispatchMode):
-    """Notes tensors handed to native constructors: operators outside aten that return a plain handle.
+class NativeSpy(TorchFunctionMode):
+    """Notes tensors handed to native constructors: custom operators that return a plain handle.
 
     oneDNN's int8 handler keeps the address of the weight scales it was made with, so that memory has
-    to live as long as the handler does.
+    to live as long as the handler does. A function mode, because these operators are composite and
+    a dispatch mode does not see them.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.captured: list[torch.Tensor] = []
 
-    def __torch_dispatch__(
+    def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         out = func(*args, **(kwargs or {}))
-        opaque = isinstance(out, (int, torch.ScriptObject)) and not isinstance(out, bool)
-        if opaque and func.namespace != "aten":
+        if isinstance(func, (OpOverload, OpOverloadPacket)) and isinstance(out, (int, torch.ScriptObject)):
             given = (*args, *(kwargs or {}).values())
             self.captured += [value.detach() for value in given if isinstance(value, torch.Tensor)]
         return out

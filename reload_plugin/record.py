@@ -269,9 +269,7 @@ class _Recorder:
     def _describe(self, tensor: torch.Tensor, name: str, key: Key, layer: str) -> TensorRecord:
         storage = storage_id(tensor)
         number = self._storages.setdefault(storage if storage is not None else -id(tensor), len(self._storages))
-        attributes = dict(tensor.__dict__)
-        if "weight_loader" in attributes:
-            attributes["weight_loader"] = _vllm.unwrap_weight_loader(attributes["weight_loader"])
+        attributes = {k: _vllm.unwrap_weight_loader(v) for k, v in tensor.__dict__.items()}
         plain = storage is not None
         geometry = Geometry.of(tensor) if plain else Geometry(0, tuple(tensor.shape), (0,) * tensor.dim())
         fmt = TensorFormat(

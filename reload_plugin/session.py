@@ -207,8 +207,11 @@ class ReloadSession:
                 self._process_rest()
                 self._process_tail()
             with self._timed("commit"):
+                for _, commit in self._staged:
+                    self._apply(commit)
+                # Only now: results may be views of one another's memory (W_UV of kv_b_proj's weight).
                 for stage, commit in self._staged:
-                    self._apply(stage, commit)
+                    stage.release(commit.kept_storages(applied=True))
             self.state = State.COMMITTED
         finally:
             self.hide()
@@ -348,18 +351,18 @@ class ReloadSession:
         commit = plan_commit(stage)
         if self.policy == "streaming":
             with self._timed("commit"):
-                self._apply(stage, commit)
+                self._apply(commit)
+            stage.release(commit.kept_storages(applied=True))
+            stage.drop()
         else:
             stage.release(commit.kept_storages(applied=False))
             self._staged.append((stage, commit))
 
-    def _apply(self, stage: Stage, commit: Commit) -> None:
-        self.committed.append(stage.group.name)
+    def _apply(self, commit: Commit) -> None:
+        self.committed.append(commit.name)
         self._moved += [path for _, _, path in commit.moves]
         commit.apply()
-        self._record.native[stage.group.name] = commit.native
-        stage.release(commit.kept_storages(applied=True))
-        stage.drop()
+        self._record.native[commit.name] = commit.native
 
     def _process_rest(self) -> None:
         for stage in list(self._open_stages.values()):

@@ -238,8 +238,8 @@ class Stage:
     def wrap_loaders(self, wrap: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
         """Put ``wrap`` around the weight loaders of the load-format tensors."""
         for tensor in self._objects.values():
-            loader = tensor.__dict__.get("weight_loader", _vllm.default_weight_loader())
-            tensor.__dict__["weight_loader"] = wrap(loader)
+            loader = getattr(tensor, "weight_loader", None) or _vllm.default_weight_loader()
+            tensor.weight_loader = wrap(loader)  # type: ignore[attr-defined]
         self._wrapped = True
 
     def unwrap_loaders(self) -> None:
@@ -249,10 +249,12 @@ class Stage:
         self._wrapped = False
         for record in self.group.tensors:
             tensor = self._objects.get(id(record))
-            if tensor is not None:
-                tensor.__dict__.pop("weight_loader", None)
-                if "weight_loader" in record.format.attributes:
-                    tensor.__dict__["weight_loader"] = record.format.attributes["weight_loader"]
+            if tensor is None:
+                continue
+            for name in ("weight_loader", "_weight_loader"):
+                tensor.__dict__.pop(name, None)
+                if name in record.format.attributes:
+                    tensor.__dict__[name] = record.format.attributes[name]
 
     # -- moving between states --------------------------------------------------------------------
 
