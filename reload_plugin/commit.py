@@ -90,7 +90,7 @@ def _still_reachable(stage: Stage) -> list[torch.Tensor]:
     assert stage.result is not None
     if not stage.captured:
         return []
-    held = {storage_id(state.data) for state in stage.result.tensors.values()}
+    held: set[int | None] = set()
     for _, contents in stage.result.contents:
         for value in contents.values():
             held |= {storage_id(stage.result.data_of(t)) for t in tensors_in(value)}
@@ -198,7 +198,9 @@ class _Graft:
         if names != new_names or not _equal(context, new_context):
             return new
         for name in names:
-            if self._tensor(f"{path}.{name}", getattr(old, name), getattr(new, name)) is not getattr(old, name):
+            if self._tensor(f"{path}.{name}", getattr(old, name), getattr(new, name)) is not getattr(
+                old, name
+            ):
                 return new
         return old
 
@@ -233,9 +235,7 @@ class _Graft:
     def _tuple(self, path: str, old: tuple[Any, ...], new: tuple[Any, ...]) -> tuple[Any, ...]:
         if len(old) != len(new):
             return new
-        values = [
-            self.value(f"{path}.{i}", a, b) for i, (a, b) in enumerate(zip(old, new, strict=True))
-        ]
+        values = [self.value(f"{path}.{i}", a, b) for i, (a, b) in enumerate(zip(old, new, strict=True))]
         if all(value is kept for value, kept in zip(values, old, strict=True)):
             return old
         return type(old)(*values) if hasattr(old, "_fields") else type(old)(values)
@@ -261,7 +261,9 @@ def _same_memory(a: torch.Tensor, b: torch.Tensor) -> bool:
         return False
     if a.numel() == 0:
         return True
-    return a.untyped_storage()._cdata == b.untyped_storage()._cdata and a.storage_offset() == b.storage_offset()
+    return (
+        a.untyped_storage()._cdata == b.untyped_storage()._cdata and a.storage_offset() == b.storage_offset()
+    )
 
 
 def _same_layout(a: torch.Tensor, b: torch.Tensor) -> bool:

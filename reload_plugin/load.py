@@ -13,10 +13,15 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
+from torch.utils._python_dispatch import (
+    TorchDispatchMode,
+    _disable_current_modes,
+    is_traceable_wrapper_subclass,
+)
 
 from .errors import ReloadError, SourceError
 from .formats import Box, Geometry
+from .routes import Route, Write
 from .staging import StagedStorage
 
 _SCALE = re.compile(r"scale|zero|alpha|shape")
@@ -64,7 +69,10 @@ class Loaded:
 
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
     slots: dict[str, list[Slot]] = field(default_factory=dict)
-    read: dict[str, int] = field(default_factory=dict)
+    routes: dict[str, Route] = field(default_factory=dict)
+    """How to do the same again without the loader; names the loader only passed over have no slots."""
+    repeatable: bool = True
+    """False when the loader kept a weight back and wrote it later."""
     nbytes: int = 0
 
 
@@ -105,6 +113,10 @@ class LoadTrace(TorchDispatchMode):
         self._sources: dict[int, str] = {}
         self._touched: list[StagedStorage] = []
         self._recent: set[int] = set()
+        self._incoming: torch.Tensor | None = None
+        self._writes: list[Write | None] = []
+        self._looked = False
+        """The loader read a value, so what it writes next may depend on it."""
 
     def take_recent(self) -> set[int]:
         """Storages written to since this was last asked."""
@@ -121,12 +133,28 @@ class LoadTrace(TorchDispatchMode):
         if self.current in self.loaded.slots:
             self._sources.clear()
         self.current = name
+        self.note_arrival(name, tensor)
+        self._sources[_key(tensor)] = name
+        self._incoming = tensor
+
+    def note_arrival(self, name: str, tensor: torch.Tensor) -> None:
+        """Account for a weight, however it is loaded."""
         self.loaded.shapes[name] = tuple(tensor.shape)
         self.loaded.nbytes += tensor.numel() * tensor.element_size()
-        self._sources[_key(tensor)] = name
 
     def end(self) -> None:
-        """The loader asked for the next weight: what it touched in a dry run is given back."""
+        """The loader is done with the current weight; nothing of the caller's is kept.
+
+        What a dry run touched is given back.
+        """
+        if self._incoming is not None:
+            computed = any(write is None for write in self._writes)
+            writes = None if computed else tuple(write for write in self._writes if write is not None)
+            shape, dtype = tuple(self._incoming.shape), self._incoming.dtype
+            self.loaded.routes[self.current] = Route(shape, dtype, writes)
+        self._incoming = None
+        self._writes = []
+        self._looked = False
         if self.dry:
             for storage in self._touched:
                 storage.release()
@@ -154,6 +182,8 @@ class LoadTrace(TorchDispatchMode):
                 return args[written[0]]
         elif self.dry and kwargs.get("device") is not None and any(t.is_meta for t in inputs):
             kwargs = {**kwargs, "device": torch.device("meta")}
+        if func is torch.ops.aten._local_scalar_dense.default:
+            self._looked = True
         out = func(*args, **kwargs)
         if source and not written:
             self._follow(out, source)
@@ -161,7 +191,7 @@ class LoadTrace(TorchDispatchMode):
 
     def _materialise(self, storage: StagedStorage) -> None:
         if storage.closed:
-            raise LateWriteError(self._late(storage.primary.name))
+            raise self.late(storage.primary.name)
         storage.materialise(initialise=not self.dry)
         self._touched.append(storage)
 
@@ -176,12 +206,15 @@ class LoadTrace(TorchDispatchMode):
         storage = self.storages.get(key)
         if storage is None:
             if key in self.protected:
-                raise LateWriteError(self._late(self.protected[key]))
+                raise self.late(self.protected[key])
             return
         if storage.closed:
-            raise LateWriteError(self._late(storage.primary.name))
+            raise self.late(storage.primary.name)
         if func is torch.ops.aten.copy_.default:
             self._check_copy(name, target, args[1], storage)
+        if name != self.current:
+            self.loaded.repeatable = False
+        self._writes.append(self._write_of(func, target, args, storage))
         name = name or storage.primary.name
         self._recent.add(key)
         region = storage.coverage.add(_in_elements_of(target, storage))
@@ -190,7 +223,6 @@ class LoadTrace(TorchDispatchMode):
     def _check_copy(
         self, name: str, target: torch.Tensor, source: torch.Tensor, storage: StagedStorage
     ) -> None:
-        self.loaded.read[name] = self.loaded.read.get(name, 0) + source.numel()
         parameter = storage.primary.name
         if source.numel() != target.numel() and not (source.numel() == 1 and _SCALE.search(parameter)):
             self.reject(
@@ -204,13 +236,34 @@ class LoadTrace(TorchDispatchMode):
         if source.dtype.is_complex and not target.dtype.is_complex:
             self.reject(name, f"{source.dtype} cannot be loaded into {target.dtype} of {parameter}")
 
+    def _write_of(
+        self, func: Any, target: torch.Tensor, args: tuple[Any, ...], storage: StagedStorage
+    ) -> Write | None:
+        """The write as something that can be repeated, or None when it was computed from the weight."""
+        parameter, where = storage.primary.name, Geometry.of(target)
+        incoming = self._incoming
+        if func is torch.ops.aten.zero_.default:
+            return Write(parameter, where, target.dtype, None, target.dtype, 0)
+        if func is torch.ops.aten.fill_.Scalar and incoming is not None and not self._looked:
+            return Write(parameter, where, target.dtype, None, target.dtype, args[1])
+        if func is not torch.ops.aten.copy_.default or incoming is None:
+            return None
+        source = args[1]
+        same = _key(source) == _key(incoming) and source.element_size() == incoming.element_size()
+        if not same or not incoming.is_contiguous() or _key(source) == 0 or source.shape != target.shape:
+            return None
+        start = source.storage_offset() - incoming.storage_offset()
+        view = Geometry(start, tuple(source.shape), tuple(source.stride()))
+        return Write(parameter, where, target.dtype, view, source.dtype)
+
     def reject(self, name: str, reason: str) -> None:
         """Note that a weight does not fit and stop its loader."""
         self.problems.misshapen[name] = reason
         raise RejectedWeight(reason)
 
-    def _late(self, target: str) -> str:
-        return (
+    def late(self, target: str) -> LateWriteError:
+        """The error for a write to what is complete or served already."""
+        return LateWriteError(
             f"While {self.current!r} was loaded, the model's loader wrote to {target}, which is complete or "
             "served already. The engine serves what it served before. Send each weight once; if this model's "
             "loader revisits layers on purpose, reload it with whole_model=True."
@@ -266,17 +319,21 @@ class Feed:
         while True:
             self._trace.end()
             self._between()
-            name, tensor = self._checked(self._fetch())
+            name, tensor = self.fetch()
             if tensor is not None:
                 self._trace.begin(name, tensor)
                 return name, tensor
+
+    def fetch(self) -> tuple[str, torch.Tensor | None]:
+        """The next pair as the caller sent it, or its name and None when it was refused."""
+        return self._checked(self._fetch())
 
     def _fetch(self) -> object:
         if self._trace.problems.count > _LIMIT:
             self.exhausted = True
             raise StopIteration
         try:
-            with torch.utils._python_dispatch._disable_current_modes():
+            with _disable_current_modes():
                 return next(self._weights)
         except StopIteration:
             self.exhausted = True
@@ -312,6 +369,30 @@ def _describe(item: object) -> str:
     if isinstance(item, (tuple, list)):
         return f"a {type(item).__name__} of {[type(part).__name__ for part in item]}"
     return f"a {type(item).__name__}"
+
+
+def load_by_routes(
+    load_weights: Callable[[Any], Any],
+    feed: Feed,
+    trace: LoadTrace,
+    follow_route: Callable[[str, torch.Tensor], bool],
+    between: Callable[[], None],
+) -> None:
+    """Load by known routes; only weights without one go through the model's loader, one at a time.
+
+    Runs outside the trace; ``follow_route`` says whether it took the weight.
+    """
+    while True:
+        try:
+            name, tensor = feed.fetch()
+        except StopIteration:
+            return
+        if tensor is None:
+            continue
+        if not follow_route(name, tensor):
+            with trace:
+                load_all(load_weights, Feed([(name, tensor)], trace, lambda: None), trace)
+        between()
 
 
 def load_all(load_weights: Callable[[Any], Any], feed: Feed, trace: LoadTrace) -> None:

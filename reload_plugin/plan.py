@@ -13,7 +13,8 @@ from torch import nn
 
 from .errors import ReloadError, SourceError, weights_error
 from .load import Problems, Slot
-from .session import SERVES_OLD, ReloadSession, complete_record_of
+from .routes import Routes
+from .session import SERVES_OLD, ReloadSession, complete_record_of, placement
 from .sources import TensorInfo
 
 
@@ -33,6 +34,9 @@ class Plan:
     """Group name -> every weight that goes into it."""
     coverage: dict[str, str]
     """Parameter -> ``whole``, ``part`` or ``none``."""
+    routes: Routes | None
+    """How to load it without the model's loader; None when the loader has to run."""
+    placement: object
     problems: Problems
     kept: dict[str, str]
     ignored: dict[str, str]
@@ -41,6 +45,11 @@ class Plan:
     def staging_bytes(self) -> int:
         """Bytes of the checkpoint, an upper bound of what it needs in load format."""
         return sum(info.meta().nbytes for info in self.infos.values())
+
+    def still_holds(self, model: nn.Module, infos: Iterable[TensorInfo]) -> bool:
+        """Whether the plan was made for exactly these tensors, on a model whose experts have not moved."""
+        same = tuple(self.infos.values()) == tuple(infos)
+        return same and self.placement == placement(complete_record_of(model))
 
     def raise_problems(self, source: str) -> None:
         """Raise WeightsError with every offender, if there is one."""
@@ -71,7 +80,9 @@ def make_plan(
     listed: Sequence[TensorInfo] = list(infos)
     if not listed:
         raise SourceError(f"{source} holds no tensors. {SERVES_OLD}")
-    session = ReloadSession(model, source=source, dry=True, was_written=was_written, also_ignored=also_ignored)
+    session = ReloadSession(
+        model, source=source, dry=True, was_written=was_written, also_ignored=also_ignored
+    )
     with session:
         try:
             session.load((info.name, info.meta()) for info in listed)
@@ -109,6 +120,8 @@ def _plan(
         order=tuple(order),
         names_of_group={group: frozenset(names) for group, names in members.items()},
         coverage=coverage,
+        routes=session.routes(),
+        placement=placement(complete_record_of(model)),
         problems=session.problems,
         kept=kept,
         ignored=ignored,

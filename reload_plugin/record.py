@@ -197,6 +197,10 @@ class ModelRecord:
     """A Source that would give the served weights again, if there is one."""
     learnt: dict[str, frozenset[str]] | None = None
     """Group name -> weights that went into it at the last good reload."""
+    routes: Any = None
+    """Routes of the last good reload."""
+    plan: Any = None
+    """Plan of the last checkpoint that was read from files."""
     start_stamps: dict[str, tuple[int, int, int]] | None = None
     """Weight file -> size, time and inode when the engine had just started from it."""
     start_names: frozenset[str] | None = None
@@ -268,7 +272,9 @@ class _Recorder:
 
     def _describe(self, tensor: torch.Tensor, name: str, key: Key, layer: str) -> TensorRecord:
         storage = storage_id(tensor)
-        number = self._storages.setdefault(storage if storage is not None else -id(tensor), len(self._storages))
+        number = self._storages.setdefault(
+            storage if storage is not None else -id(tensor), len(self._storages)
+        )
         attributes = {k: _vllm.unwrap_weight_loader(v) for k, v in tensor.__dict__.items()}
         plain = storage is not None
         geometry = Geometry.of(tensor) if plain else Geometry(0, tuple(tensor.shape), (0,) * tensor.dim())

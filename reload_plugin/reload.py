@@ -19,7 +19,8 @@ from .errors import EngineBrokenError, ReloadError, SourceError
 from .kernel_format import copy_kernel_format
 from .plan import Plan, PlanUnavailable, make_plan
 from .record import ModelRecord, record_constructed
-from .session import SERVES_OLD, Policy, ReloadSession, complete_record_of
+from .routes import Routes
+from .session import SERVES_OLD, Policy, ReloadSession, complete_record_of, placement
 from .sources import Source, open_folder
 from .verify import ReloadReport
 
@@ -194,11 +195,13 @@ def _reload_from_source(
         with session:
             session.load(source.read(plan.order if plan is not None else None))
             report = session.finish()
+            if plan is not None:
+                report = report.model_copy(update={"kept": plan.kept | report.kept})
     except BaseException:
         if session.committed:
             _bring_back(model, record)
         raise
-    _after_commit(record, source, session)
+    _after_commit(record, source, session, plan)
     return report
 
 
@@ -216,19 +219,28 @@ def _session(
         policy=policy,
         whole_model=whole_model,
         names_of_group=plan.names_of_group if plan is not None else record.learnt,
+        routes=plan.routes if plan is not None else _known_routes(record, whole_model),
         was_written=_knowledge(model, record),
         also_ignored=_start_names(model, record),
     )
+
+
+def _known_routes(record: ModelRecord, whole_model: bool) -> Routes | None:
+    known = record.routes
+    return known if known is not None and not whole_model and known.key == placement(record) else None
 
 
 def _plan_for(model: nn.Module, record: ModelRecord, source: Source) -> Plan | None:
     infos = source.infos()
     if infos is None:
         return None
+    if record.plan is not None and record.plan.still_holds(model, infos):
+        kept: Plan = record.plan
+        return kept
     try:
-        return make_plan(
-            model, infos, source.description, _knowledge(model, record), _start_names(model, record)
-        )
+        names = _start_names(model, record)
+        record.plan = make_plan(model, infos, source.description, _knowledge(model, record), names)
+        return record.plan
     except PlanUnavailable as reason:
         logger.info("No preflight for %s: %s", source.description, reason)
         return None
@@ -269,9 +281,15 @@ def _knowledge(model: nn.Module, record: ModelRecord) -> Callable[[str], str | N
     return was_written
 
 
-def _after_commit(record: ModelRecord, source: Source | None, session: ReloadSession) -> None:
+def _after_commit(
+    record: ModelRecord, source: Source | None, session: ReloadSession, plan: Plan | None = None
+) -> None:
+    """What a good reload leaves behind for the next one."""
     record.last_good = source
-    record.learnt = session.learnt()
+    if plan is not None:
+        record.learnt, record.routes = dict(plan.names_of_group), plan.routes
+    elif session.took_loader:
+        record.learnt, record.routes = session.learnt(), session.routes()
     record.broken = None
     _attention.discard(record)
 

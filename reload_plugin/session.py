@@ -24,10 +24,11 @@ from torch import nn
 from . import _vllm
 from .commit import Commit, plan_commit
 from .errors import NotRecordedError, SessionError, SourceError, weights_error
-from .load import Feed, Loaded, LoadTrace, Problems, load_all
+from .load import Feed, Loaded, LoadTrace, Problems, Slot, load_all, load_by_routes
 from .process import ProcessWeights, process_stage, process_tail
 from .record import ModelRecord, record_of, storage_id
-from .staging import Stage
+from .routes import Routes, follow
+from .staging import Stage, StagedStorage
 from .verify import ReloadReport, check_slots, ignorable
 
 Policy = Literal["staged", "streaming"]
@@ -61,6 +62,7 @@ class ReloadSession:
         was_written: how completely the checkpoint the engine started with writes a parameter
             (``whole``, ``part``, ``none``, or None when nothing is known).
         also_ignored: names that a cold start is known to pass over.
+        routes: where weights go, learnt before; weights without a route take the model's loader.
         dry: only find out where weights would go; see ``plan``.
 
     Raises:
@@ -78,6 +80,7 @@ class ReloadSession:
         names_of_group: Mapping[str, frozenset[str]] | None = None,
         was_written: Callable[[str], str | None] = lambda name: None,
         also_ignored: frozenset[str] = frozenset(),
+        routes: Routes | None = None,
         dry: bool = False,
     ) -> None:
         self.model = model
@@ -88,7 +91,18 @@ class ReloadSession:
         self.problems = Problems()
         self.committed: list[str] = []
         self.report: ReloadReport | None = None
-        self._names_of_group = names_of_group or {}
+        self._waiting = {group: set(names) for group, names in (names_of_group or {}).items()}
+        self._groups_of: dict[str, list[str]] = defaultdict(list)
+        for group, names in self._waiting.items():
+            for name in names:
+                self._groups_of[name].append(group)
+        self._routes = routes
+        self._routed: list[str] = []
+        """Weights loaded by a route whose coverage has not been noted yet."""
+        self._routed_names: set[str] = set()
+        self._storage_of: dict[str, StagedStorage] = {}
+        self._stage_of: dict[int, Stage] = {}
+        self._stage_named: dict[str, Stage] = {}
         self._was_written = was_written
         self._also_ignored = also_ignored
         self._record = complete_record_of(model)
@@ -117,6 +131,11 @@ class ReloadSession:
         self.abort()
 
     @property
+    def took_loader(self) -> bool:
+        """Whether any weight went through the model's loader, so that there is something to learn."""
+        return len(self._routed_names) < len(self.loaded.shapes)
+
+    @property
     def loaded(self) -> Loaded:
         """What the stream has brought so far."""
         return self._trace.loaded
@@ -132,11 +151,38 @@ class ReloadSession:
     def load(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str] | None:
         """Load some of the weights. Returns what the model's ``load_weights`` returned."""
         returned: list[Any] = []
-        with self.loading():
-            feed = Feed(weights, self._trace, self._close_complete)
-            with self._timed("load"):
-                load_all(lambda w: returned.append(self._load_weights(w)), feed, self._trace)
+
+        def loader(feed: Iterable[tuple[str, torch.Tensor]]) -> None:
+            returned.append(self._load_weights(feed))
+
+        feed = Feed(weights, self._trace, self._close_complete)
+        with self.loading(), self._timed("load"):
+            if self._routes is None:
+                load_all(loader, feed, self._trace)
+            else:
+                with self._untraced():
+                    load_by_routes(loader, feed, self._trace, self._follow, self._close_complete)
         return returned[-1] if returned else None
+
+    def _follow(self, name: str, tensor: torch.Tensor) -> bool:
+        """Load a weight by its route, if it has one that fits."""
+        route = self._routes.of.get(name) if self._routes is not None else None
+        if route is None or route.writes is None or not route.fits(tensor):
+            return False
+        self._trace.note_arrival(name, tensor)
+        self._trace.current = name
+        follow(route, tensor, self._memory)
+        self._trace.loaded.routes[name] = route
+        self._routed.append(name)
+        self._routed_names.add(name)
+        return True
+
+    def _memory(self, parameter: str) -> torch.UntypedStorage:
+        storage = self._storage_of[parameter]
+        if storage.closed:
+            raise self._trace.late(parameter)
+        storage.materialise()
+        return storage.storage
 
     @contextlib.contextmanager
     def loading(self) -> Iterator[None]:
@@ -174,6 +220,10 @@ class ReloadSession:
             self._open_stages[id(stage)] = stage
             stage.enter()
             self._trace.watch(stage.storages)
+            self._stage_named[stage.group.name] = stage
+            for storage in stage.storages:
+                self._storage_of[storage.primary.name] = storage
+                self._stage_of[storage.key] = stage
         self._trace.protected = _served_storages(self._stages)
 
     def hide(self) -> None:
@@ -232,8 +282,19 @@ class ReloadSession:
 
     def account(self) -> tuple[dict[str, str], dict[str, str]]:
         """Like ``check``, but leaves the offenders in ``problems``."""
+        self._note_routed()
         stages = [stage for stage in self._stages if not stage.processed]
         return check_slots(stages, self.loaded, self.problems, self._rule_of, self._was_written)
+
+    def _note_routed(self) -> None:
+        """Coverage and slots of weights loaded by a route, for the layers that are not complete yet."""
+        for name in self._routed:
+            for write in self.loaded.routes[name].writes or ():
+                storage = self._storage_of[write.parameter]
+                if not storage.closed:
+                    region = storage.coverage.add(write.target)
+                    self.loaded.slots.setdefault(name, []).append(Slot(name, write.parameter, region))
+        self._routed = []
 
     def coverage(self) -> dict[str, str]:
         """Parameter -> ``whole``, ``part`` or ``none``: how much of it the weights so far write."""
@@ -243,6 +304,15 @@ class ReloadSession:
             found[storage.primary.name] = "whole" if storage.coverage.complete else part
         return found
 
+    def routes(self) -> Routes | None:
+        """How to load the same checkpoint again without the model's loader."""
+        if not self.loaded.repeatable or (self._trace.dry and self._traces_left(self._stages)):
+            return None
+        return Routes(placement(self._record), dict(self.loaded.routes))
+
+    def _traces_left(self, stages: Iterable[Stage]) -> bool:
+        return any(stage.touched and stage.loader_left_traces() for stage in stages)
+
     def learnt(self) -> dict[str, frozenset[str]]:
         """Group name -> weights that went into it."""
         group_of = {t.name: group.name for group in self._record.groups for t in group.tensors}
@@ -250,6 +320,9 @@ class ReloadSession:
         for name, slots in self.loaded.slots.items():
             for slot in slots:
                 found[group_of[slot.parameter]].add(name)
+        for name, route in self.loaded.routes.items():
+            for write in route.writes or ():
+                found[group_of[write.parameter]].add(name)
         return {group: frozenset(names) for group, names in found.items()}
 
     def abort(self) -> None:
@@ -313,26 +386,28 @@ class ReloadSession:
 
     def _close_complete(self) -> None:
         """Between two weights: process the layers that have everything."""
+        recent = self._trace.take_recent()
+        name = self._trace.current
         if self._trace.dry or self.whole_model or self.problems:
             return
-        for stage in self._touched_stages():
-            if not stage.group.deferred and self._is_complete(stage):
+        ready = [self._stage_named[group] for group in self._groups_of.get(name, ()) if self._arrived(group, name)]
+        for stage in {id(stage): stage for key in recent if (stage := self._stage_of.get(key))}.values():
+            if stage.group.name not in self._waiting and _is_covered(stage):
+                ready.append(stage)
+        for stage in ready:
+            if id(stage) in self._open_stages and not stage.group.deferred:
                 self._close(stage)
 
-    def _touched_stages(self) -> list[Stage]:
-        recent = self._trace.take_recent()
-        return [s for s in self._open_stages.values() if any(x.key in recent for x in s.storages)]
-
-    def _is_complete(self, stage: Stage) -> bool:
-        names = self._names_of_group.get(stage.group.name)
-        if names is not None and not names <= self.loaded.shapes.keys():
-            return False
-        parameters = [s for s in stage.storages if s.primary.is_parameter]
-        return names is not None or (bool(parameters) and all(s.coverage.complete for s in parameters))
+    def _arrived(self, group: str, name: str) -> bool:
+        """Note that a weight is there; whether its group now has all it waits for."""
+        self._waiting[group].discard(name)
+        return not self._waiting[group]
 
     def _close(self, stage: Stage) -> None:
         """Process one group; keep or commit its result, and show what it serves."""
         stage.unwrap_loaders()
+        if self._routes is None and self._traces_left([stage]):
+            self.loaded.repeatable = False
         with self._untraced(), self._timed("process"):
             process_stage(stage, self._record, original_process_weights())
         for storage in stage.storages:
@@ -388,6 +463,8 @@ class ReloadSession:
                 stage.result.show()  # type: ignore[union-attr]
             for stage in deferred:
                 stage.unwrap_loaders()
+                if self._routes is None and self._traces_left([stage]):
+                    self.loaded.repeatable = False
                 with self._timed("process"):
                     process_stage(stage, self._record, original_process_weights())
                 self._note_peak()
@@ -478,6 +555,11 @@ class ReloadSession:
             )
 
 
+def _is_covered(stage: Stage) -> bool:
+    parameters = [storage for storage in stage.storages if storage.primary.is_parameter]
+    return bool(parameters) and all(storage.coverage.complete for storage in parameters)
+
+
 def complete_record_of(model: nn.Module) -> ModelRecord:
     """The model's record; raises NotRecordedError when there is none or it is not complete."""
     record = record_of(model)
@@ -504,6 +586,17 @@ def original_process_weights() -> ProcessWeights:
         return _original[0]
     found: ProcessWeights = _vllm.get(_vllm.LOADER_UTILS, "process_weights_after_loading")
     return found
+
+
+def placement(record: ModelRecord) -> object:
+    """What routes depend on beside the weights: which experts this rank holds, and where."""
+    found = []
+    for group in record.groups:
+        for tensor_record in group.tensors:
+            tensor = tensor_record.ref()
+            if not tensor_record.is_parameter and "expert" in tensor_record.name and tensor is not None:
+                found.append((tensor_record.name, tuple(tensor.flatten().tolist())))
+    return tuple(found)
 
 
 def _wraps(current: nn.Module | None, original: nn.Module) -> bool:

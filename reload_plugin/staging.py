@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from . import _vllm
 from .errors import UnsupportedError
 from .formats import AsServed, Constant, Coverage, Geometry, TensorFormat, Uninitialised, Values
-from .holders import Contents, Key, put_back, read, write
+from .holders import Contents, Key, put_back, read, same, write
 from .record import Group, HolderRecord, TensorRecord
 
 POISON = "RELOAD_PLUGIN_POISON"
@@ -149,6 +149,7 @@ class Stage:
         self._shared = shared
         self._objects: dict[int, torch.Tensor] = {}
         self._shelf: State | None = None
+        self._entered: list[tuple[object, Contents]] = []
         self.served = State([], {})
         self.result: State | None = None
         self.processed = False
@@ -178,6 +179,25 @@ class Stage:
                     write(held, key, before)
         for held, key, record in places:
             write(held, key, self._objects[id(record)])
+        self._entered = [(held, read(held)) for _, held in holders]
+
+    def loader_left_traces(self) -> bool:
+        """Whether a loader changed more than values: attributes of a layer or of a parameter.
+
+        Then loading again without it would not give the same. Asked after loading, before processing.
+        """
+        state = self._shelf if self._shelf is not None else self.capture()
+        for (_, entered), (_, now) in zip(self._entered, state.contents, strict=True):
+            if list(entered) != list(now) or not all(same(entered[key], now[key]) for key in entered):
+                return True
+        for record in self.group.tensors:
+            tensor = self._objects.get(id(record))
+            if tensor is None:
+                continue
+            attributes, expected = state.tensors[id(tensor)].attributes, record.format.attributes
+            if attributes.keys() != expected.keys() or any(attributes[k] is not expected[k] for k in expected):
+                return True
+        return False
 
     def _alive_holders(self) -> list[tuple[HolderRecord, object]]:
         found = []
@@ -190,9 +210,7 @@ class Stage:
                     found.append((holder, held))
         return found
 
-    def _places(
-        self, holders: list[tuple[HolderRecord, object]]
-    ) -> list[tuple[object, Key, TensorRecord]]:
+    def _places(self, holders: list[tuple[HolderRecord, object]]) -> list[tuple[object, Key, TensorRecord]]:
         """Where load-format tensors go: where PWAL changed them, and where they still are."""
         places = []
         for (holder, held), (_, contents) in zip(holders, self.served.contents, strict=True):
@@ -298,6 +316,7 @@ class Stage:
         self._objects = {}
         self.storages = []
         self.captured = []
+        self._entered = []
         self.served = State([], {})
 
     def materialise(self) -> None:

@@ -44,7 +44,10 @@ class ReloadReport(BaseModel):
 
 
 _RULES: tuple[tuple[str, str], ...] = (
-    ("rotary table", r"rotary(_pos)?_emb\.(inv_freq|cos_cached|sin_cached)$|\.rope\.freqs$|rotary_emb\.\w*freq\w*$"),
+    (
+        "rotary table",
+        r"rotary(_pos)?_emb\.(inv_freq|cos_cached|sin_cached)$|\.rope\.freqs$|rotary_emb\.\w*freq\w*$",
+    ),
     ("attention mask buffer", r"\.(attn|attention|self_attn)\.(bias|masked_bias)$"),
     ("position ids", r"position_ids$"),
     ("draft (MTP) layer", r"(^|\.)mtp(_|\.)"),
@@ -66,11 +69,18 @@ def ignorable(name: str, shape: tuple[int, ...], config: Any, quantized: bool, w
         if re.search(pattern, name) and not (rule == "attention mask buffer" and len(shape) == 1):
             return rule
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    if getattr(text, "tie_word_embeddings", False) and re.search(r"(lm_head|embed_out|output)\.weight$", name):
+    if getattr(text, "tie_word_embeddings", False) and re.search(
+        r"(lm_head|embed_out|output)\.weight$", name
+    ):
         return "tied head"
     layers = getattr(text, "num_hidden_layers", None)
     found = re.search(r"layers\.(\d+)\.", name)
-    if found and isinstance(layers, int) and int(found[1]) >= layers and getattr(text, "num_nextn_predict_layers", 0):
+    if (
+        found
+        and isinstance(layers, int)
+        and int(found[1]) >= layers
+        and getattr(text, "num_nextn_predict_layers", 0)
+    ):
         return "draft (MTP) layer"
     if quantized and name.endswith(".bias"):
         return "unused bias of a quantized checkpoint"
@@ -108,7 +118,8 @@ def check_slots(
                 _check_parameter(stage, storage, problems, kept, was_written)
     rejected = problems.unexpected.keys() | problems.misshapen.keys()
     for name, shape in loaded.shapes.items():
-        if name not in loaded.slots and name not in rejected:
+        used = name in loaded.slots or (name in loaded.routes and loaded.routes[name].writes != ())
+        if not used and name not in rejected:
             rule = rule_of(name, shape)
             if rule is None:
                 problems.unexpected[name] = "the model's loader has no place for it"
@@ -148,5 +159,3 @@ def replaced_by_loader(stage: Stage, storage: StagedStorage) -> bool:
 def _has_method(stage: Stage, layer: str) -> bool:
     module = next((layer_.ref() for layer_ in stage.group.layers if layer_.name == layer), None)
     return getattr(module, "quant_method", None) is not None
-
-

@@ -70,7 +70,9 @@ class SafetensorsSource:
             for place in _header(file):
                 if place.info.name in self._places:
                     other = self._places[place.info.name].file
-                    raise SourceError(f"{place.info.name} is in two files of one checkpoint, {other} and {file}.")
+                    raise SourceError(
+                        f"{place.info.name} is in two files of one checkpoint, {other} and {file}."
+                    )
                 self._places[place.info.name] = place
 
     def infos(self) -> Sequence[TensorInfo]:
@@ -102,7 +104,9 @@ class SafetensorsSource:
     def _check_unchanged(self) -> None:
         for file, stamp in self.stamps.items():
             if stamp_of(file) != stamp:
-                raise SourceError(f"{file} changed while it was read. Reload when the trainer has finished writing.")
+                raise SourceError(
+                    f"{file} changed while it was read. Reload when the trainer has finished writing."
+                )
 
 
 def stamp_of(file: str) -> Stamp:

@@ -1,0 +1,80 @@
+"""What a loader did with each weight, as strided copies that can be done again without the loader.
+
+Learnt while the model's own loader runs (on meta tensors in a plan, or on the weights themselves), and
+valid for as long as names, shapes, dtypes and the placement of experts stay the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+
+from .formats import Geometry
+
+
+@dataclass(frozen=True)
+class Write:
+    """One write into staging: a copy of a view of the weight, or a constant.
+
+    Geometries are in elements of the dtype they stand beside; ``source`` is relative to the weight
+    laid out contiguously, ``target`` to the storage of the parameter.
+    """
+
+    parameter: str
+    target: Geometry
+    target_dtype: torch.dtype
+    source: Geometry | None
+    source_dtype: torch.dtype
+    value: float | int | bool | complex = 0
+
+
+@dataclass(frozen=True)
+class Route:
+    """Where one weight goes. ``writes`` is None where the loader computes; empty where it ignores."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    writes: tuple[Write, ...] | None
+
+    def fits(self, tensor: torch.Tensor) -> bool:
+        return tuple(tensor.shape) == self.shape and tensor.dtype == self.dtype
+
+
+@dataclass(frozen=True)
+class Routes:
+    """The routes of a whole checkpoint into one model."""
+
+    key: object
+    """Everything beside the weights themselves that the routes depend on (placement of experts)."""
+    of: Mapping[str, Route]
+
+    @property
+    def computed(self) -> int:
+        """Weights that still need the model's loader."""
+        return sum(route.writes is None for route in self.of.values())
+
+
+def follow(route: Route, tensor: torch.Tensor, memory: Callable[[str], torch.UntypedStorage]) -> None:
+    """Write ``tensor`` where its route says.
+
+    Args:
+        route: a route with writes that fits the tensor.
+        tensor: the weight, on any device and in any layout.
+        memory: staging of a parameter, allocated.
+
+    """
+    assert route.writes is not None, "computed weights go through the loader"
+    source = tensor.detach()
+    if any(write.source is not None for write in route.writes) and not source.is_contiguous():
+        source = source.contiguous()
+    for write in route.writes:
+        target = torch.empty(0, dtype=write.target_dtype, device=memory(write.parameter).device)
+        view = target.set_(memory(write.parameter), write.target.offset, write.target.size, write.target.stride)
+        if write.source is None:
+            view.fill_(write.value)
+        else:
+            base = source if write.source_dtype == source.dtype else source.view(write.source_dtype)
+            offset = base.storage_offset() + write.source.offset
+            view.copy_(base.as_strided(write.source.size, write.source.stride, offset))
