@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import functools
 import importlib
 import importlib.metadata
 import sys
@@ -133,6 +134,41 @@ def loading_context(vllm_config: Any, dtype: torch.dtype | None) -> Iterator[Non
         if dtype is not None:
             stack.enter_context(get(TORCH_UTILS, "set_default_torch_dtype")(dtype))
         yield
+
+
+@functools.cache
+def _native_constructor_names() -> tuple[str, ...]:
+    """vLLM operators that take tensors and return an integer: handles of native objects."""
+    found = set()
+    for schema in torch._C._jit_get_all_schemas():
+        library, _, name = schema.name.partition("::")
+        returns = [str(value.type) for value in schema.returns]
+        if library == "_C" and returns == ["int"] and any(str(a.type) == "Tensor" for a in schema.arguments):
+            found.add(name)
+    return tuple(sorted(found))
+
+
+def native_constructors() -> list[tuple[Any, str]]:
+    """Where vLLM's Python finds the constructors of native handles, as (namespace, name)."""
+    library = torch.ops._C
+    return [(library, name) for name in _native_constructor_names() if hasattr(library, name)]
+
+
+def passes_over(model: nn.Module, name: str) -> bool:
+    """Whether the model or its quantization tells vLLM's loaders to drop weights of this name."""
+    return any(mapper.map_name(name) is None for mapper in _mappers(model))
+
+
+def _mappers(model: nn.Module) -> Iterator[Any]:
+    mapper = getattr(model, "hf_to_vllm_mapper", None)
+    if mapper is not None:
+        yield mapper
+    for module in (model, *model.children()):
+        quant_config = getattr(module, "quant_config", None)
+        if quant_config is not None:
+            yield quant_config.get_cache_scale_mapper()
+            yield quant_config.get_checkpoint_weight_mapper()
+            return
 
 
 class _LayersView:

@@ -17,7 +17,18 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from .holders import ABSENT, OUR_ATTRIBUTES, Contents, Key, is_foreign, read, slots_of, tensors_in, write
+from .holders import (
+    ABSENT,
+    OUR_ATTRIBUTES,
+    Contents,
+    Key,
+    equal,
+    is_foreign,
+    read,
+    slots_of,
+    tensors_in,
+    write,
+)
 from .record import storage_id
 from .staging import Stage, State
 
@@ -154,7 +165,7 @@ class _Graft:
         if isinstance(old, nn.Module) or _is_plain_object(old):
             self.contents(path, old, read(old), read(new))
             return old
-        return old if _equal(old, new) else new
+        return old if equal(old, new) else new
 
     def _tensor(self, path: str, old: torch.Tensor, new: torch.Tensor) -> object:
         if is_traceable_wrapper_subclass(new) or is_traceable_wrapper_subclass(old):
@@ -195,7 +206,7 @@ class _Graft:
             return new
         names, context = old.__tensor_flatten__()
         new_names, new_context = new.__tensor_flatten__()
-        if names != new_names or not _equal(context, new_context):
+        if names != new_names or not equal(context, new_context):
             return new
         for name in names:
             if self._tensor(f"{path}.{name}", getattr(old, name), getattr(new, name)) is not getattr(
@@ -246,14 +257,6 @@ def _is_plain_object(value: object) -> bool:
     if is_foreign(type(value)) or isinstance(value, type):
         return False
     return hasattr(value, "__dict__") or bool(slots_of(value))
-
-
-def _equal(old: object, new: object) -> bool:
-    try:
-        return bool(old == new)
-    except Exception:
-        # Anything may raise in a foreign __eq__ (arrays of tensors do); then they count as different.
-        return False
 
 
 def _same_memory(a: torch.Tensor, b: torch.Tensor) -> bool:

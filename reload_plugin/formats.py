@@ -138,6 +138,8 @@ class Coverage:
         self.base = base
         self.boxes: list[Box] = []
         self.volume = 0
+        self.overlaps = False
+        """Something was written where something had been written before."""
         self._mask: torch.Tensor | None = None
         self._complete = base.numel == 0
         self._checked_at = -1
@@ -148,7 +150,8 @@ class Coverage:
         if box is None:
             self._add_to_mask(view)
             return None
-        if self._complete:
+        if self._complete or box in self.boxes:
+            self.overlaps = True
             return box
         self.boxes.append(box)
         self.volume += math.prod(stop - start for start, stop in box)

@@ -235,6 +235,14 @@ def _parts(value: Any) -> list[object]:
     return list(read(value).values()) if is_helper(value) else []
 
 
+def equal(a: object, b: object) -> bool:
+    """Equality that takes whatever a foreign ``__eq__`` does for an answer; doubt is a no."""
+    try:
+        return bool(a == b)
+    except Exception:  # noqa: BLE001 - comparing containers of tensors raises, and means "do not know"
+        return False
+
+
 def same(before: object, after: object) -> bool:
     """Whether two held values are the same for our purpose: one object, or equal plain values."""
     if before is after:

@@ -318,11 +318,22 @@ class Feed:
     def __next__(self) -> tuple[str, torch.Tensor]:
         while True:
             self._trace.end()
-            self._between()
+            self._in_between()
             name, tensor = self.fetch()
             if tensor is not None:
                 self._trace.begin(name, tensor)
                 return name, tensor
+
+    def _in_between(self) -> None:
+        try:
+            self._between()
+        except ReloadError:
+            raise
+        except Exception as error:
+            raise ReloadError(
+                f"Finishing a layer after {self._trace.current!r} failed with {type(error).__name__}: {error}. "
+                "The engine serves what it served before."
+            ) from error
 
     def fetch(self) -> tuple[str, torch.Tensor | None]:
         """The next pair as the caller sent it, or its name and None when it was refused."""

@@ -119,15 +119,16 @@ def _recording_processing(original: Callable[..., None]) -> Callable[..., None]:
     def process_weights_after_loading(
         model: nn.Module, model_config: Any, target_device: torch.device
     ) -> None:
-        from .record import TailWatch, finish_record, record_of
+        from .record import TailWatch, finish_record, look, record_of
 
         record = record_of(model) if isinstance(model, nn.Module) else None
         if record is None or record.complete:
             original(model, model_config, target_device)
             return
+        loaded = look(record)
         with TailWatch(model, record) as watch:
             original(model, model_config, target_device)
-        finish_record(record, watch.before_tail, model_config, target_device)
+        finish_record(record, loaded, watch.before_tail, model_config, target_device)
         record.start_stamps = _stamps(record.vllm_config, model_config)
         _patch_workers()
 

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import nn
-from torch._ops import OpOverload, OpOverloadPacket
-from torch.overrides import TorchFunctionMode
 
 from . import _vllm
 from .errors import ProcessingError, ReloadError
@@ -20,26 +18,36 @@ ProcessWeights = Callable[..., None]
 """vLLM's ``process_weights_after_loading(model, model_config, target_device)``, unpatched."""
 
 
-class NativeSpy(TorchFunctionMode):
-    """Notes tensors handed to native constructors: custom operators that return a plain handle.
+@contextlib.contextmanager
+def watching_native(device: torch.device) -> Iterator[list[torch.Tensor]]:
+    """Notes the tensors handed to native constructors: custom operators that return a plain handle.
 
     oneDNN's int8 handler keeps the address of the weight scales it was made with, so that memory has
-    to live as long as the handler does. A function mode, because these operators are composite and
-    a dispatch mode does not see them.
+    to live as long as the handler does. The constructors themselves are wrapped for the time: a
+    dispatch mode does not see them (they are composite), and a function mode breaks the
+    ``torch.compile`` that some methods use while processing.
     """
+    captured: list[torch.Tensor] = []
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.captured: list[torch.Tensor] = []
+    def wrap(constructor: Callable[..., Any]) -> Callable[..., Any]:
+        def noting(*args: Any, **kwargs: Any) -> Any:
+            given = (*args, *kwargs.values())
+            captured.extend(value.detach() for value in given if isinstance(value, torch.Tensor))
+            return constructor(*args, **kwargs)
 
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        out = func(*args, **(kwargs or {}))
-        if isinstance(func, (OpOverload, OpOverloadPacket)) and isinstance(out, (int, torch.ScriptObject)):
-            given = (*args, *(kwargs or {}).values())
-            self.captured += [value.detach() for value in given if isinstance(value, torch.Tensor)]
-        return out
+        return noting
+
+    replaced = []
+    try:
+        if device.type == "cpu":
+            for library, name in _vllm.native_constructors():
+                constructor = getattr(library, name)
+                setattr(library, name, wrap(constructor))
+                replaced.append((library, name, constructor))
+        yield captured
+    finally:
+        for library, name, constructor in replaced:
+            setattr(library, name, constructor)
 
 
 def process_stage(stage: Stage, record: ModelRecord, original: ProcessWeights) -> None:
@@ -49,10 +57,8 @@ def process_stage(stage: Stage, record: ModelRecord, original: ProcessWeights) -
     weights in, and then once more with everything else, as a cold start does.
     """
     stage.materialise()
-    # Only native code on the CPU keeps addresses, and a mode would keep torch.compile from compiling.
-    spy = NativeSpy() if record.target_device.type == "cpu" else None
     try:
-        with spy or contextlib.nullcontext():
+        with watching_native(record.target_device) as captured:
             for layer in stage.group.layers:
                 module = layer.ref()
                 if module is not None and layer.online:
@@ -65,7 +71,7 @@ def process_stage(stage: Stage, record: ModelRecord, original: ProcessWeights) -
             f"Processing {stage.group.name or 'the model'} raised {type(error).__name__}: {error}. "
             "The engine serves what it served before."
         ) from error
-    stage.captured = [] if spy is None else spy.captured
+    stage.captured = captured
     stage.processed = True
 
 

@@ -125,6 +125,8 @@ class HolderRecord:
     path: str
     constructed: Contents
     undo: Contents = field(default_factory=dict)
+    by_loader: frozenset[Key] = frozenset()
+    """Keys in ``undo`` that loading changed and processing did not."""
 
 
 @dataclass(eq=False)
@@ -199,6 +201,10 @@ class ModelRecord:
     """Group name -> weights that went into it at the last good reload."""
     routes: Any = None
     """Routes of the last good reload."""
+    last_infos: Any = None
+    """What the last reload through the model's loader brought, as TensorInfo."""
+    learnt_from: Any = None
+    """The listing that routes were last learnt from; it is not tried twice."""
     plan: Any = None
     """Plan of the last checkpoint that was read from files."""
     start_stamps: dict[str, tuple[int, int, int]] | None = None
@@ -369,12 +375,17 @@ class TailWatch:
 
 
 def finish_record(
-    record: ModelRecord, before_tail: list[Contents] | None, model_config: Any, target_device: torch.device
+    record: ModelRecord,
+    loaded: list[Contents],
+    before_tail: list[Contents] | None,
+    model_config: Any,
+    target_device: torch.device,
 ) -> None:
     """Complete the record after PWAL: keep what changed, and group layers that share memory.
 
     Args:
         record: the record made at construction.
+        loaded: a ``look`` taken when the weights were loaded and PWAL was about to begin.
         before_tail: a ``look`` taken when PWAL's tail began, or None when it had none.
         model_config: vLLM's config of this model (a draft model has its own).
         target_device: the device PWAL ran on.
@@ -384,6 +395,8 @@ def finish_record(
     flat = [(layer, holder) for layer in record.layers for holder in layer.holders]
     for index, (layer, holder) in enumerate(flat):
         holder.undo = _difference(holder.constructed, after[index])
+        if not layer.online:
+            holder.by_loader = _settled(holder.undo, loaded[index], after[index])
         if before_tail is not None and not layer.deferred and _changed(before_tail[index], after[index]):
             layer.late = True
         if layer.name == "":
@@ -407,6 +420,15 @@ def _difference(constructed: Contents, after: Contents) -> Contents:
         if key not in constructed:
             undo[key] = ABSENT
     return undo
+
+
+def _settled(undo: Contents, loaded: Contents, after: Contents) -> frozenset[Key]:
+    """Changed keys that had their final, plain value before processing began."""
+    return frozenset(
+        key
+        for key in undo
+        if key in loaded and key in after and not isinstance(after[key], Seen) and same(loaded[key], after[key])
+    )
 
 
 def _unchanged(before: object, now: object) -> bool:

@@ -21,7 +21,7 @@ from .plan import Plan, PlanUnavailable, make_plan
 from .record import ModelRecord, record_constructed
 from .routes import Routes
 from .session import SERVES_OLD, Policy, ReloadSession, complete_record_of, placement
-from .sources import Source, open_folder
+from .sources import Source, TensorInfo, open_folder
 from .verify import ReloadReport
 
 logger = logging.getLogger("vllm.reload_plugin")
@@ -175,6 +175,7 @@ def before_serving() -> None:
 def _reload_from_iterator(
     model: nn.Module, record: ModelRecord, weights: Weights, whole_model: bool
 ) -> ReloadReport:
+    _learn_routes(model, record)
     with _session(model, record, "the iterator", "staged", None, whole_model) as session:
         session.load(weights)
         report = session.finish()
@@ -223,6 +224,23 @@ def _session(
         was_written=_knowledge(model, record),
         also_ignored=_start_names(model, record),
     )
+
+
+def _learn_routes(model: nn.Module, record: ModelRecord) -> None:
+    """Before a reload from an iterator: learn its routes, from the last one or from the engine's own
+    checkpoint. Costs one pass of the model's loader over meta tensors, once."""
+    if record.routes is not None or record.learnt_from is not None:
+        return
+    source = _start_source(model, record) if record.last_infos is None else None
+    infos = record.last_infos or (source.infos() if source is not None else None)
+    if not infos:
+        return
+    record.learnt_from = infos
+    with contextlib.suppress(PlanUnavailable, ReloadError):
+        names = _start_names(model, record)
+        plan = make_plan(model, infos, "the last weights", _knowledge(model, record), names)
+        if not plan.problems:
+            record.learnt, record.routes = dict(plan.names_of_group), plan.routes
 
 
 def _known_routes(record: ModelRecord, whole_model: bool) -> Routes | None:
@@ -289,7 +307,10 @@ def _after_commit(
     if plan is not None:
         record.learnt, record.routes = dict(plan.names_of_group), plan.routes
     elif session.took_loader:
-        record.learnt, record.routes = session.learnt(), session.routes()
+        record.learnt, record.routes = session.learnt(), None
+        arrived = session.loaded.routes
+        record.last_infos = [TensorInfo(name, route.shape, route.dtype) for name, route in arrived.items()]
+        record.learnt_from = None
     record.broken = None
     _attention.discard(record)
 

@@ -103,6 +103,7 @@ class ReloadSession:
         self._storage_of: dict[str, StagedStorage] = {}
         self._stage_of: dict[int, Stage] = {}
         self._stage_named: dict[str, Stage] = {}
+        self._last_written: dict[int, Stage] = {}
         self._was_written = was_written
         self._also_ignored = also_ignored
         self._record = complete_record_of(model)
@@ -218,7 +219,7 @@ class ReloadSession:
         self._entered = True
         for stage in self._stages:
             self._open_stages[id(stage)] = stage
-            stage.enter()
+            stage.enter(routed=self._routes is not None)
             self._trace.watch(stage.storages)
             self._stage_named[stage.group.name] = stage
             for storage in stage.storages:
@@ -306,12 +307,11 @@ class ReloadSession:
 
     def routes(self) -> Routes | None:
         """How to load the same checkpoint again without the model's loader."""
-        if not self.loaded.repeatable or (self._trace.dry and self._traces_left(self._stages)):
+        if not self.loaded.repeatable or not self._trace.dry:
+            return None
+        if any(stage.loader_left_traces() for stage in self._stages):
             return None
         return Routes(placement(self._record), dict(self.loaded.routes))
-
-    def _traces_left(self, stages: Iterable[Stage]) -> bool:
-        return any(stage.touched and stage.loader_left_traces() for stage in stages)
 
     def learnt(self) -> dict[str, frozenset[str]]:
         """Group name -> weights that went into it."""
@@ -391,12 +391,28 @@ class ReloadSession:
         if self._trace.dry or self.whole_model or self.problems:
             return
         ready = [self._stage_named[group] for group in self._groups_of.get(name, ()) if self._arrived(group, name)]
-        for stage in {id(stage): stage for key in recent if (stage := self._stage_of.get(key))}.values():
-            if stage.group.name not in self._waiting and _is_covered(stage):
-                ready.append(stage)
+        if recent:
+            ready += self._covered_before(recent)
         for stage in ready:
             if id(stage) in self._open_stages and not stage.group.deferred:
                 self._close(stage)
+
+    def _covered_before(self, recent: set[int]) -> list[Stage]:
+        """Groups nobody knows the weights of, which are covered and were left for another group.
+
+        Left, because a fused layer may get one more weight after its last element (compressed-tensors
+        sends ``weight_shape`` once for each part); where that has been seen the group waits for the end.
+        """
+        now = {id(stage): stage for key in recent if (stage := self._stage_of.get(key))}
+        left = [stage for key, stage in self._last_written.items() if key not in now]
+        self._last_written = now
+        return [
+            stage
+            for stage in left
+            if stage.group.name not in self._waiting
+            and _is_covered(stage)
+            and not any(storage.coverage.overlaps for storage in stage.storages)
+        ]
 
     def _arrived(self, group: str, name: str) -> bool:
         """Note that a weight is there; whether its group now has all it waits for."""
@@ -406,8 +422,6 @@ class ReloadSession:
     def _close(self, stage: Stage) -> None:
         """Process one group; keep or commit its result, and show what it serves."""
         stage.unwrap_loaders()
-        if self._routes is None and self._traces_left([stage]):
-            self.loaded.repeatable = False
         with self._untraced(), self._timed("process"):
             process_stage(stage, self._record, original_process_weights())
         for storage in stage.storages:
@@ -463,8 +477,6 @@ class ReloadSession:
                 stage.result.show()  # type: ignore[union-attr]
             for stage in deferred:
                 stage.unwrap_loaders()
-                if self._routes is None and self._traces_left([stage]):
-                    self.loaded.repeatable = False
                 with self._timed("process"):
                     process_stage(stage, self._record, original_process_weights())
                 self._note_peak()
@@ -490,6 +502,8 @@ class ReloadSession:
     def _rule_of(self, name: str, shape: tuple[int, ...]) -> str | None:
         if name in self._also_ignored:
             return "also in the engine's own checkpoint and unused there"
+        if _vllm.passes_over(self.model, name):
+            return "dropped by the model's or the quantization's name mapping"
         config = self._record.model_config
         if config is None:
             return None

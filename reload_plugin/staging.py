@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from . import _vllm
 from .errors import UnsupportedError
 from .formats import AsServed, Constant, Coverage, Geometry, TensorFormat, Uninitialised, Values
-from .holders import Contents, Key, put_back, read, same, write
+from .holders import ABSENT, Contents, Key, equal, put_back, read, same, write
 from .record import Group, HolderRecord, TensorRecord
 
 POISON = "RELOAD_PLUGIN_POISON"
@@ -108,7 +108,8 @@ class StagedStorage:
     def release(self) -> None:
         """Give the memory back, also under views that a loader still holds."""
         self.materialised = False
-        self.storage.resize_(0)
+        if self.storage.resizable():  # not once numpy was given the memory; then it goes with its views
+            self.storage.resize_(0)
 
     def _initialise(self, record: TensorRecord) -> None:
         view, initial = self.views[id(record)], record.format.initial
@@ -164,8 +165,13 @@ class Stage:
 
     # -- entering ---------------------------------------------------------------------------------
 
-    def enter(self) -> None:
-        """Put the group's layers into load format, without memory. Undone by ``served.show()``."""
+    def enter(self, routed: bool = False) -> None:
+        """Put the group's layers into load format, without memory. Undone by ``served.show()``.
+
+        Args:
+            routed: no loader will run, so what loaders leave behind beside values stays as it is.
+
+        """
         holders = self._alive_holders()
         self.served = State([(held, read(held)) for _, held in holders], {})
         places = self._places(holders)
@@ -175,7 +181,7 @@ class Stage:
             self._resolve(record)
         for holder, held in holders:
             for key, before in holder.undo.items():
-                if not isinstance(before, TensorRecord):
+                if not isinstance(before, TensorRecord) and not (routed and key in holder.by_loader):
                     write(held, key, before)
         for held, key, record in places:
             write(held, key, self._objects[id(record)])
@@ -187,9 +193,13 @@ class Stage:
         Then loading again without it would not give the same. Asked after loading, before processing.
         """
         state = self._shelf if self._shelf is not None else self.capture()
-        for (_, entered), (_, now) in zip(self._entered, state.contents, strict=True):
-            if list(entered) != list(now) or not all(same(entered[key], now[key]) for key in entered):
-                return True
+        states = zip(self._alive_holders(), self._entered, self.served.contents, state.contents, strict=True)
+        for (holder, _), (_, entered), (_, served), (_, now) in states:
+            for key in entered.keys() | now.keys():
+                value = now.get(key, ABSENT)
+                kept = key in holder.by_loader and equal(served.get(key, ABSENT), value)
+                if not kept and not same(entered.get(key, ABSENT), value):
+                    return True
         for record in self.group.tensors:
             tensor = self._objects.get(id(record))
             if tensor is None:
