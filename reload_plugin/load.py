@@ -8,7 +8,7 @@ first touch, completeness by identity, and a guard over the served tensors in on
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -101,9 +101,19 @@ class LoadTrace(TorchDispatchMode):
     In ``dry`` mode sources are meta tensors and nothing is written: only the slots are noted.
     """
 
-    def __init__(self, problems: Problems, dry: bool = False) -> None:
+    def __init__(
+        self,
+        problems: Problems,
+        dry: bool = False,
+        known: Mapping[str, tuple[int, ...]] | None = None,
+        sharded: bool = False,
+    ) -> None:
+        """Args beyond the class's: ``known`` shapes of the engine's own checkpoint, which a loader may
+        use in part as a cold start does; ``sharded`` when every rank uses its own part only."""
         super().__init__()
         self.dry = dry
+        self._known = {} if known is None else known
+        self._sharded = sharded
         self.problems = problems
         self.loaded = Loaded()
         self.storages: dict[int, StagedStorage] = {}
@@ -151,6 +161,8 @@ class LoadTrace(TorchDispatchMode):
             computed = any(write is None for write in self._writes)
             writes = None if computed else tuple(write for write in self._writes if write is not None)
             shape, dtype = tuple(self._incoming.shape), self._incoming.dtype
+            if writes and not self._sharded and self._known.get(self.current) != shape:
+                self._check_used_up(self._incoming, writes)
             self.loaded.routes[self.current] = Route(shape, dtype, writes)
         self._incoming = None
         self._writes = []
@@ -235,6 +247,14 @@ class LoadTrace(TorchDispatchMode):
             self.reject(name, f"{source.dtype} cannot be loaded into {target.dtype} of {parameter}")
         if source.dtype.is_complex and not target.dtype.is_complex:
             self.reject(name, f"{source.dtype} cannot be loaded into {target.dtype} of {parameter}")
+
+    def _check_used_up(self, incoming: torch.Tensor, writes: tuple[Write, ...]) -> None:
+        """A weight of which the loader takes only a part is too large for the place it goes to."""
+        used = sum(write.source.numel for write in writes if write.source is not None)
+        if 0 < used < incoming.numel():
+            self.problems.misshapen[self.current] = (
+                f"shape {list(incoming.shape)}, of which {writes[0].parameter} takes {used} elements only"
+            )
 
     def _write_of(
         self, func: Any, target: torch.Tensor, args: tuple[Any, ...], storage: StagedStorage

@@ -6,7 +6,7 @@ does not fit is refused here. A plan holds no storage.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from torch import nn
@@ -62,7 +62,7 @@ def make_plan(
     infos: Iterable[TensorInfo],
     source: str,
     was_written: Callable[[str], str | None] = lambda name: None,
-    also_ignored: frozenset[str] = frozenset(),
+    start_shapes: Mapping[str, tuple[int, ...]] | None = None,
 ) -> Plan:
     """Trace the model's loader over ``infos``. Touches neither storage nor served weights.
 
@@ -71,7 +71,7 @@ def make_plan(
         infos: names, shapes and dtypes of the checkpoint.
         source: what to call it in messages.
         was_written: how completely the checkpoint the engine started with writes a parameter.
-        also_ignored: names that a cold start is known to pass over.
+        start_shapes: name -> shape in the checkpoint the engine started with.
 
     Raises:
         PlanUnavailable: the loader needs values.
@@ -81,7 +81,7 @@ def make_plan(
     if not listed:
         raise SourceError(f"{source} holds no tensors. {SERVES_OLD}")
     session = ReloadSession(
-        model, source=source, dry=True, was_written=was_written, also_ignored=also_ignored
+        model, source=source, dry=True, was_written=was_written, start_shapes=start_shapes
     )
     with session:
         try:

@@ -209,8 +209,8 @@ class ModelRecord:
     """Plan of the last checkpoint that was read from files."""
     start_stamps: dict[str, tuple[int, int, int]] | None = None
     """Weight file -> size, time and inode when the engine had just started from it."""
-    start_names: frozenset[str] | None = None
-    """Names in the checkpoint the engine started with."""
+    start_shapes: dict[str, tuple[int, ...]] | None = None
+    """Name -> shape in the checkpoint the engine started with."""
     start_coverage: dict[str, str] | None = None
     """Parameter -> how completely that checkpoint writes it."""
     broken: str | None = None

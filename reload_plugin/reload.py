@@ -222,7 +222,7 @@ def _session(
         names_of_group=plan.names_of_group if plan is not None else record.learnt,
         routes=plan.routes if plan is not None else _known_routes(record, whole_model),
         was_written=_knowledge(model, record),
-        also_ignored=_start_names(model, record),
+        start_shapes=_start_shapes(model, record),
     )
 
 
@@ -237,8 +237,8 @@ def _learn_routes(model: nn.Module, record: ModelRecord) -> None:
         return
     record.learnt_from = infos
     with contextlib.suppress(PlanUnavailable, ReloadError):
-        names = _start_names(model, record)
-        plan = make_plan(model, infos, "the last weights", _knowledge(model, record), names)
+        shapes = _start_shapes(model, record)
+        plan = make_plan(model, infos, "the last weights", _knowledge(model, record), shapes)
         if not plan.problems:
             record.learnt, record.routes = dict(plan.names_of_group), plan.routes
 
@@ -256,8 +256,8 @@ def _plan_for(model: nn.Module, record: ModelRecord, source: Source) -> Plan | N
         kept: Plan = record.plan
         return kept
     try:
-        names = _start_names(model, record)
-        record.plan = make_plan(model, infos, source.description, _knowledge(model, record), names)
+        shapes = _start_shapes(model, record)
+        record.plan = make_plan(model, infos, source.description, _knowledge(model, record), shapes)
         return record.plan
     except PlanUnavailable as reason:
         logger.info("No preflight for %s: %s", source.description, reason)
@@ -273,13 +273,13 @@ def _start_source(model: nn.Module, record: ModelRecord) -> Source | None:
     return source if source.infos() is not None else None
 
 
-def _start_names(model: nn.Module, record: ModelRecord) -> frozenset[str]:
-    """Names in the engine's own checkpoint: what a cold start passes over there is no surprise."""
-    if record.start_names is None:
+def _start_shapes(model: nn.Module, record: ModelRecord) -> dict[str, tuple[int, ...]]:
+    """Name -> shape in the engine's own checkpoint; empty when it cannot be listed."""
+    if record.start_shapes is None:
         source = _start_source(model, record)
         infos = (source.infos() if source is not None else None) or ()
-        record.start_names = frozenset(info.name for info in infos)
-    return record.start_names
+        record.start_shapes = {info.name: info.shape for info in infos}
+    return record.start_shapes
 
 
 def _knowledge(model: nn.Module, record: ModelRecord) -> Callable[[str], str | None]:
@@ -291,8 +291,8 @@ def _knowledge(model: nn.Module, record: ModelRecord) -> Callable[[str], str | N
             source = _start_source(model, record)
             with contextlib.suppress(PlanUnavailable, ReloadError):
                 if source is not None:
-                    names = _start_names(model, record)
-                    plan = make_plan(model, source.infos() or (), source.description, also_ignored=names)
+                    shapes = _start_shapes(model, record)
+                    plan = make_plan(model, source.infos() or (), source.description, start_shapes=shapes)
                     record.start_coverage = plan.coverage
         return record.start_coverage.get(parameter)
 

