@@ -9,6 +9,7 @@ import json
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from tests.oracle import Result
 from tests.zoo import RIGHT, case_named
 
 NAMES = ("llama", "llama_tied", "mixtral", "w8a8_dynamic")
+EAGER_NAMES = ("llama", "w8a8_dynamic")
 COMPILED = (*oracle.THIS, "--compiled")
 ENDURANCE = (sys.executable, "-m", "tests.test_compiled")
 RELOADS = 20
@@ -29,30 +31,44 @@ GROWTH = 8 << 20  # bytes; twenty leaked copies of the smallest of these models 
 pytestmark = pytest.mark.slow
 
 
-def run(name: str, root: Path, command: tuple[str, ...]) -> Result:
-    """One case in one fresh process with the plugin on."""
-    return next(iter(oracle.run_in_subprocesses([name], root, command=command)))
+@pytest.fixture(scope="module")
+def batches(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Future[dict[str, Result]]]:
+    """Results by case, for each kind of run; a kind's cases share one process, and two kinds run at once."""
+    root = tmp_path_factory.mktemp("zoo")
+    kinds = {
+        "oracle": (NAMES, COMPILED),
+        "endurance": (NAMES, ENDURANCE),
+        "eager endurance": (EAGER_NAMES, (*ENDURANCE, "--eager")),
+    }
+
+    def run(kind: str) -> dict[str, Result]:
+        names, command = kinds[kind]
+        results = oracle.run_in_subprocesses(list(names), root / kind.replace(" ", "_"), command=command)
+        return {result.case: result for result in results}
+
+    pool = ThreadPoolExecutor(2)
+    return {kind: pool.submit(run, kind) for kind in kinds}
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_compiled_warm_equals_cold(tmp_path: Path, name: str) -> None:
+def test_compiled_warm_equals_cold(batches: dict[str, Future[dict[str, Result]]], name: str) -> None:
     """The whole oracle under torch.compile."""
-    result = run(name, tmp_path, COMPILED)
+    result = batches["oracle"].result()[name]
     assert result.verdict == RIGHT, result.summary(limit=40)
     assert result.reload_from.startswith("reload_plugin"), "the plugin was not in use"
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_twenty_reloads(tmp_path: Path, name: str) -> None:
+def test_twenty_reloads(batches: dict[str, Future[dict[str, Result]]], name: str) -> None:
     """The same answers every time, no memory lost, and each native handle freed once."""
-    result = run(name, tmp_path, ENDURANCE)
+    result = batches["endurance"].result()[name]
     assert result.verdict == RIGHT, result.summary(limit=40)
 
 
-@pytest.mark.parametrize("name", ["llama", "w8a8_dynamic"])
-def test_every_handle_is_freed_in_the_end(tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize("name", EAGER_NAMES)
+def test_every_handle_is_freed_in_the_end(batches: dict[str, Future[dict[str, Result]]], name: str) -> None:
     """Twenty eager reloads, and when the engine is stopped no native handle is left."""
-    result = run(name, tmp_path, (*ENDURANCE, "--eager"))
+    result = batches["eager endurance"].result()[name]
     assert result.verdict == RIGHT, result.summary(limit=40)
 
 
