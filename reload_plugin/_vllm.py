@@ -179,18 +179,18 @@ class _LayersView:
     """
 
     def __init__(self, layers: list[tuple[str, nn.Module]], root: nn.Module | None) -> None:
-        self.__dict__["_layers"] = layers
-        self.__dict__["_root"] = root
+        vars(self).update(_layers=layers, _root=root)
         hook = getattr(root, "process_weights_after_loading", None)
         if hook is not None:
-            self.__dict__["process_weights_after_loading"] = hook
+            vars(self)["process_weights_after_loading"] = hook
 
     def named_modules(self) -> Iterator[tuple[str, nn.Module]]:
-        return iter(self._layers)
+        return iter(vars(self)["_layers"])
 
     def __setattr__(self, name: str, value: object) -> None:
-        if self._root is not None:
-            setattr(self._root, name, value)
+        root = vars(self)["_root"]
+        if root is not None:
+            setattr(root, name, value)
 
 
 def process_layers(
@@ -206,12 +206,14 @@ def process_layers(
 
 def process_online(layer: nn.Module) -> None:
     """What a cold start does to a layer of an online method while the weights stream in."""
-    layer.quant_method.process_weights_after_loading(layer)  # type: ignore[union-attr, operator]
-    if hasattr(layer, "update_param_tp_status"):
-        layer.update_param_tp_status()
+    method: Any = layer.quant_method
+    method.process_weights_after_loading(layer)
+    update: Any = getattr(layer, "update_param_tp_status", None)
+    if update is not None:
+        update()
 
 
-def weight_files(vllm_config: Any, model_config: Any, model: nn.Module, path: str) -> list[str]:
+def weight_files(vllm_config: Any, model: nn.Module, path: str) -> list[str]:
     """The files that a cold start on ``path`` would read, in its order and by its rules."""
     loader_cls = get("vllm.model_executor.model_loader.default_loader", "DefaultModelLoader")
     load_config = _disk_load_config(vllm_config.load_config)

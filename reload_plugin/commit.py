@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-defined]
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .holders import (
@@ -249,7 +250,8 @@ class _Graft:
         values = [self.value(f"{path}.{i}", a, b) for i, (a, b) in enumerate(zip(old, new, strict=True))]
         if all(value is kept for value, kept in zip(values, old, strict=True)):
             return old
-        return type(old)(*values) if hasattr(old, "_fields") else type(old)(values)
+        make: Callable[..., tuple[Any, ...]] = type(old)
+        return make(*values) if hasattr(old, "_fields") else make(values)
 
 
 def _is_plain_object(value: object) -> bool:
@@ -282,7 +284,7 @@ def _same_layout(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 def _can_become(tensor: torch.Tensor, cls: type) -> bool:
     return issubclass(cls, nn.Parameter) == isinstance(tensor, nn.Parameter) and not issubclass(
-        cls, torch.nn.parameter.UninitializedTensorMixin
+        cls, UninitializedTensorMixin
     )
 
 

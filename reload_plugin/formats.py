@@ -50,7 +50,7 @@ class Geometry:
 
     @staticmethod
     def of(tensor: torch.Tensor) -> Geometry:
-        return Geometry(tensor.storage_offset(), tuple(tensor.shape), tuple(tensor.stride()))
+        return Geometry(int(tensor.storage_offset()), tuple(tensor.shape), tuple(tensor.stride()))
 
     @property
     def numel(self) -> int:

@@ -123,9 +123,10 @@ def _read_module(module: nn.Module) -> Contents:
     return found
 
 
-def write(holder: object, key: Key, value: object) -> None:
+def write(holder: object, key: Key, value: Any) -> None:
     """Set one key, or delete it when ``value`` is ABSENT. Bypasses ``__setattr__`` on purpose:
-    ``nn.Module`` would move the name between its tables, frozen dataclasses would refuse."""
+    ``nn.Module`` would move the name between its tables, frozen dataclasses would refuse.
+    """
     kind, name = key
     if kind == "item":
         _write_item(holder, name, value)
@@ -133,7 +134,7 @@ def write(holder: object, key: Key, value: object) -> None:
         _write_table(holder.__dict__[kind], name, value)
     elif name == "_non_persistent_buffers_set" and isinstance(holder, nn.Module):
         holder._non_persistent_buffers_set.clear()
-        holder._non_persistent_buffers_set.update(value)  # type: ignore[call-overload]
+        holder._non_persistent_buffers_set.update(value)
     elif value is ABSENT:
         _delete_attribute(holder, name)
     elif name in getattr(holder, "__dict__", ()) or not slots_of(holder):

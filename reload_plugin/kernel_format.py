@@ -93,9 +93,10 @@ def _offends(
 def _require_tensors_only(record: ModelRecord) -> None:
     opaque = sorted(layer.name for layer in record.layers if _is_opaque(layer))
     if opaque:
+        names = ", ".join(opaque[:4])
         raise KernelFormatError(
-            f"The kernel format of {len(opaque)} layers is not made of tensors ({', '.join(opaque[:4])}, ...): "
-            f"it lives in closures or native handles. {SERVES_OLD} Send the weights in checkpoint format."
+            f"The kernel format of {len(opaque)} layers is not made of tensors ({names}, ...): it lives in "
+            f"closures or native handles. {SERVES_OLD} Send the weights in checkpoint format."
         )
 
 

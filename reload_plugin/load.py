@@ -33,7 +33,7 @@ class LateWriteError(ReloadError):
     """A loader wrote to a layer that was complete already, or to a served tensor."""
 
 
-class RejectedWeight(Exception):
+class RejectedWeightError(Exception):
     """Stops a loader at a weight that does not fit; the reason is already noted."""
 
 
@@ -109,7 +109,8 @@ class LoadTrace(TorchDispatchMode):
         sharded: bool = False,
     ) -> None:
         """Args beyond the class's: ``known`` shapes of the engine's own checkpoint, which a loader may
-        use in part as a cold start does; ``sharded`` when every rank uses its own part only."""
+        use in part as a cold start does; ``sharded`` when every rank uses its own part only.
+        """
         super().__init__()
         self.dry = dry
         self._known = {} if known is None else known
@@ -279,7 +280,7 @@ class LoadTrace(TorchDispatchMode):
     def reject(self, name: str, reason: str) -> None:
         """Note that a weight does not fit and stop its loader."""
         self.problems.misshapen[name] = reason
-        raise RejectedWeight(reason)
+        raise RejectedWeightError(reason)
 
     def late(self, target: str) -> LateWriteError:
         """The error for a write to what is complete or served already."""
@@ -351,8 +352,8 @@ class Feed:
             raise
         except Exception as error:
             raise ReloadError(
-                f"Finishing a layer after {self._trace.current!r} failed with {type(error).__name__}: {error}. "
-                "The engine serves what it served before."
+                f"Finishing a layer after {self._trace.current!r} failed with "
+                f"{type(error).__name__}: {error}. The engine serves what it served before."
             ) from error
 
     def fetch(self) -> tuple[str, torch.Tensor | None]:
@@ -437,11 +438,11 @@ def load_all(load_weights: Callable[[Any], Any], feed: Feed, trace: LoadTrace) -
         try:
             load_weights(feed)
             return
-        except RejectedWeight:
+        except RejectedWeightError:
             pass
         except ReloadError:
             raise
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - loaders raise anything; every offender is collected
             _note_rejection(trace, error)
         if len(trace.loaded.shapes) == seen and trace.problems.count > _LIMIT:
             return

@@ -14,11 +14,11 @@ from torch import nn
 from .errors import ReloadError, SourceError, weights_error
 from .load import Problems, Slot
 from .routes import Routes
-from .session import SERVES_OLD, ReloadSession, complete_record_of, placement
+from .session import SERVES_OLD, ReloadSession, complete_record_of, placement, unknown
 from .sources import TensorInfo
 
 
-class PlanUnavailable(Exception):
+class PlanUnavailableError(Exception):
     """The model's loader looks at values, so it cannot be run on meta tensors."""
 
 
@@ -61,7 +61,7 @@ def make_plan(
     model: nn.Module,
     infos: Iterable[TensorInfo],
     source: str,
-    was_written: Callable[[str], str | None] = lambda name: None,
+    was_written: Callable[[str], str | None] = unknown,
     start_shapes: Mapping[str, tuple[int, ...]] | None = None,
 ) -> Plan:
     """Trace the model's loader over ``infos``. Touches neither storage nor served weights.
@@ -74,7 +74,7 @@ def make_plan(
         start_shapes: name -> shape in the checkpoint the engine started with.
 
     Raises:
-        PlanUnavailable: the loader needs values.
+        PlanUnavailableError: the loader needs values.
 
     """
     listed: Sequence[TensorInfo] = list(infos)
@@ -87,9 +87,9 @@ def make_plan(
         try:
             session.load((info.name, info.meta()) for info in listed)
         except (NotImplementedError, ReloadError) as error:
-            raise PlanUnavailable(str(error)) from error
+            raise PlanUnavailableError(str(error)) from error
         if any("meta" in reason for reason in session.problems.misshapen.values()):
-            raise PlanUnavailable(next(iter(session.problems.misshapen.values())))
+            raise PlanUnavailableError(next(iter(session.problems.misshapen.values())))
         kept, ignored = session.account()
         coverage = session.coverage()
         return _plan(model, listed, session, coverage, kept, ignored)

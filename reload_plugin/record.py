@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.parameter import UninitializedTensorMixin
+from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-defined]
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves
 
@@ -427,7 +427,10 @@ def _settled(undo: Contents, loaded: Contents, after: Contents) -> frozenset[Key
     return frozenset(
         key
         for key in undo
-        if key in loaded and key in after and not isinstance(after[key], Seen) and same(loaded[key], after[key])
+        if key in loaded
+        and key in after
+        and not isinstance(after[key], Seen)
+        and same(loaded[key], after[key])
     )
 
 

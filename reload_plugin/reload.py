@@ -17,7 +17,7 @@ from torch import nn
 from . import _vllm
 from .errors import EngineBrokenError, ReloadError, SourceError
 from .kernel_format import copy_kernel_format
-from .plan import Plan, PlanUnavailable, make_plan
+from .plan import Plan, PlanUnavailableError, make_plan
 from .record import ModelRecord, record_constructed
 from .routes import Routes
 from .session import SERVES_OLD, Policy, ReloadSession, complete_record_of, placement
@@ -228,7 +228,8 @@ def _session(
 
 def _learn_routes(model: nn.Module, record: ModelRecord) -> None:
     """Before a reload from an iterator: learn its routes, from the last one or from the engine's own
-    checkpoint. Costs one pass of the model's loader over meta tensors, once."""
+    checkpoint. Costs one pass of the model's loader over meta tensors, once.
+    """
     if record.routes is not None or record.learnt_from is not None:
         return
     source = _start_source(model, record) if record.last_infos is None else None
@@ -236,7 +237,7 @@ def _learn_routes(model: nn.Module, record: ModelRecord) -> None:
     if not infos:
         return
     record.learnt_from = infos
-    with contextlib.suppress(PlanUnavailable, ReloadError):
+    with contextlib.suppress(PlanUnavailableError, ReloadError):
         shapes = _start_shapes(model, record)
         plan = make_plan(model, infos, "the last weights", _knowledge(model, record), shapes)
         if not plan.problems:
@@ -257,11 +258,12 @@ def _plan_for(model: nn.Module, record: ModelRecord, source: Source) -> Plan | N
         return kept
     try:
         shapes = _start_shapes(model, record)
-        record.plan = make_plan(model, infos, source.description, _knowledge(model, record), shapes)
-        return record.plan
-    except PlanUnavailable as reason:
+        made = make_plan(model, infos, source.description, _knowledge(model, record), shapes)
+    except PlanUnavailableError as reason:
         logger.info("No preflight for %s: %s", source.description, reason)
         return None
+    record.plan = made
+    return made
 
 
 def _start_source(model: nn.Module, record: ModelRecord) -> Source | None:
@@ -289,7 +291,7 @@ def _knowledge(model: nn.Module, record: ModelRecord) -> Callable[[str], str | N
         if record.start_coverage is None:
             record.start_coverage = {}
             source = _start_source(model, record)
-            with contextlib.suppress(PlanUnavailable, ReloadError):
+            with contextlib.suppress(PlanUnavailableError, ReloadError):
                 if source is not None:
                     shapes = _start_shapes(model, record)
                     plan = make_plan(model, source.infos() or (), source.description, start_shapes=shapes)

@@ -72,7 +72,9 @@ def follow(route: Route, tensor: torch.Tensor, memory: Callable[[str], torch.Unt
         source = source.contiguous()
     for write in route.writes:
         target = torch.empty(0, dtype=write.target_dtype, device=memory(write.parameter).device)
-        view = target.set_(memory(write.parameter), write.target.offset, write.target.size, write.target.stride)
+        view = target.set_(
+            memory(write.parameter), write.target.offset, write.target.size, write.target.stride
+        )
         if write.source is None:
             view.fill_(write.value)
         else:

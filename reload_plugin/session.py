@@ -36,6 +36,11 @@ Policy = Literal["staged", "streaming"]
 SERVES_OLD = "The engine serves what it served before."
 
 
+def unknown(parameter: str) -> str | None:  # noqa: ARG001 - the shape of an answer
+    """Nothing is known about the checkpoint the engine started with."""
+    return None
+
+
 class State(enum.Enum):
     """Where a session is; every state but LOADING and PROCESSING has the served weights in place."""
 
@@ -79,7 +84,7 @@ class ReloadSession:
         policy: Policy = "staged",
         whole_model: bool = False,
         names_of_group: Mapping[str, frozenset[str]] | None = None,
-        was_written: Callable[[str], str | None] = lambda name: None,
+        was_written: Callable[[str], str | None] = unknown,
         start_shapes: Mapping[str, tuple[int, ...]] | None = None,
         routes: Routes | None = None,
         dry: bool = False,
@@ -189,7 +194,8 @@ class ReloadSession:
     @contextlib.contextmanager
     def loading(self) -> Iterator[None]:
         """The model in load format, watched. May be nested; the outermost exit shows the served state
-        again, unless ``show`` was called before."""
+        again, unless ``show`` was called before.
+        """
         if self.state is State.LOADING:
             yield
             return
@@ -399,7 +405,9 @@ class ReloadSession:
         name = self._trace.current
         if self._trace.dry or self.whole_model or self.problems:
             return
-        ready = [self._stage_named[group] for group in self._groups_of.get(name, ()) if self._arrived(group, name)]
+        ready = [
+            self._stage_named[group] for group in self._groups_of.get(name, ()) if self._arrived(group, name)
+        ]
         if recent:
             ready += self._covered_before(recent)
         for stage in ready:
@@ -506,7 +514,8 @@ class ReloadSession:
     # -- small things -----------------------------------------------------------------------------
 
     def _load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> Any:
-        return type(self.model).load_weights(self.model, weights)  # type: ignore[operator]
+        load_weights: Any = type(self.model).load_weights  # type: ignore[attr-defined]
+        return load_weights(self.model, weights)
 
     def _rule_of(self, name: str, shape: tuple[int, ...]) -> str | None:
         if name in self._start_shapes:
@@ -592,8 +601,8 @@ def complete_record_of(model: nn.Module) -> ModelRecord:
     if record is None or not record.complete:
         raise NotRecordedError(
             f"{type(model).__name__} has no recorded load format, so its weights cannot be reloaded. Install "
-            "the plugin (entry point group vllm.general_plugins) in the process that builds the model, or call "
-            "record_for_reloading(model) right after it is constructed and before its weights are processed."
+            "the plugin (entry point group vllm.general_plugins) in the process that builds the model, or "
+            "call record_for_reloading(model) right after it is constructed, before its weights are loaded."
         )
     return record
 

@@ -205,7 +205,9 @@ class Stage:
             if tensor is None:
                 continue
             attributes, expected = state.tensors[id(tensor)].attributes, record.format.attributes
-            if attributes.keys() != expected.keys() or any(attributes[k] is not expected[k] for k in expected):
+            if attributes.keys() != expected.keys() or any(
+                attributes[k] is not expected[k] for k in expected
+            ):
                 return True
         return False
 

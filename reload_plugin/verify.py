@@ -6,11 +6,9 @@ import re
 from collections.abc import Callable, Iterable
 from typing import Any
 
-
 from pydantic import BaseModel, ConfigDict, Field
 
 from .load import Loaded, Problems
-
 from .record import storage_id
 from .staging import Stage, StagedStorage
 
@@ -75,12 +73,8 @@ def ignorable(name: str, shape: tuple[int, ...], config: Any, quantized: bool, w
         return "tied head"
     layers = getattr(text, "num_hidden_layers", None)
     found = re.search(r"layers\.(\d+)\.", name)
-    if (
-        found
-        and isinstance(layers, int)
-        and int(found[1]) >= layers
-        and getattr(text, "num_nextn_predict_layers", 0)
-    ):
+    drafts = getattr(text, "num_nextn_predict_layers", 0)
+    if found and drafts and isinstance(layers, int) and int(found[1]) >= layers:
         return "draft (MTP) layer"
     if quantized and name.endswith(".bias"):
         return "unused bias of a quantized checkpoint"

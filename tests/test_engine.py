@@ -112,9 +112,7 @@ def by_one_buffer(engine: Engine) -> None:
 def by_strided_tensors(engine: Engine) -> None:
     """Not contiguous, and a parameter that wants gradients."""
     strided = [(n, t.t().contiguous().t() if t.dim() == 2 else t) for n, t in engine.weights("B")]
-    engine.push(
-        (n, torch.nn.Parameter(t) if t.is_floating_point() else t) for n, t in strided
-    )
+    engine.push((n, torch.nn.Parameter(t) if t.is_floating_point() else t) for n, t in strided)
 
 
 def by_float32(engine: Engine) -> None:
@@ -249,23 +247,40 @@ def raising(weights: Weights, error: BaseException, after: int) -> Iterator[tupl
 
 
 BAD = (
-    Bad("empty", lambda w: [], errors.SourceError, "gave no weights"),
-    Bad("not iterable", lambda w: 7, errors.SourceError, "not an iterable"),
+    Bad("empty", lambda _: [], errors.SourceError, "gave no weights"),
+    Bad("not iterable", lambda _: 7, errors.SourceError, "not an iterable"),
     Bad("not pairs", lambda w: [n for n, _ in w], errors.SourceError, "not a .name, tensor. pair"),
     Bad("not a tensor", lambda w: replaced(w, 3, "seven"), errors.MisshapenWeightsError, "not a tensor"),
     Bad("meta", lambda w: replaced(w, 3, w[3][1].to("meta")), errors.MisshapenWeightsError, "meta tensor"),
-    Bad("one missing", lambda w: w[: some_matrix(w)] + w[some_matrix(w) + 1 :], errors.MissingWeightsError, "qkv"),
+    Bad(
+        "one missing",
+        lambda w: w[: some_matrix(w)] + w[some_matrix(w) + 1 :],
+        errors.MissingWeightsError,
+        "qkv",
+    ),
     Bad("last missing", lambda w: w[:-1], errors.MissingWeightsError, "missing"),
     Bad("twice", lambda w: [*w, w[some_matrix(w)]], errors.DuplicateWeightsError, "k_proj"),
-    Bad("unknown", lambda w: [*w, ("model.nothing.weight", w[0][1])], errors.UnexpectedWeightsError, "nothing"),
+    Bad(
+        "unknown", lambda w: [*w, ("model.nothing.weight", w[0][1])], errors.UnexpectedWeightsError, "nothing"
+    ),
     Bad(
         "transposed",
         lambda w: replaced(w, some_matrix(w), w[some_matrix(w)][1].t().contiguous()),
         errors.WeightsError,
         "k_proj",
     ),
-    Bad("row broadcast", lambda w: replaced(w, some_matrix(w), w[some_matrix(w)][1][:1]), errors.WeightsError, "k_proj"),
-    Bad("number broadcast", lambda w: replaced(w, some_matrix(w), w[some_matrix(w)][1][:1, :1]), errors.WeightsError, "k_proj"),
+    Bad(
+        "row broadcast",
+        lambda w: replaced(w, some_matrix(w), w[some_matrix(w)][1][:1]),
+        errors.WeightsError,
+        "k_proj",
+    ),
+    Bad(
+        "number broadcast",
+        lambda w: replaced(w, some_matrix(w), w[some_matrix(w)][1][:1, :1]),
+        errors.WeightsError,
+        "k_proj",
+    ),
     Bad(
         "too large",
         lambda w: replaced(w, some_matrix(w), torch.cat([w[some_matrix(w)][1]] * 2)),
@@ -273,8 +288,15 @@ BAD = (
         "k_proj",
     ),
     Bad("source raises at once", lambda w: raising(w, ValueError("gone"), 0), errors.SourceError, "gone"),
-    Bad("source raises half way", lambda w: raising(w, OSError("gone"), len(w) // 2), errors.SourceError, "gone"),
-    Bad("source raises at the end", lambda w: raising(w, KeyError("gone"), len(w)), errors.SourceError, "gone"),
+    Bad(
+        "source raises half way",
+        lambda w: raising(w, OSError("gone"), len(w) // 2),
+        errors.SourceError,
+        "gone",
+    ),
+    Bad(
+        "source raises at the end", lambda w: raising(w, KeyError("gone"), len(w)), errors.SourceError, "gone"
+    ),
     Bad("interrupted", lambda w: raising(w, KeyboardInterrupt(), len(w) // 2), KeyboardInterrupt, ""),
 )
 
@@ -312,14 +334,14 @@ def broken_folder(engine: Engine, folder: Path, change: Callable[[dict[str, torc
 
 
 def truncate(engine: Engine, folder: Path) -> Path:
-    broken_folder(engine, folder, lambda t: None)
+    broken_folder(engine, folder, lambda _: None)
     file = folder / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-1000])
     return folder
 
 
 def half_written(engine: Engine, folder: Path) -> Path:
-    broken_folder(engine, folder, lambda t: None)
+    broken_folder(engine, folder, lambda _: None)
     index = {"weight_map": {"a": "model.safetensors", "b": "model-00002-of-00002.safetensors"}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     return folder
@@ -341,8 +363,8 @@ def of_another_architecture(tensors: dict[str, torch.Tensor]) -> None:
 
 
 FOLDERS: dict[str, tuple[Callable[[Engine, Path], Path], type[Exception], str]] = {
-    "nonexistent": (lambda e, p: p / "nowhere", errors.SourceError, "no folder"),
-    "empty": (lambda e, p: p.mkdir() or p, errors.SourceError, "no weights"),
+    "nonexistent": (lambda _, p: p / "nowhere", errors.SourceError, "no folder"),
+    "empty": (lambda _, p: p.mkdir() or p, errors.SourceError, "no weights"),
     "truncated": (truncate, errors.SourceError, "not a whole safetensors file"),
     "half written": (half_written, errors.SourceError, "not there"),
     "missing": (lambda e, p: broken_folder(e, p, without_last), errors.WeightsError, "missing"),
@@ -364,9 +386,13 @@ def test_a_bad_folder_is_refused_and_changes_nothing(on_a: Engine, tmp_path: Pat
 
 
 def test_an_exception_in_the_block_puts_everything_back(on_a: Engine) -> None:
-    with pytest.raises(ZeroDivisionError), reload_plugin.restore_for_reloading(on_a.model):
-        on_a.model.load_weights(iter(on_a.weights("B")[:9]))
-        _ = 1 / 0
+    def interrupted() -> None:
+        with reload_plugin.restore_for_reloading(on_a.model):
+            on_a.model.load_weights(iter(on_a.weights("B")[:9]))
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        interrupted()
     on_a.assert_is("A")
 
 

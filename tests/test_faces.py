@@ -65,7 +65,9 @@ def lora_answers(llm: object, adapter: Path) -> list:
     found = []
     for request in (None, LoRARequest("adapter", 1, str(adapter))):
         outputs = llm.generate(prompts, params, lora_request=request, use_tqdm=False)
-        found.append([(o.outputs[0].token_ids, [oracle.plain(p) for p in o.outputs[0].logprobs]) for o in outputs])
+        found.append(
+            [(o.outputs[0].token_ids, [oracle.plain(p) for p in o.outputs[0].logprobs]) for o in outputs]
+        )
     return found
 
 
@@ -95,7 +97,8 @@ def test_the_target_is_reloaded_and_the_draft_is_not(folders: dict[str, Path]) -
     draft = {"model": str(folders["A"]), "num_speculative_tokens": 2, "method": "draft_model"}
     with oracle.running(CASE, folders["A"], speculative_config=draft) as llm:
         model = llm.collective_rpc(lambda worker: worker.model_runner.drafter.model)[0]
-        assert record_of(model) is not None and model is not oracle.model_of(llm)
+        assert record_of(model) is not None
+        assert model is not oracle.model_of(llm)
         before = oracle.live_tensors(model)
         on_a = oracle.answer(llm)
         oracle.reload_from_folder(llm, folders["B"])
@@ -153,7 +156,13 @@ if __name__ == "__main__":
 
 def environment(**more: str) -> dict[str, str]:
     root = str(Path(__file__).resolve().parent.parent)
-    return {**os.environ, "PYTHONPATH": root, "OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", **more}
+    return {
+        **os.environ,
+        "PYTHONPATH": root,
+        "OMP_NUM_THREADS": "1",
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        **more,
+    }
 
 
 def as_json(value: object) -> object:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -49,14 +49,15 @@ def open_folder(path: str, vllm_config: Any, model_config: Any, model: nn.Module
         SourceError: nothing is there, or not whole.
 
     """
-    if os.path.isfile(path) and path.endswith(".safetensors"):
+    place = Path(path)
+    if place.is_file() and place.suffix == ".safetensors":
         return SafetensorsSource([path], path)
-    if os.path.isdir(path):
-        _check_index(path)
-    elif os.path.isabs(path) or path.startswith(".") or os.path.exists(path) or path.count("/") != 1:
+    if place.is_dir():
+        _check_index(place)
+    elif place.is_absolute() or path.startswith(".") or place.exists() or path.count("/") != 1:
         raise SourceError(f"There is no folder {path}. {NEXT}")
     try:
-        files = _vllm.weight_files(vllm_config, model_config, model, path)
+        files = _vllm.weight_files(vllm_config, model, path)
     except ReloadError:
         raise
     except Exception as error:
@@ -67,16 +68,15 @@ def open_folder(path: str, vllm_config: Any, model_config: Any, model: nn.Module
     return SafetensorsSource(files, path)
 
 
-def _check_index(path: str) -> None:
+def _check_index(folder: Path) -> None:
     """An index that names files which are not there is a half-written folder."""
-    index = os.path.join(path, "model.safetensors.index.json")
-    if not os.path.exists(index):
+    index = folder / "model.safetensors.index.json"
+    if not index.exists():
         return
     try:
-        with open(index, encoding="utf-8") as handle:
-            files = set(json.load(handle)["weight_map"].values())
+        files = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise SourceError(f"{index} is not a safetensors index: {type(error).__name__}: {error}.") from error
-    missing = sorted(str(file) for file in files if not os.path.exists(os.path.join(path, str(file))))
+    missing = sorted(str(file) for file in files if not (folder / str(file)).exists())
     if missing:
         raise SourceError(f"{index} names {missing[0]} and {len(missing) - 1} more files that are not there.")

@@ -11,6 +11,8 @@ import json
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -112,7 +114,7 @@ class SafetensorsSource:
 def stamp_of(file: str) -> Stamp:
     """Size, modification time (ns) and inode of a file: what tells that it was rewritten."""
     try:
-        found = os.stat(file)
+        found = Path(file).stat()
     except OSError as error:
         raise SourceError(f"{file} cannot be read: {error}.") from error
     return found.st_size, found.st_mtime_ns, found.st_ino
@@ -123,7 +125,7 @@ def _header(file: str) -> list[_Place]:
     try:
         with safe_open(file, framework="pt"):
             pass
-        with open(file, "rb") as handle:
+        with Path(file).open("rb") as handle:
             length = int.from_bytes(handle.read(8), "little")
             header = json.loads(handle.read(length))
     except (SafetensorError, OSError, ValueError) as error:
@@ -132,25 +134,25 @@ def _header(file: str) -> list[_Place]:
     return [_place(file, name, entry, 8 + length) for name, entry in header.items()]
 
 
-def _place(file: str, name: str, entry: dict[str, object], base: int) -> _Place:
+def _place(file: str, name: str, entry: dict[str, Any], base: int) -> _Place:
     dtype = _DTYPES.get(str(entry["dtype"]))
     if dtype is None:
         raise SourceError(f"{name} in {file} has the dtype {entry['dtype']}, which torch has no name for.")
-    start, end = entry["data_offsets"]  # type: ignore[misc]
-    info = TensorInfo(name, tuple(entry["shape"]), dtype)  # type: ignore[arg-type]
+    start, end = entry["data_offsets"]
+    info = TensorInfo(name, tuple(entry["shape"]), dtype)
     return _Place(info, file, base + int(start), int(end) - int(start))
 
 
 def _read(handle: int, place: _Place) -> torch.Tensor:
     tensor = torch.empty(place.info.shape, dtype=place.info.dtype, device="cpu")
     if place.nbytes:
-        target = memoryview(tensor.view(-1).view(torch.uint8).numpy())
+        target = memoryview(tensor.view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
         done = 0
         while done < place.nbytes:
             got = os.preadv(handle, [target[done:]], place.start + done)
             if got == 0:
                 raise SourceError(
-                    f"{place.file} ends in the middle of {place.info.name}. It was truncated while it was read."
+                    f"{place.file} ends in the middle of {place.info.name}: it was cut while it was read."
                 )
             done += got
     return tensor
