@@ -68,6 +68,12 @@ class Commit:
     def nbytes(self) -> int:
         return sum(new.numel() * new.element_size() for _, new in self.copies)
 
+    def forget(self) -> None:
+        """Let go of the new tensors, once they are applied."""
+        for held in (self.copies, self.moves, self.trades, self.writes, self.looks, self.cells):
+            held.clear()
+        self.native = []
+
     def apply(self) -> None:
         """Serve the new values. Touches only memory that is already there."""
         with torch.inference_mode(False), torch.no_grad():

@@ -8,6 +8,7 @@ first touch, completeness by identity, and a guard over the served tensors in on
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -25,6 +26,8 @@ from .routes import Route, Write
 from .staging import StagedStorage
 
 _SCALE = re.compile(r"scale|zero|alpha|shape")
+_OUR_REFERENCES = 2
+"""References to the weight being loaded when no loader holds it: ours and the counter's argument."""
 _LIMIT = 10_000
 """Offenders after which a stream is not read any further."""
 
@@ -159,6 +162,10 @@ class LoadTrace(TorchDispatchMode):
         What a dry run touched is given back.
         """
         if self._incoming is not None:
+            if not self._writes and not self.dry and sys.getrefcount(self._incoming) > _OUR_REFERENCES:
+                # Nothing was loaded from it and somebody holds it: a loader that collects weights first
+                # (BERT's does). The caller may overwrite its buffer now, so what is held gets a copy.
+                self._incoming.data = self._incoming.data.clone()
             computed = any(write is None for write in self._writes)
             writes = None if computed else tuple(write for write in self._writes if write is not None)
             shape, dtype = tuple(self._incoming.shape), self._incoming.dtype
@@ -342,8 +349,9 @@ class Feed:
             self._in_between()
             name, tensor = self.fetch()
             if tensor is not None:
-                self._trace.begin(name, tensor)
-                return name, tensor
+                ours = tensor.detach()
+                self._trace.begin(name, ours)
+                return name, ours
 
     def _in_between(self) -> None:
         try:

@@ -31,7 +31,7 @@ class Plan:
     order: tuple[str, ...] = field(repr=False)
     """Names in the order in which the layers need them."""
     names_of_group: dict[str, frozenset[str]] = field(repr=False)
-    """Group name -> every weight that goes into it."""
+    """Group name -> every weight that goes into it; empty for loaders that collect weights first."""
     coverage: dict[str, str]
     """Parameter -> ``whole``, ``part`` or ``none``."""
     routes: Routes | None
@@ -113,12 +113,13 @@ def _plan(
     for name, indices in needed.items():
         for index in indices:
             members.setdefault(groups[index].name, set()).add(name)
+    known = {group: frozenset(names) for group, names in members.items()}
     order = sorted(needed, key=lambda name: needed[name][:1] or [-1])
     return Plan(
         infos={info.name: info for info in infos},
         slots=slots,
         order=tuple(order),
-        names_of_group={group: frozenset(names) for group, names in members.items()},
+        names_of_group=known if session.loaded.repeatable else {},
         coverage=coverage,
         routes=session.routes(),
         placement=placement(complete_record_of(model)),

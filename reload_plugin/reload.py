@@ -17,6 +17,7 @@ from torch import nn
 from . import _vllm
 from .errors import EngineBrokenError, ReloadError, SourceError
 from .kernel_format import copy_kernel_format
+from .memory import HostPool, trim_heap
 from .plan import Plan, PlanUnavailableError, make_plan
 from .record import ModelRecord, record_constructed
 from .routes import Routes
@@ -221,6 +222,7 @@ def _session(
         whole_model=whole_model,
         names_of_group=plan.names_of_group if plan is not None else record.learnt,
         routes=plan.routes if plan is not None else _known_routes(record, whole_model),
+        pool=HostPool(),
         was_written=_knowledge(model, record),
         start_shapes=_start_shapes(model, record),
     )
@@ -315,6 +317,7 @@ def _after_commit(
         record.learnt_from = None
     record.broken = None
     _attention.discard(record)
+    trim_heap()
 
 
 def _can_bring_back(model: nn.Module, record: ModelRecord) -> bool:

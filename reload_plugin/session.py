@@ -25,6 +25,7 @@ from . import _vllm
 from .commit import Commit, plan_commit
 from .errors import NotRecordedError, SessionError, SourceError, weights_error
 from .load import Feed, Loaded, LoadTrace, Problems, Slot, load_all, load_by_routes
+from .memory import HostPool
 from .process import ProcessWeights, process_stage, process_tail
 from .record import ModelRecord, record_of, storage_id
 from .routes import Routes, follow
@@ -69,6 +70,7 @@ class ReloadSession:
         start_shapes: name -> shape in the checkpoint the engine started with; what a cold start passes
             over or takes in part there is no surprise here.
         routes: where weights go, learnt before; weights without a route take the model's loader.
+        pool: memory for the staging of weights that have a route.
         dry: only find out where weights would go; see ``plan``.
 
     Raises:
@@ -87,6 +89,7 @@ class ReloadSession:
         was_written: Callable[[str], str | None] = unknown,
         start_shapes: Mapping[str, tuple[int, ...]] | None = None,
         routes: Routes | None = None,
+        pool: HostPool | None = None,
         dry: bool = False,
     ) -> None:
         self.model = model
@@ -107,6 +110,8 @@ class ReloadSession:
         """Weights loaded by a route whose coverage has not been noted yet."""
         self._routed_names: set[str] = set()
         self._storage_of: dict[str, StagedStorage] = {}
+        self._first_key: dict[str, int] = {}
+        self._pool = pool if policy == "streaming" else None
         self._stage_of: dict[int, Stage] = {}
         self._stage_named: dict[str, Stage] = {}
         self._last_written: dict[int, Stage] = {}
@@ -188,7 +193,10 @@ class ReloadSession:
         storage = self._storage_of[parameter]
         if storage.closed:
             raise self._trace.late(parameter)
-        storage.materialise()
+        if not storage.materialised:
+            storage.materialise(pool=self._pool)
+            self._stage_of[storage.key] = self._stage_of[self._first_key[parameter]]
+            self._trace.watch([storage])
         return storage.storage
 
     @contextlib.contextmanager
@@ -231,6 +239,7 @@ class ReloadSession:
             self._stage_named[stage.group.name] = stage
             for storage in stage.storages:
                 self._storage_of[storage.primary.name] = storage
+                self._first_key[storage.primary.name] = storage.key
                 self._stage_of[storage.key] = stage
         self._trace.protected = _served_storages(self._stages)
 
@@ -329,7 +338,9 @@ class ReloadSession:
         return Routes(placement(self._record), dict(self.loaded.routes))
 
     def learnt(self) -> dict[str, frozenset[str]]:
-        """Group name -> weights that went into it."""
+        """Group name -> weights that went into it; empty for loaders that collect weights first."""
+        if not self.loaded.repeatable:
+            return {}
         group_of = {t.name: group.name for group in self._record.groups for t in group.tensors}
         found: dict[str, set[str]] = defaultdict(set)
         for name, slots in self.loaded.slots.items():
@@ -458,11 +469,25 @@ class ReloadSession:
         if self.policy == "streaming":
             with self._timed("commit"):
                 self._apply(commit)
-            stage.release(commit.kept_storages(applied=True))
-            stage.drop()
+            self._give_back(stage, commit)
         else:
             stage.release(commit.kept_storages(applied=False))
             self._staged.append((stage, commit))
+
+    def _give_back(self, stage: Stage, commit: Commit) -> None:
+        """Free the staging of a committed group, into the pool where it came from there."""
+        keep = commit.kept_storages(applied=True)
+        storages = stage.storages
+        if self._pool is None or self._routes is None:
+            stage.release(keep)
+            stage.drop()
+            return
+        stage.drop()
+        commit.forget()
+        for storage in storages:
+            if storage.key not in keep:
+                self._trace.storages.pop(storage.key, None)
+                storage.give_back(self._pool)
 
     def _apply(self, commit: Commit) -> None:
         self.committed.append(commit.name)

@@ -21,6 +21,7 @@ from . import _vllm
 from .errors import UnsupportedError
 from .formats import AsServed, Constant, Coverage, Geometry, TensorFormat, Uninitialised, Values
 from .holders import ABSENT, Contents, Key, equal, put_back, read, same, write
+from .memory import SMALL, HostPool
 from .record import Group, HolderRecord, TensorRecord
 
 POISON = "RELOAD_PLUGIN_POISON"
@@ -82,6 +83,7 @@ class StagedStorage:
         self.closed = False
         """Its group is processed: nothing may be written to it any more."""
         self.served: dict[int, torch.Tensor] = {}
+        self.objects: dict[int, torch.Tensor] = {}
 
     @property
     def key(self) -> int:
@@ -92,18 +94,38 @@ class StagedStorage:
         empty = torch.empty(0, dtype=fmt.dtype, device=device)
         return empty.set_(self.storage, geometry.offset, geometry.size, geometry.stride)
 
-    def materialise(self, initialise: bool = True) -> None:
-        """Allocate, and write what the constructor would have left there."""
+    def materialise(self, initialise: bool = True, pool: HostPool | None = None) -> None:
+        """Allocate, and write what the constructor would have left there.
+
+        With a pool the tensors move to a block of it; views of them that were taken before do not.
+        """
         if self.materialised:
             return
         self.materialised = True
-        self.storage.resize_(self.nbytes)
+        if pool is not None and self.storage.device.type == "cpu" and self.nbytes >= SMALL:
+            self._move_to(pool.take(self.nbytes))
+        else:
+            self.storage.resize_(self.nbytes)
         if not initialise:
             return
         if os.environ.get(POISON):
             _poison(self.views[id(self.primary)])
         for record in self.records:
             self._initialise(record)
+
+    def _move_to(self, block: torch.UntypedStorage) -> None:
+        self.storage = block
+        for record in self.records:
+            view = self._view(record.format, self.storage.device)
+            self.views[id(record)] = view
+            self.objects[id(record)].data = view
+
+    def give_back(self, pool: HostPool) -> None:
+        """Return a pool's block, once nothing else refers to it."""
+        self.materialised = False
+        self.views.clear()
+        self.objects.clear()
+        pool.give(self.storage)
 
     def release(self) -> None:
         """Give the memory back, also under views that a loader still holds."""
@@ -263,7 +285,7 @@ class Stage:
             tensor = view
         tensor.__class__ = fmt.cls
         tensor.__dict__ = dict(fmt.attributes)
-        self._objects[id(record)] = tensor
+        self._objects[id(record)] = storage.objects[id(record)] = tensor
 
     def wrap_loaders(self, wrap: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
         """Put ``wrap`` around the weight loaders of the load-format tensors."""

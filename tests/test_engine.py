@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import save_file
 
 import reload_plugin
-from reload_plugin import _vllm, errors
+from reload_plugin import _vllm, errors, memory, staging
 from reload_plugin.record import record_of
 from reload_plugin.reload import before_serving
 from tests import oracle
@@ -217,6 +217,25 @@ def test_the_same_folder_rewritten_in_place_and_by_rename(on_a: Engine, tmp_path
         (folder / "next").rename(folder / file.name)
     on_a.reload(folder)
     on_a.assert_is("A")
+
+
+def test_staging_from_the_pool_is_as_good(on_a: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """These models are too small for the pool; here it takes every tensor, filled with rubbish first."""
+    taken = []
+
+    def take(pool: memory.HostPool, nbytes: int) -> torch.UntypedStorage:
+        storage = plain(pool, nbytes)
+        torch.empty(0, dtype=torch.uint8).set_(storage).fill_(0xFF)
+        taken.append(nbytes)
+        return storage
+
+    plain = memory.HostPool.take
+    monkeypatch.setattr(memory, "SMALL", 1)
+    monkeypatch.setattr(staging, "SMALL", 1)
+    monkeypatch.setattr(memory.HostPool, "take", take)
+    on_a.reload(on_a.folders["B"])
+    assert len(taken) > len(on_a.weights("B")), "staging did not come from the pool"
+    on_a.assert_is("B")
 
 
 # --- bad input ---

@@ -15,6 +15,7 @@ LINE = (
     "formats",
     "holders",
     "_vllm",
+    "memory",
     "routes",
     "record",
     "sources",

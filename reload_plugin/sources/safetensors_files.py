@@ -7,6 +7,7 @@ safetensors library.
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 from collections.abc import Iterator, Sequence
@@ -18,6 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from ..errors import SourceError
+from ..memory import HostPool, uses
 from .base import TensorInfo
 
 _DTYPES: dict[str, torch.dtype] = {
@@ -81,15 +83,22 @@ class SafetensorsSource:
         return [place.info for place in self._places.values()]
 
     def read(self, order: Sequence[str] | None = None) -> Iterator[tuple[str, torch.Tensor]]:
-        """Peak memory: one tensor beyond what the caller still holds."""
+        """Peak memory: two tensors beyond what the caller still holds. Memory that the caller has let go
+        of is used again for later tensors.
+        """
         names = list(self._places) if order is None else order
+        pool = HostPool()
+        lent: list[torch.UntypedStorage] = []
         opened: dict[str, int] = {}
         try:
             for name in names:
                 place = self._places[name]
                 if place.file not in opened:
                     opened[place.file] = os.open(place.file, os.O_RDONLY)
-                yield name, _read(opened[place.file], place)
+                lent = _returned(lent, pool)
+                storage = pool.take(place.nbytes)
+                lent.append(storage)
+                yield name, _read(opened[place.file], place, storage)
             self._check_unchanged()
         except OSError as error:
             raise SourceError(f"{self.description} could not be read: {error}.") from error
@@ -143,13 +152,26 @@ def _place(file: str, name: str, entry: dict[str, Any], base: int) -> _Place:
     return _Place(info, file, base + int(start), int(end) - int(start))
 
 
-def _read(handle: int, place: _Place) -> torch.Tensor:
-    tensor = torch.empty(place.info.shape, dtype=place.info.dtype, device="cpu")
+def _returned(lent: list[torch.UntypedStorage], pool: HostPool) -> list[torch.UntypedStorage]:
+    """Put what nobody refers to any more into the pool; the rest is still lent."""
+    still = [storage for storage in lent if uses(storage) > 1]
+    for storage in lent:
+        if uses(storage) == 1:
+            pool.give(storage)
+    return still
+
+
+def _read(handle: int, place: _Place, storage: torch.UntypedStorage) -> torch.Tensor:
+    """Read one tensor into ``storage``, which it then shares."""
+    shape = place.info.shape
+    meta = place.info.meta()
+    tensor = torch.empty(0, dtype=place.info.dtype, device="cpu").set_(storage, 0, shape, meta.stride())
     if place.nbytes:
-        target = memoryview(tensor.view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
+        target = (ctypes.c_char * place.nbytes).from_address(tensor.data_ptr())
+        whole = memoryview(target).cast("B")
         done = 0
         while done < place.nbytes:
-            got = os.preadv(handle, [target[done:]], place.start + done)
+            got = os.preadv(handle, [whole[done:]], place.start + done)
             if got == 0:
                 raise SourceError(
                     f"{place.file} ends in the middle of {place.info.name}: it was cut while it was read."

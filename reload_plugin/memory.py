@@ -1,0 +1,64 @@
+"""Host memory that is used again from layer to layer and from reload to reload.
+
+Fresh pages cost more than the copy into them, and a heap that staging of many sizes passes through never
+gets small again. Blocks are anonymous mappings, so that what is given back is really given back.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import ctypes.util
+import mmap
+import sys
+
+import torch
+
+SMALL = 1 << 20
+"""Requests below this come from torch's allocator."""
+KEPT = 96 << 20
+"""Bytes of free blocks that are kept for the next request."""
+_PAGE = 1 << 21
+
+
+class HostPool:
+    """Blocks of host memory. Not for several threads at once: a reload has one."""
+
+    def __init__(self) -> None:
+        self._free: list[torch.UntypedStorage] = []
+
+    def take(self, nbytes: int) -> torch.UntypedStorage:
+        """A storage of at least ``nbytes`` bytes with any content."""
+        if nbytes < SMALL:
+            return torch.empty(nbytes, dtype=torch.uint8, device="cpu").untyped_storage()
+        fitting = [s for s in self._free if nbytes <= s.nbytes() <= 2 * nbytes + _PAGE]
+        if fitting:
+            best = min(fitting, key=lambda storage: storage.nbytes())
+            self._free = [storage for storage in self._free if storage is not best]
+            return best
+        size = -(-nbytes // _PAGE) * _PAGE
+        return torch.frombuffer(mmap.mmap(-1, size), dtype=torch.uint8).untyped_storage()
+
+    def give(self, storage: torch.UntypedStorage) -> None:
+        """Take a storage back, if nobody else holds it any more; else it goes when they let go."""
+        if storage.nbytes() < SMALL or uses(storage) > 1:
+            return
+        self._free.append(storage)
+        while sum(s.nbytes() for s in self._free) > KEPT:
+            self._free.pop(0)
+
+    def clear(self) -> None:
+        """Give all free blocks back to the system."""
+        self._free.clear()
+
+
+def uses(storage: torch.UntypedStorage) -> int:
+    """How many tensors and storages refer to this memory, the caller's own reference included."""
+    return int(torch._C._storage_Use_Count(storage._cdata))
+
+
+def trim_heap() -> None:
+    """Give freed pages of the C heap back to the system, where the C library can (glibc)."""
+    if sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+        if trim is not None:
+            trim(0)
