@@ -148,10 +148,19 @@ def _native_constructor_names() -> tuple[str, ...]:
     return tuple(sorted(found))
 
 
-def native_constructors() -> list[tuple[Any, str]]:
-    """Where vLLM's Python finds the constructors of native handles, as (namespace, name)."""
+_POINTS_INTO: dict[str, tuple[int, ...]] = {
+    "create_onednn_mm_handler": (),
+    "create_onednn_scaled_mm_handler": (1,),
+}
+"""Arguments whose memory a handle goes on reading (vLLM's csrc/cpu/dnnl_helper.cpp: weights are packed
+into memory of the handle's own, scales are read where they are). Of constructors not listed: all."""
+
+
+def native_constructors() -> list[tuple[Any, str, tuple[int, ...] | None]]:
+    """Constructors of native handles: namespace, name, and the arguments the handle points into."""
     library = torch.ops._C
-    return [(library, name) for name in _native_constructor_names() if hasattr(library, name)]
+    names = [name for name in _native_constructor_names() if hasattr(library, name)]
+    return [(library, name, _POINTS_INTO.get(name)) for name in names]
 
 
 def passes_over(model: nn.Module, name: str) -> bool:

@@ -232,6 +232,8 @@ class LoadTrace(TorchDispatchMode):
             raise self.late(storage.primary.name)
         if func is torch.ops.aten.copy_.default:
             self._check_copy(name, target, args[1], storage)
+        if target.numel() == 0:
+            return  # padding of which there is none
         if name != self.current:
             self.loaded.repeatable = False
         self._writes.append(self._write_of(func, target, args, storage))

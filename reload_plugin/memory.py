@@ -15,7 +15,7 @@ import torch
 
 SMALL = 1 << 20
 """Requests below this come from torch's allocator."""
-KEPT = 96 << 20
+KEPT = 32 << 20
 """Bytes of free blocks that are kept for the next request."""
 _PAGE = 1 << 21
 
@@ -36,7 +36,7 @@ class HostPool:
             self._free = [storage for storage in self._free if storage is not best]
             return best
         size = -(-nbytes // _PAGE) * _PAGE
-        return torch.frombuffer(mmap.mmap(-1, size), dtype=torch.uint8).untyped_storage()
+        return torch.frombuffer(_private(size), dtype=torch.uint8).untyped_storage()
 
     def give(self, storage: torch.UntypedStorage) -> None:
         """Take a storage back, if nobody else holds it any more; else it goes when they let go."""
@@ -49,6 +49,10 @@ class HostPool:
     def clear(self) -> None:
         """Give all free blocks back to the system."""
         self._free.clear()
+
+
+def _private(size: int) -> mmap.mmap:
+    return mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
 
 
 def uses(storage: torch.UntypedStorage) -> int:

@@ -20,7 +20,7 @@ ProcessWeights = Callable[..., None]
 
 @contextlib.contextmanager
 def watching_native(device: torch.device) -> Iterator[list[torch.Tensor]]:
-    """Notes the tensors handed to native constructors: custom operators that return a plain handle.
+    """Notes the memory that native handles point into: what their constructors were given.
 
     oneDNN's int8 handler keeps the address of the weight scales it was made with, so that memory has
     to live as long as the handler does. The constructors themselves are wrapped for the time: a
@@ -29,9 +29,11 @@ def watching_native(device: torch.device) -> Iterator[list[torch.Tensor]]:
     """
     captured: list[torch.Tensor] = []
 
-    def wrap(constructor: Callable[..., Any]) -> Callable[..., Any]:
+    def wrap(constructor: Callable[..., Any], positions: tuple[int, ...] | None) -> Callable[..., Any]:
         def noting(*args: Any, **kwargs: Any) -> Any:
             given = (*args, *kwargs.values())
+            if positions is not None and not kwargs:
+                given = tuple(args[position] for position in positions)
             captured.extend(value.detach() for value in given if isinstance(value, torch.Tensor))
             return constructor(*args, **kwargs)
 
@@ -40,9 +42,9 @@ def watching_native(device: torch.device) -> Iterator[list[torch.Tensor]]:
     replaced = []
     try:
         if device.type == "cpu":
-            for library, name in _vllm.native_constructors():
+            for library, name, positions in _vllm.native_constructors():
                 constructor = getattr(library, name)
-                setattr(library, name, wrap(constructor))
+                setattr(library, name, wrap(constructor, positions))
                 replaced.append((library, name, constructor))
         yield captured
     finally:

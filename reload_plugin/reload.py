@@ -192,10 +192,11 @@ def _reload_from_source(
         plan.raise_problems(source.description)
     restorable = plan is not None and _can_bring_back(model, record)
     policy: Policy = "streaming" if restorable and not whole_model else "staged"
-    session = _session(model, record, source.description, policy, plan, whole_model)
+    pool = HostPool()
+    session = _session(model, record, source.description, policy, plan, whole_model, pool)
     try:
         with session:
-            session.load(source.read(plan.order if plan is not None else None))
+            session.load(source.read(plan.order if plan is not None else None, pool))
             report = session.finish()
             if plan is not None:
                 report = report.model_copy(update={"kept": plan.kept | report.kept})
@@ -214,6 +215,7 @@ def _session(
     policy: Policy,
     plan: Plan | None,
     whole_model: bool = False,
+    pool: HostPool | None = None,
 ) -> ReloadSession:
     return ReloadSession(
         model,
@@ -222,7 +224,7 @@ def _session(
         whole_model=whole_model,
         names_of_group=plan.names_of_group if plan is not None else record.learnt,
         routes=plan.routes if plan is not None else _known_routes(record, whole_model),
-        pool=HostPool(),
+        pool=pool,
         was_written=_knowledge(model, record),
         start_shapes=_start_shapes(model, record),
     )

@@ -39,6 +39,15 @@ class Route:
     dtype: torch.dtype
     writes: tuple[Write, ...] | None
 
+    @property
+    def whole(self) -> str | None:
+        """The parameter that the weight becomes as it is, if that is all it is used for."""
+        if self.writes is None or len(self.writes) != 1:
+            return None
+        write = self.writes[0]
+        same = write.source == write.target and write.source_dtype == write.target_dtype == self.dtype
+        return write.parameter if same and write.target.size == self.shape else None
+
     def fits(self, tensor: torch.Tensor) -> bool:
         return tuple(tensor.shape) == self.shape and tensor.dtype == self.dtype
 

@@ -25,14 +25,18 @@ from . import _vllm
 from .commit import Commit, plan_commit
 from .errors import NotRecordedError, SessionError, SourceError, weights_error
 from .load import Feed, Loaded, LoadTrace, Problems, Slot, load_all, load_by_routes
-from .memory import HostPool
+from .memory import HostPool, trim_heap
 from .process import ProcessWeights, process_stage, process_tail
 from .record import ModelRecord, record_of, storage_id
-from .routes import Routes, follow
+from .routes import Route, Routes, follow
 from .staging import Stage, StagedStorage
 from .verify import ReloadReport, check_slots, ignorable
 
 Policy = Literal["staged", "streaming"]
+
+TRIM_EVERY = 32 << 20
+"""Bytes of layers after which freed pages of the heap go back: kernels pack into memory of the heap, and
+what the old generation leaves there is not used again by itself."""
 
 SERVES_OLD = "The engine serves what it served before."
 
@@ -70,7 +74,7 @@ class ReloadSession:
         start_shapes: name -> shape in the checkpoint the engine started with; what a cold start passes
             over or takes in part there is no surprise here.
         routes: where weights go, learnt before; weights without a route take the model's loader.
-        pool: memory for the staging of weights that have a route.
+        pool: memory for staging. Weights come from it as well and may be kept: for sources of our own.
         dry: only find out where weights would go; see ``plan``.
 
     Raises:
@@ -111,6 +115,7 @@ class ReloadSession:
         self._routed_names: set[str] = set()
         self._storage_of: dict[str, StagedStorage] = {}
         self._first_key: dict[str, int] = {}
+        self._freed = 0
         self._pool = pool if policy == "streaming" else None
         self._stage_of: dict[int, Stage] = {}
         self._stage_named: dict[str, Stage] = {}
@@ -183,11 +188,27 @@ class ReloadSession:
             return False
         self._trace.note_arrival(name, tensor)
         self._trace.current = name
-        follow(route, tensor, self._memory)
+        if not self._adopt(route, tensor):
+            follow(route, tensor, self._memory)
         self._trace.loaded.routes[name] = route
         self._routed.append(name)
         self._routed_names.add(name)
         return True
+
+    def _adopt(self, route: Route, tensor: torch.Tensor) -> bool:
+        """Take a weight of our own source as staging, where it is a whole parameter."""
+        if self._pool is None or route.whole is None:
+            return False
+        storage = self._storage_of[route.whole]
+        if storage.closed or not storage.adopt(tensor):
+            return False
+        self._renew(storage)
+        return True
+
+    def _renew(self, storage: StagedStorage) -> None:
+        """A storage has new memory: find it by that from now on."""
+        self._stage_of[storage.key] = self._stage_of[self._first_key[storage.primary.name]]
+        self._trace.watch([storage])
 
     def _memory(self, parameter: str) -> torch.UntypedStorage:
         storage = self._storage_of[parameter]
@@ -195,8 +216,7 @@ class ReloadSession:
             raise self._trace.late(parameter)
         if not storage.materialised:
             storage.materialise(pool=self._pool)
-            self._stage_of[storage.key] = self._stage_of[self._first_key[parameter]]
-            self._trace.watch([storage])
+            self._renew(storage)
         return storage.storage
 
     @contextlib.contextmanager
@@ -487,7 +507,11 @@ class ReloadSession:
         for storage in storages:
             if storage.key not in keep:
                 self._trace.storages.pop(storage.key, None)
+                self._freed += storage.nbytes
                 storage.give_back(self._pool)
+        if self._freed > TRIM_EVERY:
+            self._freed = 0
+            trim_heap()
 
     def _apply(self, commit: Commit) -> None:
         self.committed.append(commit.name)

@@ -113,6 +113,22 @@ class StagedStorage:
         for record in self.records:
             self._initialise(record)
 
+    def adopt(self, tensor: torch.Tensor) -> bool:
+        """Make a whole weight that nobody else will write to the staging itself, without a copy."""
+        fmt = self.primary.format
+        fits = (
+            not self.materialised
+            and len(self.records) == 1
+            and tensor.dtype == fmt.dtype
+            and Geometry.of(tensor) == fmt.geometry
+            and tensor.device == self.storage.device
+            and tensor.is_contiguous()
+        )
+        if fits:
+            self.materialised = True
+            self._move_to(tensor.untyped_storage())
+        return fits
+
     def _move_to(self, block: torch.UntypedStorage) -> None:
         self.storage = block
         for record in self.records:
@@ -125,7 +141,8 @@ class StagedStorage:
         self.materialised = False
         self.views.clear()
         self.objects.clear()
-        pool.give(self.storage)
+        block, self.storage = self.storage, torch.UntypedStorage(0)
+        pool.give(block)
 
     def release(self) -> None:
         """Give the memory back, also under views that a loader still holds."""

@@ -8,6 +8,8 @@ from typing import Protocol
 
 import torch
 
+from ..memory import HostPool
+
 
 @dataclass(frozen=True)
 class TensorInfo:
@@ -30,8 +32,13 @@ class Source(Protocol):
     def infos(self) -> Sequence[TensorInfo] | None:
         """Every tensor, in stored order; None when the format cannot tell without reading."""
 
-    def read(self, order: Sequence[str] | None = None) -> Iterator[tuple[str, torch.Tensor]]:
-        """The tensors, in ``order`` if given. A tensor is the caller's; nothing here writes to it again."""
+    def read(
+        self, order: Sequence[str] | None = None, pool: HostPool | None = None
+    ) -> Iterator[tuple[str, torch.Tensor]]:
+        """The tensors, in ``order`` if given, in memory of ``pool`` if given.
+
+        A tensor's memory is the caller's for as long as the caller refers to it.
+        """
 
     def unchanged(self) -> bool:
         """Whether reading again would give the same bytes, as far as sizes and times tell."""

@@ -12,6 +12,7 @@ from torch import nn
 
 from .. import _vllm
 from ..errors import ReloadError, SourceError
+from ..memory import HostPool
 from .base import Source, TensorInfo
 from .safetensors_files import SafetensorsSource
 
@@ -28,8 +29,11 @@ class EngineReaderSource:
     def infos(self) -> Sequence[TensorInfo] | None:
         return None
 
-    def read(self, order: Sequence[str] | None = None) -> Iterator[tuple[str, torch.Tensor]]:
+    def read(
+        self, order: Sequence[str] | None = None, pool: HostPool | None = None
+    ) -> Iterator[tuple[str, torch.Tensor]]:
         assert order is None, "a source without a listing has one order"
+        del pool  # vLLM's readers allocate for themselves
         return _vllm.all_weights(*self._arguments)
 
     def unchanged(self) -> bool:

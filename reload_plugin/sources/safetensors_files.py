@@ -82,12 +82,14 @@ class SafetensorsSource:
     def infos(self) -> Sequence[TensorInfo]:
         return [place.info for place in self._places.values()]
 
-    def read(self, order: Sequence[str] | None = None) -> Iterator[tuple[str, torch.Tensor]]:
+    def read(
+        self, order: Sequence[str] | None = None, pool: HostPool | None = None
+    ) -> Iterator[tuple[str, torch.Tensor]]:
         """Peak memory: two tensors beyond what the caller still holds. Memory that the caller has let go
         of is used again for later tensors.
         """
         names = list(self._places) if order is None else order
-        pool = HostPool()
+        pool = HostPool() if pool is None else pool
         lent: list[torch.UntypedStorage] = []
         opened: dict[str, int] = {}
         try:

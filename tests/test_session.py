@@ -1,0 +1,681 @@
+"""The whole line on small models, with vLLM's own processing and without an engine."""
+
+import gc
+import itertools
+import types
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
+from vllm.model_executor.model_loader import utils
+from vllm.model_executor.model_loader.reload.layerwise import initialize_online_processing
+from vllm.model_executor.model_loader.weight_utils import default_weight_loader
+from vllm.model_executor.utils import replace_parameter, set_weight_attrs
+
+from reload_plugin import ReloadSession, plugin, record_for_reloading, reload_weights, restore_for_reloading
+from reload_plugin.commit import Commit
+from reload_plugin.errors import (
+    DuplicateWeightsError,
+    MisshapenWeightsError,
+    MissingWeightsError,
+    NotRecordedError,
+    ProcessingError,
+    ReloadError,
+    SessionError,
+    SourceError,
+    UnexpectedWeightsError,
+    WeightsError,
+)
+from reload_plugin.holders import holders_of, read, tensors_in
+from reload_plugin.record import ConstructionTrace, record_constructed, record_of
+from reload_plugin.staging import POISON
+
+CONFIG = types.SimpleNamespace(
+    dtype=torch.float32,
+    quantization=None,
+    hf_config=types.SimpleNamespace(tie_word_embeddings=True),
+    word_embeddings_untied_by_checkpoint=False,
+    model="",
+)
+CPU = torch.device("cpu")
+Weights = dict[str, torch.Tensor]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def registered() -> Iterator[None]:
+    """The plugin, taken out again unless somebody had registered it before."""
+    before = plugin.patched()
+    plugin.register()
+    assert plugin.patched(), "the plugin did not register, so nothing here would be tested"
+    yield
+    if not before:
+        plugin.unregister()
+
+
+# --- layers of several kinds ---
+
+
+class Method(QuantizeMethodBase):
+    """A method without processing; the base of those below."""
+
+    def create_weights(self, layer: nn.Module, *args: object, **kwargs: object) -> None:
+        weight = nn.Parameter(torch.empty(4, 3), requires_grad=False)
+        layer.register_parameter("weight", weight)
+
+    def apply(self, layer: nn.Module, *args: object, **kwargs: object) -> torch.Tensor:
+        return layer.weight.sum()
+
+
+class Packing(Method):
+    """Replaces the weight by another layout, adds a scale, and keeps a number and a closure."""
+
+    def process_weights_after_loading(self, layer: nn.Module) -> None:
+        weight = layer.weight.data
+        scale = weight.abs().amax(1, keepdim=True)
+        replace_parameter(layer, "weight", (weight / scale).t().contiguous())
+        layer.register_parameter("scale", nn.Parameter(scale, requires_grad=False))
+        self.largest = float(scale.max())
+        packed = layer.weight
+        layer.run = lambda: packed.sum() * self.largest
+
+
+class Deleting(Method):
+    """Takes the weight away and keeps what it became in a plain attribute."""
+
+    def process_weights_after_loading(self, layer: nn.Module) -> None:
+        layer.packed = layer.weight.data.flip(0)
+        del layer.weight
+
+
+class Kernel:
+    def __init__(self, weight: torch.Tensor) -> None:
+        self.weight, self.total = weight, float(weight.sum())
+
+
+class Helping(Method):
+    """Hands the parameter to a kernel object that it makes anew each time."""
+
+    def process_weights_after_loading(self, layer: nn.Module) -> None:
+        layer.weight.data = layer.weight.data * 2
+        layer.kernel = Kernel(layer.weight)
+
+
+class HelpedFromTheStart(Method):
+    """The helper holds the parameter already when it is created, as quant configs hold biases."""
+
+    def create_weights(self, layer: nn.Module, *args: object, **kwargs: object) -> None:
+        super().create_weights(layer)
+        layer.kernel = types.SimpleNamespace(bias=layer.weight)
+
+    def process_weights_after_loading(self, layer: nn.Module) -> None:
+        layer.weight.data = layer.weight.data.t().contiguous()
+
+
+class Padding(Method):
+    """More rows than the checkpoint has, and scales that a checkpoint need not have."""
+
+    def create_weights(self, layer: nn.Module, *args: object, **kwargs: object) -> None:
+        weight = nn.Parameter(torch.zeros(6, 3), requires_grad=False)
+        set_weight_attrs(weight, {"weight_loader": lambda p, loaded: p.data[: len(loaded)].copy_(loaded)})
+        layer.register_parameter("weight", weight)
+        layer.register_parameter("scale", nn.Parameter(torch.ones(6), requires_grad=False))
+
+    def process_weights_after_loading(self, layer: nn.Module) -> None:
+        replace_parameter(layer, "weight", layer.weight.data * layer.scale.data[:, None] + 1)
+        layer.scale.data = layer.scale.data * 5
+
+
+class Online(Method):
+    """Weights on meta, processed while a cold start is still loading."""
+
+    uses_meta_device = True
+
+    def create_weights(self, layer: nn.Module, *args: object, **kwargs: object) -> None:
+        weight = nn.Parameter(torch.empty(4, 3, device="meta"), requires_grad=False)
+        set_weight_attrs(weight, {"weight_loader": default_weight_loader})
+        layer.register_parameter("weight", weight)
+        initialize_online_processing(layer)
+
+    def process_weights_after_loading(self, layer: nn.Module) -> None:
+        if getattr(layer, "already", False):
+            return
+        replace_parameter(layer, "weight", (layer.weight.data * 10).round().to(torch.int8))
+        layer.already = True
+
+
+class Layer(nn.Module):
+    def __init__(self, method: QuantizeMethodBase) -> None:
+        super().__init__()
+        self.quant_method = method
+        method.create_weights(self)
+
+
+METHODS = [Method, Packing, Deleting, Helping, HelpedFromTheStart, Padding, Online]
+
+
+class Model(nn.Module):
+    """Two layers of a method, and the loader most of vLLM's models have."""
+
+    def __init__(self, method: type[QuantizeMethodBase] = Packing) -> None:
+        super().__init__()
+        self.first = Layer(method())
+        self.lm_head = Layer(method())
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
+        parameters, loaded = dict(self.named_parameters()), set()
+        for name, tensor in weights:
+            parameter = parameters[name]
+            getattr(parameter, "weight_loader", default_weight_loader)(parameter, tensor)
+            loaded.add(name)
+        return loaded
+
+
+class Tied(Model):
+    """The head is the embedding."""
+
+    def __init__(self, method: type[QuantizeMethodBase] = Method) -> None:
+        super().__init__(method)
+        self.lm_head.weight = self.first.weight
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
+        return super().load_weights((n, t) for n, t in weights if not n.startswith("lm_head"))
+
+
+class ViewedByAnother(Model):
+    """One layer has a buffer that is a view of another layer's parameter, as Mamba's mixers do."""
+
+    def __init__(self) -> None:
+        super().__init__(Method)
+        view = self.first.weight.data.view(2, 2, 3)
+        self.lm_head.register_buffer("table", view, persistent=False)
+
+
+class Hooked(Model):
+    """The model itself has something to do at the end, from all layers' final values."""
+
+    def process_weights_after_loading(self) -> None:
+        self.total = float(self.first.weight.sum() + self.lm_head.weight.sum())
+        self.joined = torch.cat([self.first.weight.data, self.lm_head.weight.data])
+
+
+def weights(seed: int, rows: int = 4) -> Weights:
+    generator = torch.Generator().manual_seed(seed)
+    return {name: torch.randn(rows, 3, generator=generator) for name in ("first.weight", "lm_head.weight")}
+
+
+A, B = weights(1), weights(2)
+Make = Callable[[], nn.Module]
+
+
+def cold(make: Make, checkpoint: Weights, trace: bool = False) -> nn.Module:
+    """A model started on a checkpoint, as vLLM's loader starts it.
+
+    With ``trace`` its construction is watched, as when vLLM builds it; without, it is recorded by hand.
+    """
+    watch = ConstructionTrace()
+    if trace:
+        with watch:
+            model = make()
+        record_constructed(model, watch, None)
+    else:
+        model = make()
+        record_for_reloading(model, None)
+    model.load_weights(iter(checkpoint.items()))
+    utils.process_weights_after_loading(model, CONFIG, CPU)
+    return model
+
+
+def start(kind: type[Model] = Model, *arguments: object) -> nn.Module:
+    return cold(lambda: kind(*arguments), A)
+
+
+# --- what a model is ---
+
+
+def plain(value: object) -> object:
+    if isinstance(value, torch.Tensor):
+        bits = bytes(value.detach().contiguous().view(-1).view(torch.uint8).tolist())
+        return type(value).__name__, tuple(value.shape), value.stride(), value.dtype, bits
+    return value if isinstance(value, (int, float, str, type(None))) else type(value).__name__
+
+
+def values(model: nn.Module) -> dict[str, object]:
+    """Everything a model serves: every tensor's bits and every plain value, by path."""
+    found: dict[str, object] = {}
+    for name, module in model.named_modules():
+        for path, holder in holders_of(module):
+            for (_, key), value in read(holder).items():
+                where = f"{name}/{path}.{key}"
+                found[where] = plain(value)
+                inside = [plain(t) for t in tensors_in(value)]
+                found[where + "()"] = inside
+    return found
+
+
+def identities(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Objects and addresses of every tensor a model serves, by path."""
+    found = {}
+    for name, module in model.named_modules():
+        for path, holder in holders_of(module):
+            for (_, key), value in read(holder).items():
+                for index, tensor in enumerate(tensors_in(value)):
+                    found[f"{name}/{path}.{key}.{index}"] = (id(tensor), tensor.data_ptr())
+    return found
+
+
+def reload(model: nn.Module, checkpoint: Weights) -> Any:
+    return reload_weights(model, iter(checkpoint.items()))
+
+
+KINDS: dict[str, Make] = {method.__name__: (lambda m=method: Model(m)) for method in METHODS}
+KINDS |= {"Tied": Tied, "TiedHelping": lambda: Tied(Helping)}
+KINDS |= {"ViewedByAnother": ViewedByAnother, "Hooked": Hooked}
+every_kind = pytest.mark.parametrize("make", KINDS.values(), ids=KINDS)
+
+
+@pytest.mark.parametrize("trace", [False, True], ids=["recorded by hand", "watched"])
+@every_kind
+def test_warm_equals_cold(make: Make, trace: bool) -> None:
+    model = cold(make, A, trace)
+    before = identities(model)
+    assert values(model) != values(cold(make, B, trace)), "the weights change nothing, so this could not fail"
+    for checkpoint in (B, A, A, B):
+        reload(model, checkpoint)
+        assert values(model) == values(cold(make, checkpoint, trace))
+        assert identities(model) == before
+
+
+@pytest.mark.parametrize("order", list(itertools.permutations(["first.weight", "lm_head.weight"])))
+@pytest.mark.parametrize("policy", ["staged", "streaming"])
+@every_kind
+def test_any_order_and_either_policy_give_the_same(make: Make, order: tuple[str, ...], policy: str) -> None:
+    model = cold(make, A)
+    with ReloadSession(model, policy=policy) as session:
+        session.load((name, B[name]) for name in order)
+        session.finish()
+    assert values(model) == values(cold(make, B))
+
+
+@every_kind
+def test_a_reload_in_pieces_serves_the_old_weights_in_between(make: Make) -> None:
+    model = cold(make, A)
+    old = values(model)
+    with ReloadSession(model) as session:
+        for name, tensor in B.items():
+            session.load([(name, tensor)])
+            assert values(model) == old
+        session.finish()
+    assert values(model) == values(cold(make, B))
+
+
+@every_kind
+def test_the_models_own_loader_reloads_inside_the_block(make: Make) -> None:
+    model = cold(make, A)
+    before = identities(model)
+    with restore_for_reloading(model):
+        for name, tensor in B.items():
+            model.load_weights([(name, tensor)])
+    assert values(model) == values(cold(make, B))
+    assert identities(model) == before
+
+
+def test_a_buffer_of_the_caller_may_be_used_again_for_the_next_weight() -> None:
+    def reusing(checkpoint: Weights) -> Iterator[tuple[str, torch.Tensor]]:
+        buffer = torch.empty(4, 3)
+        for name, tensor in checkpoint.items():
+            buffer.copy_(tensor)
+            yield name, buffer
+            buffer.fill_(float("nan"))
+
+    model = start()
+    for checkpoint in (B, A, B):
+        reload_weights(model, reusing(checkpoint))
+        assert values(model) == values(cold(Model, checkpoint))
+
+
+# --- the constructor's values ---
+
+
+@pytest.mark.parametrize("trace", [False, True], ids=["recorded by hand", "watched"])
+def test_padding_and_scales_come_from_the_constructor_every_time(
+    trace: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(POISON, "1")
+    model = cold(lambda: Model(Padding), A, trace)
+    for checkpoint in (B, A):
+        reload(model, checkpoint)
+        assert torch.equal(model.first.weight[4:], torch.ones(2, 3))
+        assert torch.equal(model.first.scale, torch.full((6,), 5.0))
+
+
+def test_the_report_names_parameters_that_kept_the_constructors_value() -> None:
+    report = reload(start(Model, Padding), B)
+    assert report.kept == dict.fromkeys(("first.scale", "lm_head.scale"), "the constructor's value")
+
+
+def test_a_forgotten_weight_shows_as_nan_under_poison(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(POISON, "1")
+    model = cold(Model, A, trace=True)
+    with ReloadSession(model) as session:
+        session.load([("first.weight", B["first.weight"])])
+        with pytest.raises(MissingWeightsError, match=r"lm_head\.weight"):
+            session.finish()
+        session.finish(check=False)
+    assert torch.equal(model.first.weight, cold(Model, B).first.weight)
+    assert model.lm_head.weight.isnan().all()
+    assert model.lm_head.scale.isnan().all()
+
+
+# --- states of a session ---
+
+
+def session_at(model: nn.Module, state: str) -> ReloadSession:
+    """A session that has come as far as ``state``."""
+    session = ReloadSession(model)
+    if state == "ready":
+        return session
+    session.open()
+    if state == "open":
+        return session
+    if state == "aborted":
+        session.abort()
+        return session
+    session.load(B.items())
+    session.finish()
+    return session
+
+
+CALLS: dict[str, Callable[[ReloadSession], object]] = {
+    "open": lambda session: session.open(),
+    "load": lambda session: session.load([]),
+    "finish": lambda session: session.finish(),
+    "take_over": lambda session: session.take_over(),
+}
+ALLOWED = {("ready", "open"), ("open", "load"), ("open", "take_over"), ("open", "finish")}
+
+
+REFUSED = sorted(set(itertools.product(["ready", "open", "committed", "aborted"], CALLS)) - ALLOWED)
+
+
+@pytest.mark.parametrize(("state", "call"), REFUSED)
+def test_a_call_in_the_wrong_state_is_a_session_error_and_changes_nothing(state: str, call: str) -> None:
+    model = start()
+    session = session_at(model, state)
+    before, ids = values(model), identities(model)
+    with pytest.raises(SessionError, match=state):
+        CALLS[call](session)
+    assert session.state.value == state
+    assert values(model) == before
+    assert identities(model) == ids
+
+
+def test_states_follow_one_another() -> None:
+    model = start()
+    session = ReloadSession(model)
+    seen = [session.state.value]
+
+    def watching() -> Iterator[tuple[str, torch.Tensor]]:
+        for pair in B.items():
+            seen.append(session.state.value)
+            yield pair
+
+    with session:
+        seen.append(session.state.value)
+        session.load(watching())
+        seen.append(session.state.value)
+        session.finish()
+        seen.append(session.state.value)
+    assert seen == ["ready", "open", "loading", "loading", "open", "committed"]
+    session.abort()
+    assert session.state.value == "committed"
+
+
+def test_a_model_without_a_record_is_refused() -> None:
+    with pytest.raises(NotRecordedError, match="record_for_reloading"):
+        reload(Model(), B)
+
+
+def test_a_model_that_was_never_processed_is_refused() -> None:
+    model = Model()
+    record_for_reloading(model, None)
+    with pytest.raises(NotRecordedError):
+        reload(model, B)
+
+
+# --- the model's own hook ---
+
+
+def test_the_models_hook_sees_every_new_layer() -> None:
+    model = start(Hooked)
+    reload(model, B)
+    assert model.total == float(model.first.weight.sum() + model.lm_head.weight.sum())
+    assert model.total == cold(Hooked, B).total
+    assert "process_weights_after_loading" not in model.__dict__
+
+
+# --- failures ---
+
+
+class BadSourceError(Exception):
+    pass
+
+
+def stopping(error: BaseException) -> Iterator[tuple[str, torch.Tensor]]:
+    yield "first.weight", B["first.weight"]
+    raise error
+
+
+def changed(name: str, value: object) -> Iterator[tuple[str, object]]:
+    return iter((B | {name: value}).items())
+
+
+WRONG: dict[str, tuple[type[BaseException], Callable[[], Iterable]]] = {
+    "nothing": (SourceError, lambda: iter(())),
+    "no iterable": (SourceError, lambda: 3),
+    "no pairs": (SourceError, lambda: iter([1, 2])),
+    "source raises": (SourceError, lambda: stopping(BadSourceError("disk"))),
+    "Ctrl-C": (KeyboardInterrupt, lambda: stopping(KeyboardInterrupt())),
+    "missing": (MissingWeightsError, lambda: [("first.weight", B["first.weight"])]),
+    "unexpected": (UnexpectedWeightsError, lambda: changed("third.weight", torch.zeros(2))),
+    "duplicate": (DuplicateWeightsError, lambda: [*B.items(), *B.items()]),
+    "too large": (WeightsError, lambda: changed("lm_head.weight", torch.zeros(5, 3))),
+    "too small": (WeightsError, lambda: changed("lm_head.weight", torch.zeros(1, 3))),
+    "no tensor": (WeightsError, lambda: changed("lm_head.weight", "a string")),
+    "no values": (WeightsError, lambda: changed("lm_head.weight", torch.empty(4, 3, device="meta"))),
+    "several": (WeightsError, lambda: [("third", torch.zeros(1)), ("first.weight", torch.zeros(9))]),
+}
+
+
+@pytest.mark.parametrize(
+    "value", [torch.zeros(5, 3), torch.zeros(1, 3), "a string"], ids=["large", "small", "str"]
+)
+def test_a_weight_that_came_but_does_not_fit_is_not_missing_once_its_place_is_known(value: object) -> None:
+    model = start()
+    reload(model, A)
+    with pytest.raises(MisshapenWeightsError) as caught:
+        reload_weights(model, changed("lm_head.weight", value))
+    assert list(caught.value.misshapen) == ["lm_head.weight"]
+
+
+def check_unharmed(model: nn.Module, make: Make, before: dict, ids: dict) -> None:
+    """The model is bit for bit what it was, and the next good reload works."""
+    assert values(model) == before
+    assert identities(model) == ids
+    reload(model, B)
+    assert values(model) == values(cold(make, B))
+    assert identities(model) == ids
+
+
+@pytest.mark.parametrize("warm", [False, True], ids=["first reload", "later reload"])
+@pytest.mark.parametrize(("expected", "source"), WRONG.values(), ids=WRONG)
+def test_weights_that_do_not_fit_change_nothing(expected: type, source: Callable, warm: bool) -> None:
+    model = cold(Model, A, trace=True)
+    if warm:
+        reload(model, A)
+    before, ids = values(model), identities(model)
+    with pytest.raises(expected):
+        reload_weights(model, source())
+    check_unharmed(model, Model, before, ids)
+
+
+@pytest.mark.parametrize(("expected", "source"), WRONG.values(), ids=WRONG)
+def test_a_block_that_fails_changes_nothing(expected: type, source: Callable) -> None:
+    model = cold(Model, A, trace=True)
+    before, ids = values(model), identities(model)
+    with pytest.raises(expected), restore_for_reloading(model):
+        model.load_weights(source())
+    assert model.load_weights.__func__ is Model.load_weights
+    check_unharmed(model, Model, before, ids)
+
+
+def test_an_exception_of_the_callers_goes_through_the_block_and_changes_nothing() -> None:
+    model = start()
+    before, ids = values(model), identities(model)
+    with pytest.raises(BadSourceError), restore_for_reloading(model):
+        raise BadSourceError(len(model.load_weights(B.items())))
+    check_unharmed(model, Model, before, ids)
+
+
+def failing_once(monkeypatch: pytest.MonkeyPatch, owner: object, name: str, error: BaseException) -> None:
+    """Let the second call of a function fail; the context puts the function back."""
+    original, calls = getattr(owner, name), []
+
+    def failing(*args: object, **kwargs: object) -> object:
+        calls.append(1)
+        if len(calls) == 2:
+            raise error
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(owner, name, failing)
+
+
+@pytest.mark.parametrize(
+    "error", [BadSourceError("bad"), MemoryError("no memory"), KeyboardInterrupt()], ids=repr
+)
+def test_processing_that_fails_changes_nothing(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
+    model = start()
+    before, ids = values(model), identities(model)
+    expected = ProcessingError if isinstance(error, Exception) else KeyboardInterrupt
+    with monkeypatch.context() as patch:
+        failing_once(patch, Packing, "process_weights_after_loading", error)
+        with pytest.raises(expected) as caught:
+            reload(model, B)
+    assert caught.value is error or caught.value.__cause__ is error
+    check_unharmed(model, Model, before, ids)
+
+
+def test_a_hook_that_fails_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = start(Hooked)
+    before, ids = values(model), identities(model)
+
+    def failing(self: nn.Module) -> None:
+        self.total = None
+        self.extra = 1
+        raise BadSourceError("bad")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Hooked, "process_weights_after_loading", failing)
+        with pytest.raises(ProcessingError, match="Hooked"):
+            reload(model, B)
+    check_unharmed(model, Hooked, before, ids)
+
+
+@pytest.mark.parametrize("stage", ["materialise", "unhide"])
+def test_a_stage_that_fails_changes_nothing(monkeypatch: pytest.MonkeyPatch, stage: str) -> None:
+    from reload_plugin.staging import Stage
+
+    model = start()
+    before, ids = values(model), identities(model)
+    with monkeypatch.context() as patch:
+        failing_once(patch, Stage, stage, MemoryError("no memory"))
+        with pytest.raises((ReloadError, MemoryError)):
+            reload(model, B)
+    check_unharmed(model, Model, before, ids)
+
+
+def test_a_commit_that_cannot_begin_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = start()
+    before, ids = values(model), identities(model)
+
+    def failing(self: Commit) -> None:
+        raise MemoryError("no memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Commit, "apply", failing)
+        with pytest.raises(MemoryError):
+            reload(model, B)
+    check_unharmed(model, Model, before, ids)
+
+
+def test_the_same_session_goes_on_after_a_source_that_failed() -> None:
+    model = start()
+    with ReloadSession(model) as session:
+        with pytest.raises(SourceError):
+            session.load(stopping(BadSourceError("network")))
+        session.load([("lm_head.weight", B["lm_head.weight"])])
+        session.finish()
+    assert values(model) == values(cold(Model, B))
+
+
+# --- memory ---
+
+
+@pytest.mark.parametrize("trace", [False, True], ids=["recorded by hand", "watched"])
+def test_a_record_keeps_no_tensor_alive_that_processing_let_go_of(trace: bool) -> None:
+    made: list[weakref.ref] = []
+
+    def make() -> nn.Module:
+        model = Model(Packing)
+        made.extend(weakref.ref(p) for p in model.parameters())
+        return model
+
+    model = cold(make, A, trace)
+    gc.collect()
+    assert record_of(model).complete
+    assert [ref() for ref in made] == [None, None]
+
+
+@pytest.mark.parametrize("make", [Model, Tied, Hooked, ViewedByAnother, lambda: Model(Online)])
+def test_a_model_is_freed_with_its_record_after_reloads(make: Make) -> None:
+    model = cold(make, A)
+    reload(model, B)
+    with pytest.raises(ReloadError):
+        reload_weights(model, iter([("first.weight", torch.zeros(9, 9))]))
+    reload(model, A)
+    refs = [weakref.ref(model), weakref.ref(record_of(model)), *map(weakref.ref, model.parameters())]
+    del model
+    gc.collect()
+    assert [ref() for ref in refs] == [None] * len(refs)
+
+
+def test_a_session_that_is_over_holds_no_staging() -> None:
+    model = start()
+    for end in ("finish", "abort"):
+        session = ReloadSession(model)
+        with session:
+            session.load(B.items())
+            storages = [weakref.ref(s) for s in session._storage_of.values()]
+            getattr(session, end)()
+        session._storage_of.clear()
+        del session
+        gc.collect()
+        assert [ref() for ref in storages] == [None] * len(storages)
+
+
+# --- the report ---
+
+
+def test_the_report_accounts_for_what_came() -> None:
+    model = start()
+    for version in (1, 2, 3):
+        report = reload(model, B)
+        assert (report.tensors, report.nbytes) == (2, sum(t.nbytes for t in B.values()))
+        assert report.version == version
+        assert report.moved == ()
+        assert report.policy == "staged"
+        assert report.staging_bytes >= 4 * 3 * 4
+        assert report.seconds["total"] >= sum(report.seconds.get(s, 0) for s in ("process", "commit"))
