@@ -23,6 +23,7 @@ from .holders import (
     OUR_ATTRIBUTES,
     Contents,
     Key,
+    cell_content,
     equal,
     is_foreign,
     read,
@@ -228,8 +229,9 @@ class _Graft:
         for name, cell, twin in zip(
             old.__code__.co_freevars, old.__closure__ or (), new.__closure__ or (), strict=True
         ):
-            value = self.value(f"{path}.{name}", cell.cell_contents, twin.cell_contents)
-            if value is not cell.cell_contents:
+            held, new_held = cell_content(cell), cell_content(twin)
+            value = self.value(f"{path}.{name}", held, new_held)
+            if value is not held:
                 self._commit.cells.append((cell, value))
         for defaults in ("__defaults__", "__kwdefaults__"):
             before, after = getattr(old, defaults), getattr(new, defaults)

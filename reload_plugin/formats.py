@@ -94,6 +94,8 @@ def box_of(view: Geometry, base: Geometry) -> Box | None:
     """
     if view == base:
         return tuple((0, n) for n in base.size)
+    if view.numel == 0:
+        return None
     starts = _start_indices(view.offset - base.offset, base)
     if starts is None:
         return None
@@ -139,13 +141,15 @@ class Coverage:
         self.boxes: list[Box] = []
         self.volume = 0
         self.overlaps = False
-        """Something was written where something had been written before."""
+        """Something was written whole a second time, or into what was complete."""
         self._mask: torch.Tensor | None = None
         self._complete = base.numel == 0
         self._checked_at = -1
 
     def add(self, view: Geometry) -> Box | None:
         """Note that ``view`` was written; returns its box where it is one."""
+        if view.numel == 0:
+            return None
         box = box_of(view, self.base)
         if box is None:
             self._add_to_mask(view)

@@ -184,6 +184,9 @@ def put_back(holder: object, contents: Contents) -> None:
 
 
 def _reorder_tables(holder: object, contents: Contents) -> None:
+    if isinstance(holder, dict) and list(holder) != [name for _, name in contents]:
+        holder.clear()
+        holder.update({name: value for (_, name), value in contents.items()})
     if not isinstance(holder, nn.Module):
         return
     for table in _TABLES:
@@ -223,9 +226,17 @@ def tensors_in(value: object, seen: set[int] | None = None) -> Iterator[torch.Te
         yield from tensors_in(part, seen)
 
 
+def cell_content(cell: types.CellType) -> object:
+    """What a closure cell holds, or ABSENT when it is empty still."""
+    try:
+        return cell.cell_contents
+    except ValueError:
+        return ABSENT
+
+
 def _parts(value: Any) -> list[object]:
     if isinstance(value, types.FunctionType):
-        cells = [c.cell_contents for c in value.__closure__ or ()]
+        cells = [content for cell in value.__closure__ or () if (content := cell_content(cell)) is not ABSENT]
         return [*cells, *(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values()]
     if isinstance(value, types.MethodType):
         return [] if isinstance(value.__self__, nn.Module) else [value.__self__]

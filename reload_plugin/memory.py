@@ -6,10 +6,13 @@ gets small again. Blocks are anonymous mappings, so that what is given back is r
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
-import ctypes.util
 import mmap
+import signal
 import sys
+import threading
+from collections.abc import Iterator
 
 import torch
 
@@ -58,6 +61,19 @@ def _private(size: int) -> mmap.mmap:
 def uses(storage: torch.UntypedStorage) -> int:
     """How many tensors and storages refer to this memory, the caller's own reference included."""
     return int(torch._C._storage_Use_Count(storage._cdata))
+
+
+@contextlib.contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Ctrl-C waits until the block is over (in the main thread; other threads never get it)."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def trim_heap() -> None:

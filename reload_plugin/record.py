@@ -103,6 +103,8 @@ class TensorRecord:
     ref: weakref.ref[torch.Tensor]
     is_parameter: bool
     layer: str
+    traced: bool
+    """Whether the construction was watched, so that what the constructor wrote is known."""
 
     @property
     def name(self) -> str:
@@ -207,6 +209,8 @@ class ModelRecord:
     """The listing that routes were last learnt from; it is not tried twice."""
     plan: Any = None
     """Plan of the last checkpoint that was read from files."""
+    kept: dict[str, str] = field(default_factory=dict)
+    """What the last good reload kept, as in its report."""
     start_stamps: dict[str, tuple[int, int, int]] | None = None
     """Weight file -> size, time and inode when the engine had just started from it."""
     start_shapes: dict[str, tuple[int, ...]] | None = None
@@ -294,7 +298,8 @@ class _Recorder:
             attributes,
             self._initial(tensor, storage),
         )
-        return TensorRecord(fmt, number, weakref.ref(tensor), key[0] == "_parameters", layer)
+        traced = self._trace is not None
+        return TensorRecord(fmt, number, weakref.ref(tensor), key[0] == "_parameters", layer, traced)
 
     def _initial(self, tensor: torch.Tensor, storage: int | None) -> Initial:
         noted = self._trace.initial.get(storage) if self._trace is not None and storage else None

@@ -21,7 +21,7 @@ from .memory import HostPool, trim_heap
 from .plan import Plan, PlanUnavailableError, make_plan
 from .record import ModelRecord, record_constructed
 from .routes import Routes
-from .session import SERVES_OLD, Policy, ReloadSession, complete_record_of, placement
+from .session import SERVES_OLD, Policy, ReloadSession, State, complete_record_of, placement
 from .sources import Source, TensorInfo, open_folder
 from .verify import ReloadReport
 
@@ -93,7 +93,7 @@ def restore_for_reloading(model: nn.Module) -> Iterator[ReloadSession]:
     record = complete_record_of(model)
     abandon_open_session(record)
     session = _session(model, record, "model.load_weights", "staged", None)
-    with session:
+    with _whole_or_broken(model, record, session), session:
         session.take_over()
         with session.loading():
             yield session
@@ -133,10 +133,11 @@ def finish_layerwise(model: nn.Module) -> ReloadReport:
         raise ReloadError(f"No weight update is open: none was started, or it failed. {SERVES_OLD}")
     record.session = None
     _attention.discard(record)
-    try:
-        report: ReloadReport = session.finish()
-    finally:
-        session.abort()
+    with _whole_or_broken(model, record, session):
+        try:
+            report: ReloadReport = session.finish()
+        finally:
+            session.abort()
     _after_commit(record, None, session)
     return report
 
@@ -177,10 +178,14 @@ def _reload_from_iterator(
     model: nn.Module, record: ModelRecord, weights: Weights, whole_model: bool
 ) -> ReloadReport:
     _learn_routes(model, record)
-    with _session(model, record, "the iterator", "staged", None, whole_model) as session:
+    session = _session(model, record, "the iterator", "staged", None, whole_model)
+    with _whole_or_broken(model, record, session), session:
         session.load(weights)
         report = session.finish()
+    kept = {name: rule for name, rule in record.kept.items() if session.took_by_name(name)}
+    report = report.model_copy(update={"kept": kept | report.kept})
     _after_commit(record, None, session)
+    record.kept = report.kept
     return report
 
 
@@ -194,18 +199,25 @@ def _reload_from_source(
     policy: Policy = "streaming" if restorable and not whole_model else "staged"
     pool = HostPool()
     session = _session(model, record, source.description, policy, plan, whole_model, pool)
+    with _whole_or_broken(model, record, session), session:
+        session.load(source.read(plan.order if plan is not None else None, pool))
+        report = session.finish()
+    if plan is not None:
+        report = report.model_copy(update={"kept": plan.kept | report.kept})
+    _after_commit(record, source, session, plan)
+    record.kept = report.kept
+    return report
+
+
+@contextlib.contextmanager
+def _whole_or_broken(model: nn.Module, record: ModelRecord, session: ReloadSession) -> Iterator[None]:
+    """A failure after some layers were committed brings the old weights back, or says that it cannot."""
     try:
-        with session:
-            session.load(source.read(plan.order if plan is not None else None, pool))
-            report = session.finish()
-            if plan is not None:
-                report = report.model_copy(update={"kept": plan.kept | report.kept})
+        yield
     except BaseException:
-        if session.committed:
+        if session.committed and session.state is not State.COMMITTED:
             _bring_back(model, record)
         raise
-    _after_commit(record, source, session, plan)
-    return report
 
 
 def _session(
@@ -224,6 +236,7 @@ def _session(
         whole_model=whole_model,
         names_of_group=plan.names_of_group if plan is not None else record.learnt,
         routes=plan.routes if plan is not None else _known_routes(record, whole_model),
+        planned=plan is not None,
         pool=pool,
         was_written=_knowledge(model, record),
         start_shapes=_start_shapes(model, record),

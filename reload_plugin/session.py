@@ -25,7 +25,7 @@ from . import _vllm
 from .commit import Commit, plan_commit
 from .errors import NotRecordedError, SessionError, SourceError, weights_error
 from .load import Feed, Loaded, LoadTrace, Problems, Slot, load_all, load_by_routes
-from .memory import HostPool, trim_heap
+from .memory import HostPool, trim_heap, uninterrupted
 from .process import ProcessWeights, process_stage, process_tail
 from .record import ModelRecord, record_of, storage_id
 from .routes import Route, Routes, follow
@@ -74,6 +74,7 @@ class ReloadSession:
         start_shapes: name -> shape in the checkpoint the engine started with; what a cold start passes
             over or takes in part there is no surprise here.
         routes: where weights go, learnt before; weights without a route take the model's loader.
+        planned: ``names_of_group`` comes from a plan of these very weights.
         pool: memory for staging. Weights come from it as well and may be kept: for sources of our own.
         dry: only find out where weights would go; see ``plan``.
 
@@ -93,6 +94,7 @@ class ReloadSession:
         was_written: Callable[[str], str | None] = unknown,
         start_shapes: Mapping[str, tuple[int, ...]] | None = None,
         routes: Routes | None = None,
+        planned: bool = False,
         pool: HostPool | None = None,
         dry: bool = False,
     ) -> None:
@@ -115,6 +117,8 @@ class ReloadSession:
         self._routed_names: set[str] = set()
         self._storage_of: dict[str, StagedStorage] = {}
         self._first_key: dict[str, int] = {}
+        self._planned = planned
+        self._unrouted_of: dict[str, int] = defaultdict(int)
         self._freed = 0
         self._pool = pool if policy == "streaming" else None
         self._stage_of: dict[int, Stage] = {}
@@ -146,6 +150,11 @@ class ReloadSession:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.abort()
+
+    def took_by_name(self, parameter: str) -> bool:
+        """Whether a parameter's layer was complete by the names of its weights, as at the last reload."""
+        storage = self._storage_of.get(parameter)
+        return storage is not None and storage.closed and not storage.coverage.touched
 
     @property
     def took_loader(self) -> bool:
@@ -293,13 +302,13 @@ class ReloadSession:
                 self.show()
                 self._process_rest()
                 self._process_tail()
-            with self._timed("commit"):
+            with self._timed("commit"), uninterrupted():
                 for _, commit in self._staged:
                     self._apply(commit)
+                self.state = State.COMMITTED
                 # Only now: results may be views of one another's memory (W_UV of kv_b_proj's weight).
                 for stage, commit in self._staged:
                     stage.release(commit.kept_storages(applied=True))
-            self.state = State.COMMITTED
         finally:
             self.hide()
             if self.state is State.PROCESSING:
@@ -436,9 +445,8 @@ class ReloadSession:
         name = self._trace.current
         if self._trace.dry or self.whole_model or self.problems:
             return
-        ready = [
-            self._stage_named[group] for group in self._groups_of.get(name, ()) if self._arrived(group, name)
-        ]
+        arrived = [group for group in self._groups_of.get(name, ()) if self._arrived(group, name)]
+        ready = [stage for group in arrived if self._is_trusted(stage := self._stage_named[group])]
         if recent:
             ready += self._covered_before(recent)
         for stage in ready:
@@ -462,8 +470,15 @@ class ReloadSession:
             and not any(storage.coverage.overlaps for storage in stage.storages)
         ]
 
+    def _is_trusted(self, stage: Stage) -> bool:
+        """Whether having all its weights by name means that a group is complete: when they are those that
+        were planned, came by routes of the same shapes, or are seen to cover everything.
+        """
+        return self._planned or _is_covered(stage) or self._unrouted_of[stage.group.name] == 0
+
     def _arrived(self, group: str, name: str) -> bool:
         """Note that a weight is there; whether its group now has all it waits for."""
+        self._unrouted_of[group] += name not in self._routed_names
         self._waiting[group].discard(name)
         return not self._waiting[group]
 
@@ -474,13 +489,14 @@ class ReloadSession:
             process_stage(stage, self._record, original_process_weights())
         for storage in stage.storages:
             storage.closed = True
-        del self._open_stages[id(stage)]
         self._note_peak()
         if stage.group.late:
             self._late.append(stage)
+            del self._open_stages[id(stage)]
             return
         with self._untraced():
             stage.take_result()
+            del self._open_stages[id(stage)]
             self._keep(stage)
 
     def _keep(self, stage: Stage) -> None:
@@ -553,10 +569,9 @@ class ReloadSession:
             for stage in shown:
                 stage.served.show()
         for stage in done:
-            self._open_stages.pop(id(stage), None)
-        self._late = []
-        for stage in done:
             stage.take_result()
+            self._open_stages.pop(id(stage), None)
+            self._late = [late for late in self._late if late is not stage]
         for stage in done:
             self._keep(stage)
 

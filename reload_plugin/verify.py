@@ -138,7 +138,8 @@ def _check_parameter(
     known = was_written(record.name)
     as_at_start = known == ("part" if touched else "none")
     unknown = known is None and not touched and not record.expected and _has_method(stage, record.layer)
-    if as_at_start or unknown:
+    optional = unknown and (record.traced or record.name.endswith(("scale", "zero_point")))
+    if as_at_start or optional:
         kept[record.name] = "not in the engine's own checkpoint" if as_at_start else "the constructor's value"
     else:
         problems.missing[record.name] = storage.coverage.describe_gap()

@@ -79,7 +79,7 @@ def _check_index(folder: Path) -> None:
         return
     try:
         files = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise SourceError(f"{index} is not a safetensors index: {type(error).__name__}: {error}.") from error
     missing = sorted(str(file) for file in files if not (folder / str(file)).exists())
     if missing:

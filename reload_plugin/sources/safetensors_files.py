@@ -151,6 +151,10 @@ def _place(file: str, name: str, entry: dict[str, Any], base: int) -> _Place:
         raise SourceError(f"{name} in {file} has the dtype {entry['dtype']}, which torch has no name for.")
     start, end = entry["data_offsets"]
     info = TensorInfo(name, tuple(entry["shape"]), dtype)
+    try:
+        info.meta()
+    except (RuntimeError, TypeError, OverflowError) as error:
+        raise SourceError(f"{name} in {file} has the shape {entry['shape']}, which no tensor has.") from error
     return _Place(info, file, base + int(start), int(end) - int(start))
 
 
