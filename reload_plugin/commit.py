@@ -52,6 +52,8 @@ class Commit:
     cells: list[tuple[Any, object]] = field(default_factory=list)
     """(closure cell of a served function, new content)."""
 
+    begun: bool = False
+    """Whether anything served may have changed already."""
     native: list[torch.Tensor] = field(default_factory=list)
     """New memory that native handles point into; it has to live as long as they do."""
 
@@ -77,6 +79,7 @@ class Commit:
 
     def apply(self) -> None:
         """Serve the new values. Touches only memory that is already there."""
+        self.begun = True
         with torch.inference_mode(False), torch.no_grad():
             for served, new in self.copies:
                 served.copy_(new)

@@ -103,7 +103,7 @@ class TensorRecord:
     ref: weakref.ref[torch.Tensor]
     is_parameter: bool
     layer: str
-    traced: bool
+    traced: bool = True
     """Whether the construction was watched, so that what the constructor wrote is known."""
 
     @property

@@ -34,7 +34,7 @@ from .verify import ReloadReport, check_slots, ignorable
 
 Policy = Literal["staged", "streaming"]
 
-TRIM_EVERY = 32 << 20
+TRIM_EVERY = 96 << 20
 """Bytes of layers after which freed pages of the heap go back: kernels pack into memory of the heap, and
 what the old generation leaves there is not used again by itself."""
 
@@ -530,9 +530,12 @@ class ReloadSession:
             trim_heap()
 
     def _apply(self, commit: Commit) -> None:
-        self.committed.append(commit.name)
         self._moved += [path for _, _, path in commit.moves]
-        commit.apply()
+        try:
+            commit.apply()
+        finally:
+            if commit.begun:
+                self.committed.append(commit.name)
         self._record.native[commit.name] = commit.native
 
     def _process_rest(self) -> None:

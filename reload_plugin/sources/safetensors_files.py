@@ -168,19 +168,21 @@ def _returned(lent: list[torch.UntypedStorage], pool: HostPool) -> list[torch.Un
 
 
 def _read(handle: int, place: _Place, storage: torch.UntypedStorage) -> torch.Tensor:
-    """Read one tensor into ``storage``, which it then shares."""
-    shape = place.info.shape
+    """Read one tensor into ``storage``, which it then shares.
+
+    With one thread: OpenMP's workers spin between two kernels, and a second reader only fights with them.
+    """
     meta = place.info.meta()
-    tensor = torch.empty(0, dtype=place.info.dtype, device="cpu").set_(storage, 0, shape, meta.stride())
-    if place.nbytes:
-        target = (ctypes.c_char * place.nbytes).from_address(tensor.data_ptr())
-        whole = memoryview(target).cast("B")
-        done = 0
-        while done < place.nbytes:
-            got = os.preadv(handle, [whole[done:]], place.start + done)
-            if got == 0:
-                raise SourceError(
-                    f"{place.file} ends in the middle of {place.info.name}: it was cut while it was read."
-                )
-            done += got
+    tensor = torch.empty(0, dtype=place.info.dtype, device="cpu").set_(storage, 0, meta.shape, meta.stride())
+    if not place.nbytes:
+        return tensor
+    whole = memoryview((ctypes.c_char * place.nbytes).from_address(tensor.data_ptr())).cast("B")
+    done = 0
+    while done < place.nbytes:
+        got = os.preadv(handle, [whole[done:]], place.start + done)
+        if got == 0:
+            raise SourceError(
+                f"{place.file} ends in the middle of {place.info.name}: it was cut while it was read."
+            )
+        done += got
     return tensor
