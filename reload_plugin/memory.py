@@ -12,6 +12,7 @@ import mmap
 import signal
 import sys
 import threading
+import types
 from collections.abc import Iterator
 
 import torch
@@ -66,14 +67,18 @@ def uses(storage: torch.UntypedStorage) -> int:
 @contextlib.contextmanager
 def uninterrupted() -> Iterator[None]:
     """Ctrl-C waits until the block is over (in the main thread; other threads never get it)."""
-    if threading.current_thread() is not threading.main_thread():
+    handler = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or not callable(handler):
         yield
         return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    late: list[tuple[int, types.FrameType | None]] = []
+    signal.signal(signal.SIGINT, lambda number, frame: late.append((number, frame)))
     try:
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        signal.signal(signal.SIGINT, handler)
+        if late:
+            handler(*late[0])
 
 
 def trim_heap() -> None:

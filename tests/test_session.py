@@ -2,6 +2,8 @@
 
 import gc
 import itertools
+import os
+import signal
 import types
 import weakref
 from collections.abc import Callable, Iterable, Iterator
@@ -20,6 +22,7 @@ from reload_plugin import ReloadSession, plugin, record_for_reloading, reload_we
 from reload_plugin.commit import Commit
 from reload_plugin.errors import (
     DuplicateWeightsError,
+    EngineBrokenError,
     MisshapenWeightsError,
     MissingWeightsError,
     NotRecordedError,
@@ -32,6 +35,7 @@ from reload_plugin.errors import (
 )
 from reload_plugin.holders import holders_of, read, tensors_in
 from reload_plugin.record import ConstructionTrace, record_constructed, record_of
+from reload_plugin.reload import before_serving
 from reload_plugin.staging import POISON
 
 CONFIG = types.SimpleNamespace(
@@ -584,7 +588,7 @@ def test_a_hook_that_fails_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> N
     check_unharmed(model, Hooked, before, ids)
 
 
-@pytest.mark.parametrize("stage", ["materialise", "unhide"])
+@pytest.mark.parametrize("stage", ["materialise", "unhide", "take_result"])
 def test_a_stage_that_fails_changes_nothing(monkeypatch: pytest.MonkeyPatch, stage: str) -> None:
     from reload_plugin.staging import Stage
 
@@ -609,6 +613,64 @@ def test_a_commit_that_cannot_begin_changes_nothing(monkeypatch: pytest.MonkeyPa
         with pytest.raises(MemoryError):
             reload(model, B)
     check_unharmed(model, Model, before, ids)
+
+
+def test_a_commit_that_stops_half_way_is_never_served(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing keeps the old values then, so the model refuses until a good reload heals it."""
+    model = start()
+    with monkeypatch.context() as patch:
+        failing_once(patch, Commit, "apply", MemoryError("no memory"))
+        with pytest.raises(EngineBrokenError, match="refuses to serve"):
+            reload(model, B)
+    with pytest.raises(EngineBrokenError, match="does not serve"):
+        before_serving()
+    reload(model, B)
+    before_serving()
+    assert values(model) == values(cold(Model, B))
+
+
+def test_ctrl_c_during_the_commit_waits_until_it_is_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = start()
+    apply, calls = Commit.apply, []
+
+    def interrupted(self: Commit) -> None:
+        calls.append(1)
+        os.kill(os.getpid(), signal.SIGINT)
+        apply(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Commit, "apply", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            reload(model, B)
+    assert len(calls) > 1
+    assert values(model) == values(cold(Model, B))
+
+
+class Filling(Model):
+    """Writes as many rows as it is sent, into whatever memory is there."""
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
+        parameters = dict(self.named_parameters())
+        for name, tensor in weights:
+            parameters[name].data[: len(tensor)].copy_(tensor)
+        return set(parameters)
+
+
+def test_half_of_a_parameter_is_missing_at_every_reload() -> None:
+    """Also when the layer has all its weights by name, because an earlier reload told which they are."""
+    model = cold(Filling, A, trace=True)
+    short = {name: tensor[:2] for name, tensor in B.items()}
+    for _ in range(2):
+        with pytest.raises(MissingWeightsError, match="was not sent"):
+            reload(model, short)
+        assert values(model) == values(cold(Filling, A, trace=True))
+        reload(model, A)
+
+
+def test_a_weight_missing_from_a_model_recorded_by_hand_is_named() -> None:
+    model = start()
+    with pytest.raises(MissingWeightsError, match=r"lm_head\.weight"):
+        reload(model, {"first.weight": B["first.weight"]})
 
 
 def test_the_same_session_goes_on_after_a_source_that_failed() -> None:
