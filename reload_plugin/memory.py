@@ -6,14 +6,9 @@ gets small again. Blocks are anonymous mappings, so that what is given back is r
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import mmap
-import signal
 import sys
-import threading
-import types
-from collections.abc import Iterator
 
 import torch
 
@@ -62,23 +57,6 @@ def _private(size: int) -> mmap.mmap:
 def uses(storage: torch.UntypedStorage) -> int:
     """How many tensors and storages refer to this memory, the caller's own reference included."""
     return int(torch._C._storage_Use_Count(storage._cdata))
-
-
-@contextlib.contextmanager
-def uninterrupted() -> Iterator[None]:
-    """Ctrl-C waits until the block is over (in the main thread; other threads never get it)."""
-    handler = signal.getsignal(signal.SIGINT)
-    if threading.current_thread() is not threading.main_thread() or not callable(handler):
-        yield
-        return
-    late: list[tuple[int, types.FrameType | None]] = []
-    signal.signal(signal.SIGINT, lambda number, frame: late.append((number, frame)))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, handler)
-        if late:
-            handler(*late[0])
 
 
 def trim_heap() -> None:

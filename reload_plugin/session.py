@@ -22,10 +22,10 @@ import torch
 from torch import nn
 
 from . import _vllm
-from .commit import Commit, plan_commit
+from .commit import Commit, plan_commit, uninterrupted
 from .errors import NotRecordedError, SessionError, SourceError, weights_error
 from .load import Feed, Loaded, LoadTrace, Problems, Slot, load_all, load_by_routes
-from .memory import HostPool, trim_heap, uninterrupted
+from .memory import HostPool, trim_heap
 from .process import ProcessWeights, process_stage, process_tail
 from .record import ModelRecord, record_of, storage_id
 from .routes import Route, Routes, follow
