@@ -91,7 +91,7 @@ def make_plan(
         if any("meta" in reason for reason in session.problems.misshapen.values()):
             raise PlanUnavailableError(next(iter(session.problems.misshapen.values())))
         kept, ignored = session.account()
-        coverage = session.coverage()
+        coverage = session.ledger.coverage()
         return _plan(model, listed, session, coverage, kept, ignored)
 
 

@@ -182,7 +182,7 @@ def _reload_from_iterator(
     with _whole_or_broken(model, record, session), session:
         session.load(weights)
         report = session.finish()
-    kept = {name: rule for name, rule in record.kept.items() if session.took_by_name(name)}
+    kept = {name: rule for name, rule in record.kept.items() if session.ledger.took_by_name(name)}
     report = report.model_copy(update={"kept": kept | report.kept})
     _after_commit(record, None, session)
     record.kept = report.kept
@@ -325,8 +325,8 @@ def _after_commit(
     record.last_good = source
     if plan is not None:
         record.learnt, record.routes = dict(plan.names_of_group), plan.routes
-    elif session.took_loader:
-        record.learnt, record.routes = session.learnt(), None
+    elif session.ledger.took_loader:
+        record.learnt, record.routes = session.ledger.learnt(record), None
         arrived = session.loaded.routes
         record.last_infos = [TensorInfo(name, route.shape, route.dtype) for name, route in arrived.items()]
         record.learnt_from = None

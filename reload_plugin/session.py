@@ -24,12 +24,13 @@ from torch import nn
 from . import _vllm
 from .commit import Commit, plan_commit, uninterrupted
 from .errors import NotRecordedError, SessionError, SourceError, weights_error
-from .load import Feed, Loaded, LoadTrace, Problems, Slot, load_all, load_by_routes
+from .ledger import Ledger
+from .load import Feed, Loaded, LoadTrace, Problems, load_all, load_by_routes
 from .memory import HostPool, trim_heap
 from .process import ProcessWeights, process_stage, process_tail
 from .record import ModelRecord, record_of, storage_id
 from .routes import Route, Routes, follow
-from .staging import Stage, StagedStorage
+from .staging import Stage, StagedStorage, WrappedTree, rewrap_tree, unwrap_tree
 from .verify import ReloadReport, check_slots, ignorable
 
 Policy = Literal["staged", "streaming"]
@@ -106,28 +107,13 @@ class ReloadSession:
         self.problems = Problems()
         self.committed: list[str] = []
         self.report: ReloadReport | None = None
-        self._waiting = {group: set(names) for group, names in (names_of_group or {}).items()}
-        self._groups_of: dict[str, list[str]] = defaultdict(list)
-        for group, names in self._waiting.items():
-            for name in names:
-                self._groups_of[name].append(group)
-        self._routes = routes
-        self._routed: list[str] = []
-        """Weights loaded by a route whose coverage has not been noted yet."""
-        self._routed_names: set[str] = set()
-        self._storage_of: dict[str, StagedStorage] = {}
-        self._first_key: dict[str, int] = {}
-        self._planned = planned
-        self._unrouted_of: dict[str, int] = defaultdict(int)
         self._freed = 0
         self._pool = pool if policy == "streaming" else None
-        self._stage_of: dict[int, Stage] = {}
-        self._stage_named: dict[str, Stage] = {}
-        self._last_written: dict[int, Stage] = {}
         self._was_written = was_written
         self._start_shapes = start_shapes or {}
         self._record = complete_record_of(model)
         self._trace = LoadTrace(self.problems, dry, self._start_shapes, self._world_size() > 1)
+        self.ledger = Ledger(self._trace.loaded, self.problems, names_of_group or {}, planned, routes)
         self._seconds: dict[str, float] = defaultdict(float)
         self._started = time.perf_counter()
         self._stages: list[Stage] = []
@@ -136,7 +122,7 @@ class ReloadSession:
         self._shown = False
         self._staged: list[tuple[Stage, Commit]] = []
         self._late: list[Stage] = []
-        self._tree: list[tuple[nn.Module, dict[str, nn.Module | None]]] = []
+        self._tree: WrappedTree = []
         self._peak = 0
         self._moved: list[str] = []
 
@@ -150,16 +136,6 @@ class ReloadSession:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.abort()
-
-    def took_by_name(self, parameter: str) -> bool:
-        """Whether a parameter's layer was complete by the names of its weights, as at the last reload."""
-        storage = self._storage_of.get(parameter)
-        return storage is not None and storage.closed and not storage.coverage.touched
-
-    @property
-    def took_loader(self) -> bool:
-        """Whether any weight went through the model's loader, so that there is something to learn."""
-        return len(self._routed_names) < len(self.loaded.shapes)
 
     @property
     def loaded(self) -> Loaded:
@@ -183,7 +159,7 @@ class ReloadSession:
 
         feed = Feed(weights, self._trace, self._close_complete)
         with self.loading(), self._timed("load"):
-            if self._routes is None:
+            if self.ledger.routes is None:
                 load_all(loader, feed, self._trace)
             else:
                 with self._untraced():
@@ -192,41 +168,38 @@ class ReloadSession:
 
     def _follow(self, name: str, tensor: torch.Tensor) -> bool:
         """Load a weight by its route, if it has one that fits."""
-        route = self._routes.of.get(name) if self._routes is not None else None
-        if route is None or route.writes is None or not route.fits(tensor):
+        route = self.ledger.route_for(name, tensor)
+        if route is None:
             return False
         self._trace.note_arrival(name, tensor)
         self._trace.current = name
         if not self._adopt(route, tensor):
             follow(route, tensor, self._memory)
-        self._trace.loaded.routes[name] = route
-        self._routed.append(name)
-        self._routed_names.add(name)
+        self.ledger.note_routed(name, route)
         return True
 
     def _adopt(self, route: Route, tensor: torch.Tensor) -> bool:
         """Take a weight of our own source as staging, where it is a whole parameter."""
         if self._pool is None or route.whole is None:
             return False
-        storage = self._storage_of[route.whole]
+        storage = self.ledger.storage_of(route.whole)
         if storage.closed or not storage.adopt(tensor):
             return False
-        self._renew(storage)
+        self._renewed(storage)
         return True
 
-    def _renew(self, storage: StagedStorage) -> None:
-        """A storage has new memory: find it by that from now on."""
-        self._stage_of[storage.key] = self._stage_of[self._first_key[storage.primary.name]]
-        self._trace.watch([storage])
-
     def _memory(self, parameter: str) -> torch.UntypedStorage:
-        storage = self._storage_of[parameter]
+        storage = self.ledger.storage_of(parameter)
         if storage.closed:
             raise self._trace.late(parameter)
         if not storage.materialised:
             storage.materialise(pool=self._pool)
-            self._renew(storage)
+            self._renewed(storage)
         return storage.storage
+
+    def _renewed(self, storage: StagedStorage) -> None:
+        self.ledger.renewed(storage)
+        self._trace.watch([storage])
 
     @contextlib.contextmanager
     def loading(self) -> Iterator[None]:
@@ -255,7 +228,7 @@ class ReloadSession:
         if self._shown:
             return
         self._shown = True
-        self._restore_tree()
+        self._tree = unwrap_tree(self._record)
         if self._entered:
             for stage in (*self._open_stages.values(), *self._late):
                 stage.unhide()
@@ -263,13 +236,9 @@ class ReloadSession:
         self._entered = True
         for stage in self._stages:
             self._open_stages[id(stage)] = stage
-            stage.enter(routed=self._routes is not None)
+            stage.enter(routed=self.ledger.routes is not None)
             self._trace.watch(stage.storages)
-            self._stage_named[stage.group.name] = stage
-            for storage in stage.storages:
-                self._storage_of[storage.primary.name] = storage
-                self._first_key[storage.primary.name] = storage.key
-                self._stage_of[storage.key] = stage
+            self.ledger.admit(stage)
         self._trace.protected = _served_storages(self._stages)
 
     def hide(self) -> None:
@@ -277,9 +246,7 @@ class ReloadSession:
         for stage in (*self._open_stages.values(), *self._late):
             if not stage.hidden:
                 stage.hide()
-        for parent, children in self._tree:
-            parent._modules.clear()
-            parent._modules.update(children)
+        rewrap_tree(self._tree)
         self._tree = []
         self._shown = False
 
@@ -328,35 +295,9 @@ class ReloadSession:
 
     def account(self) -> tuple[dict[str, str], dict[str, str]]:
         """Like ``check``, but leaves the offenders in ``problems``."""
-        self._note_routed()
-        self._note_rejected()
+        self.ledger.settle()
         stages = [stage for stage in self._stages if not stage.processed]
         return check_slots(stages, self.loaded, self.problems, self._rule_of, self._was_written)
-
-    def _note_routed(self) -> None:
-        """Coverage and slots of weights loaded by a route, for the layers that are not complete yet."""
-        for name in self._routed:
-            for write in self.loaded.routes[name].writes or ():
-                storage = self._storage_of[write.parameter]
-                if not storage.closed:
-                    region = storage.coverage.add(write.target)
-                    self.loaded.slots.setdefault(name, []).append(Slot(name, write.parameter, region))
-        self._routed = []
-
-    def _note_rejected(self) -> None:
-        """A weight that came but did not fit is not missing as well, where its place is known."""
-        for name in self.problems.misshapen:
-            route = self._routes.of.get(name) if self._routes is not None else None
-            for write in (route.writes or ()) if route is not None else ():
-                self._storage_of[write.parameter].coverage.add(write.target)
-
-    def coverage(self) -> dict[str, str]:
-        """Parameter -> ``whole``, ``part`` or ``none``: how much of it the weights so far write."""
-        found = {}
-        for storage in (s for stage in self._stages for s in stage.storages if s.primary.is_parameter):
-            part = "part" if storage.coverage.touched else "none"
-            found[storage.primary.name] = "whole" if storage.coverage.complete else part
-        return found
 
     def routes(self) -> Routes | None:
         """How to load the same checkpoint again without the model's loader."""
@@ -365,20 +306,6 @@ class ReloadSession:
         if any(stage.loader_left_traces() for stage in self._stages):
             return None
         return Routes(placement(self._record), dict(self.loaded.routes))
-
-    def learnt(self) -> dict[str, frozenset[str]]:
-        """Group name -> weights that went into it; empty for loaders that collect weights first."""
-        if not self.loaded.repeatable:
-            return {}
-        group_of = {t.name: group.name for group in self._record.groups for t in group.tensors}
-        found: dict[str, set[str]] = defaultdict(set)
-        for name, slots in self.loaded.slots.items():
-            for slot in slots:
-                found[group_of[slot.parameter]].add(name)
-        for name, route in self.loaded.routes.items():
-            for write in route.writes or ():
-                found[group_of[write.parameter]].add(name)
-        return {group: frozenset(names) for group, names in found.items()}
 
     def abort(self) -> None:
         """Forget the reload. The model serves what it served before. Harmless when it is over."""
@@ -414,21 +341,6 @@ class ReloadSession:
 
     # -- states of the model ----------------------------------------------------------------------
 
-    def _restore_tree(self) -> None:
-        """Take wrappers that were put around layers after the start (LoRA) out of the module tree."""
-        for layer in self._record.layers:
-            parent = layer.ref()
-            if parent is None:
-                continue
-            wrapped = {
-                name: child
-                for name, ref in layer.children.items()
-                if (child := ref()) is not None and _wraps(parent._modules.get(name), child)
-            }
-            if wrapped:
-                self._tree.append((parent, dict(parent._modules)))
-                parent._modules.update(wrapped)
-
     def _drop(self) -> None:
         self._hand_back()
         for stage in self._stages:
@@ -442,45 +354,11 @@ class ReloadSession:
     def _close_complete(self) -> None:
         """Between two weights: process the layers that have everything."""
         recent = self._trace.take_recent()
-        name = self._trace.current
         if self._trace.dry or self.whole_model or self.problems:
             return
-        arrived = [group for group in self._groups_of.get(name, ()) if self._arrived(group, name)]
-        ready = [stage for group in arrived if self._is_trusted(stage := self._stage_named[group])]
-        if recent:
-            ready += self._covered_before(recent)
-        for stage in ready:
+        for stage in self.ledger.complete_after(self._trace.current, recent):
             if id(stage) in self._open_stages and not stage.group.deferred:
                 self._close(stage)
-
-    def _covered_before(self, recent: set[int]) -> list[Stage]:
-        """Groups nobody knows the weights of, which are covered and were left for another group.
-
-        Left, because a fused layer may get one more weight after its last element (compressed-tensors
-        sends ``weight_shape`` once for each part); where that has been seen the group waits for the end.
-        """
-        now = {id(stage): stage for key in recent if (stage := self._stage_of.get(key))}
-        left = [stage for key, stage in self._last_written.items() if key not in now]
-        self._last_written = now
-        return [
-            stage
-            for stage in left
-            if stage.group.name not in self._waiting
-            and _is_covered(stage)
-            and not any(storage.coverage.overlaps for storage in stage.storages)
-        ]
-
-    def _is_trusted(self, stage: Stage) -> bool:
-        """Whether having all its weights by name means that a group is complete: when they are those that
-        were planned, came by routes of the same shapes, or are seen to cover everything.
-        """
-        return self._planned or _is_covered(stage) or self._unrouted_of[stage.group.name] == 0
-
-    def _arrived(self, group: str, name: str) -> bool:
-        """Note that a weight is there; whether its group now has all it waits for."""
-        self._unrouted_of[group] += name not in self._routed_names
-        self._waiting[group].discard(name)
-        return not self._waiting[group]
 
     def _close(self, stage: Stage) -> None:
         """Process one group; keep or commit its result, and show what it serves."""
@@ -514,7 +392,7 @@ class ReloadSession:
         """Free the staging of a committed group, into the pool where it came from there."""
         keep = commit.kept_storages(applied=True)
         storages = stage.storages
-        if self._pool is None or self._routes is None:
+        if self._pool is None or self.ledger.routes is None:
             stage.release(keep)
             stage.drop()
             return
@@ -657,11 +535,6 @@ class ReloadSession:
             )
 
 
-def _is_covered(stage: Stage) -> bool:
-    parameters = [storage for storage in stage.storages if storage.primary.is_parameter]
-    return bool(parameters) and all(storage.coverage.complete for storage in parameters)
-
-
 def complete_record_of(model: nn.Module) -> ModelRecord:
     """The model's record; raises NotRecordedError when there is none or it is not complete."""
     record = record_of(model)
@@ -699,10 +572,6 @@ def placement(record: ModelRecord) -> object:
             if not tensor_record.is_parameter and "expert" in tensor_record.name and tensor is not None:
                 found.append((tensor_record.name, tuple(tensor.flatten().tolist())))
     return tuple(found)
-
-
-def _wraps(current: nn.Module | None, original: nn.Module) -> bool:
-    return current is not None and current is not original and any(m is original for m in current.modules())
 
 
 def _shared_tensors(record: ModelRecord) -> frozenset[int]:

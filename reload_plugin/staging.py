@@ -22,7 +22,7 @@ from .errors import UnsupportedError
 from .formats import AsServed, Constant, Coverage, Geometry, TensorFormat, Uninitialised, Values
 from .holders import ABSENT, Contents, Key, equal, put_back, read, same, write
 from .memory import SMALL, HostPool
-from .record import Group, HolderRecord, TensorRecord
+from .record import Group, HolderRecord, ModelRecord, TensorRecord
 
 POISON = "RELOAD_PLUGIN_POISON"
 """Environment variable: fill staging that nobody wrote yet with NaN (or the largest integer)."""
@@ -79,6 +79,8 @@ class StagedStorage:
         self.storage = whole.untyped_storage()
         self.views = {id(r): self._view(r.format, device) for r in records}
         self.storage.resize_(0)
+        self._placeholder = self.storage
+        """Kept as long as this is: storages are told apart by identity, so none may take its place."""
         self.materialised = False
         self.closed = False
         """Its group is processed: nothing may be written to it any more."""
@@ -401,3 +403,39 @@ def _copy_of_wrapper(record: TensorRecord) -> torch.Tensor:
         copy = nn.Parameter(copy, requires_grad=tensor.requires_grad)
     copy.__dict__.update(record.format.attributes)
     return copy
+
+
+WrappedTree = list[tuple[nn.Module, dict[str, nn.Module | None]]]
+"""Modules and the children they had before wrappers were taken out from between them."""
+
+
+def unwrap_tree(record: ModelRecord) -> WrappedTree:
+    """Take wrappers that were put around layers after the start (LoRA) out of the module tree.
+
+    Parameters have the names of the start then, which is what loaders look for. Undone by ``rewrap_tree``.
+    """
+    before: WrappedTree = []
+    for layer in record.layers:
+        parent = layer.ref()
+        if parent is None:
+            continue
+        wrapped = {
+            name: child
+            for name, ref in layer.children.items()
+            if (child := ref()) is not None and _wraps(parent._modules.get(name), child)
+        }
+        if wrapped:
+            before.append((parent, dict(parent._modules)))
+            parent._modules.update(wrapped)
+    return before
+
+
+def rewrap_tree(tree: WrappedTree) -> None:
+    """Put back what ``unwrap_tree`` took out."""
+    for parent, children in tree:
+        parent._modules.clear()
+        parent._modules.update(children)
+
+
+def _wraps(current: nn.Module | None, original: nn.Module) -> bool:
+    return current is not None and current is not original and any(m is original for m in current.modules())

@@ -720,9 +720,9 @@ def test_a_session_that_is_over_holds_no_staging() -> None:
         session = ReloadSession(model)
         with session:
             session.load(B.items())
-            storages = [weakref.ref(s) for s in session._storage_of.values()]
+            storages = [weakref.ref(s) for s, _ in session.ledger._storages.values()]
             getattr(session, end)()
-        session._storage_of.clear()
+        session.ledger._storages.clear()
         del session
         gc.collect()
         assert [ref() for ref in storages] == [None] * len(storages)

@@ -21,6 +21,7 @@ LINE = (
     "sources",
     "staging",
     "load",
+    "ledger",
     "process",
     "commit",
     "verify",

@@ -91,6 +91,8 @@ def test_an_unsupported_vllm_is_left_alone_with_one_line(monkeypatch: pytest.Mon
     monkeypatch.setattr(_vllm, "version", lambda: "0.99.0")
     lines = Lines()
     plugin.logger.addHandler(lines)
+    monkeypatch.setattr(plugin.logger, "level", logging.INFO)
+    plugin.logger.manager._clear_cache()
     try:
         plugin.register()
         assert plugin.patched() == []
@@ -99,6 +101,7 @@ def test_an_unsupported_vllm_is_left_alone_with_one_line(monkeypatch: pytest.Mon
     finally:
         plugin.logger.removeHandler(lines)
         monkeypatch.undo()
+        plugin.logger.manager._clear_cache()
         plugin.register()
 
 

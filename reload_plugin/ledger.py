@@ -1,0 +1,173 @@
+"""Who has come and who is still missing: the book that a reload keeps of weights and layers."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+
+import torch
+
+from .load import Loaded, Problems, Slot
+from .record import ModelRecord
+from .routes import Route, Routes
+from .staging import Stage, StagedStorage
+
+
+class Ledger:
+    """Which weights came, which layers they belong to, and which layers have everything.
+
+    Args:
+        loaded: what the stream has brought; written by whoever loads.
+        problems: what does not fit.
+        names_of_group: group name -> all the weights that go into it, where that is known.
+        planned: ``names_of_group`` comes from a plan of these very weights.
+        routes: where weights go, learnt before.
+
+    """
+
+    def __init__(
+        self,
+        loaded: Loaded,
+        problems: Problems,
+        names_of_group: Mapping[str, frozenset[str]],
+        planned: bool,
+        routes: Routes | None,
+    ) -> None:
+        self.loaded = loaded
+        self.routes = routes
+        self._problems = problems
+        self._planned = planned
+        self._waiting = {group: set(names) for group, names in names_of_group.items()}
+        self._groups_of: dict[str, list[str]] = defaultdict(list)
+        for group, names in self._waiting.items():
+            for name in names:
+                self._groups_of[name].append(group)
+        self._unrouted_of: dict[str, int] = defaultdict(int)
+        self._routed: list[str] = []
+        """Weights loaded by a route whose coverage has not been noted yet."""
+        self._routed_names: set[str] = set()
+        self._stages: dict[str, Stage] = {}
+        self._stage_of: dict[int, Stage] = {}
+        self._storages: dict[str, tuple[StagedStorage, Stage]] = {}
+        self._last_written: dict[int, Stage] = {}
+
+    def admit(self, stage: Stage) -> None:
+        """Keep the book of one more group, which was just put into load format."""
+        self._stages[stage.group.name] = stage
+        for storage in stage.storages:
+            self._storages[storage.primary.name] = (storage, stage)
+            self._stage_of[storage.key] = stage
+
+    def renewed(self, storage: StagedStorage) -> None:
+        """A storage has new memory: find it by that from now on."""
+        self._stage_of[storage.key] = self._storages[storage.primary.name][1]
+
+    def storage_of(self, parameter: str) -> StagedStorage:
+        return self._storages[parameter][0]
+
+    # -- weights ----------------------------------------------------------------------------------
+
+    def route_for(self, name: str, tensor: torch.Tensor) -> Route | None:
+        """The route of a weight, if it has one that fits and needs no loader."""
+        route = self.routes.of.get(name) if self.routes is not None else None
+        return route if route is not None and route.writes is not None and route.fits(tensor) else None
+
+    def note_routed(self, name: str, route: Route) -> None:
+        """A weight was loaded by its route."""
+        self.loaded.routes[name] = route
+        self._routed.append(name)
+        self._routed_names.add(name)
+
+    @property
+    def took_loader(self) -> bool:
+        """Whether any weight went through the model's loader, so that there is something to learn."""
+        return len(self._routed_names) < len(self.loaded.shapes)
+
+    def took_by_name(self, parameter: str) -> bool:
+        """Whether a parameter's layer was complete by the names of its weights, as at the last reload."""
+        found = self._storages.get(parameter)
+        return found is not None and found[0].closed and not found[0].coverage.touched
+
+    # -- layers -----------------------------------------------------------------------------------
+
+    def complete_after(self, name: str, recent: set[int]) -> list[Stage]:
+        """Groups that have everything now that ``name`` came and the storages ``recent`` were written."""
+        arrived = [group for group in self._groups_of.get(name, ()) if self._arrived(group, name)]
+        complete = [stage for group in arrived if self._is_trusted(stage := self._stages[group])]
+        return complete + self._covered_before(recent) if recent else complete
+
+    def _arrived(self, group: str, name: str) -> bool:
+        self._unrouted_of[group] += name not in self._routed_names
+        self._waiting[group].discard(name)
+        return not self._waiting[group]
+
+    def _is_trusted(self, stage: Stage) -> bool:
+        """Whether having all its weights by name means that a group is complete: when they are those that
+        were planned, came by routes of the same shapes, or are seen to cover everything.
+        """
+        return self._planned or is_covered(stage) or self._unrouted_of[stage.group.name] == 0
+
+    def _covered_before(self, recent: set[int]) -> list[Stage]:
+        """Groups nobody knows the weights of, which are covered and were left for another group.
+
+        Left, because a fused layer may get one more weight after its last element (compressed-tensors
+        sends ``weight_shape`` once for each part); where that has been seen the group waits for the end.
+        """
+        now = {id(stage): stage for key in recent if (stage := self._stage_of.get(key))}
+        left = [stage for key, stage in self._last_written.items() if key not in now]
+        self._last_written = now
+        return [
+            stage
+            for stage in left
+            if stage.group.name not in self._waiting
+            and is_covered(stage)
+            and not any(storage.coverage.overlaps for storage in stage.storages)
+        ]
+
+    # -- the account ------------------------------------------------------------------------------
+
+    def settle(self) -> None:
+        """Bring coverage and slots up to date, for the layers that are not complete yet."""
+        for name in self._routed:
+            for write in self.loaded.routes[name].writes or ():
+                storage = self.storage_of(write.parameter)
+                if not storage.closed:
+                    region = storage.coverage.add(write.target)
+                    self.loaded.slots.setdefault(name, []).append(Slot(name, write.parameter, region))
+        self._routed = []
+        for name in self._problems.misshapen:
+            # It came and did not fit: not missing as well, where its place is known.
+            route = self.routes.of.get(name) if self.routes is not None else None
+            for write in (route.writes or ()) if route is not None else ():
+                self.storage_of(write.parameter).coverage.add(write.target)
+
+    def coverage(self) -> dict[str, str]:
+        """Parameter -> ``whole``, ``part`` or ``none``: how much of it the weights so far write."""
+        found = {}
+        for name, (storage, _) in self._storages.items():
+            if storage.primary.is_parameter:
+                part = "part" if storage.coverage.touched else "none"
+                found[name] = "whole" if storage.coverage.complete else part
+        return found
+
+    def learnt(self, record: ModelRecord) -> dict[str, frozenset[str]]:
+        """Group name -> weights that went into it; empty for loaders that collect weights first."""
+        if not self.loaded.repeatable:
+            return {}
+        group_of = {t.name: group.name for group in record.groups for t in group.tensors}
+        found: dict[str, set[str]] = defaultdict(set)
+        for name, parameter in self._destinations():
+            found[group_of[parameter]].add(name)
+        return {group: frozenset(names) for group, names in found.items()}
+
+    def _destinations(self) -> Iterator[tuple[str, str]]:
+        for name, slots in self.loaded.slots.items():
+            yield from ((name, slot.parameter) for slot in slots)
+        for name, route in self.loaded.routes.items():
+            yield from ((name, write.parameter) for write in route.writes or ())
+
+
+def is_covered(stage: Stage) -> bool:
+    """Whether every element of every parameter of a group has been written."""
+    parameters = [storage for storage in stage.storages if storage.primary.is_parameter]
+    return bool(parameters) and all(storage.coverage.complete for storage in parameters)
