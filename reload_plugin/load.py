@@ -121,7 +121,6 @@ class LoadTrace(TorchDispatchMode):
         self.problems = problems
         self.loaded = Loaded()
         self.storages: dict[int, StagedStorage] = {}
-        self.wrapped: dict[int, StagedStorage] = {}
         self.protected: dict[int, str] = {}
         self.current = ""
         self._sources: dict[int, str] = {}
