@@ -52,6 +52,11 @@ class Geometry:
     def of(tensor: torch.Tensor) -> Geometry:
         return Geometry(int(tensor.storage_offset()), tuple(tensor.shape), tuple(tensor.stride()))
 
+    @staticmethod
+    def contiguous(size: tuple[int, ...], offset: int = 0) -> Geometry:
+        stride = tuple(math.prod(size[axis + 1 :]) for axis in range(len(size)))
+        return Geometry(offset, size, stride)
+
     @property
     def numel(self) -> int:
         return math.prod(self.size)

@@ -7,8 +7,11 @@ gets small again. Blocks are anonymous mappings, so that what is given back is r
 from __future__ import annotations
 
 import ctypes
+import functools
 import mmap
 import sys
+from collections.abc import Callable
+from pathlib import Path
 
 import torch
 
@@ -17,6 +20,7 @@ SMALL = 1 << 20
 KEPT = 32 << 20
 """Bytes of free blocks that are kept for the next request."""
 _PAGE = 1 << 21
+_STATM = Path("/proc/self/statm")
 
 
 class HostPool:
@@ -51,7 +55,10 @@ class HostPool:
 
 
 def _private(size: int) -> mmap.mmap:
-    return mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    block = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        block.madvise(mmap.MADV_HUGEPAGE)
+    return block
 
 
 def uses(storage: torch.UntypedStorage) -> int:
@@ -59,9 +66,21 @@ def uses(storage: torch.UntypedStorage) -> int:
     return int(torch._C._storage_Use_Count(storage._cdata))
 
 
+def resident() -> int:
+    """Bytes of this process in memory, as far as the system tells (Linux)."""
+    try:
+        return int(_STATM.read_bytes().split()[1]) * mmap.PAGESIZE
+    except OSError:
+        return 0
+
+
+@functools.cache
+def _malloc_trim() -> Callable[[int], int] | None:
+    return getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+
+
 def trim_heap() -> None:
     """Give freed pages of the C heap back to the system, where the C library can (glibc)."""
-    if sys.platform == "linux":
-        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-        if trim is not None:
-            trim(0)
+    trim = _malloc_trim()
+    if trim is not None:
+        trim(0)

@@ -19,7 +19,7 @@ ProcessWeights = Callable[..., None]
 
 
 @contextlib.contextmanager
-def watching_native(device: torch.device) -> Iterator[list[torch.Tensor]]:
+def watching_native(device: torch.device | None) -> Iterator[list[torch.Tensor]]:
     """Notes the memory that native handles point into: what their constructors were given.
 
     oneDNN's int8 handler keeps the address of the weight scales it was made with, so that memory has
@@ -41,7 +41,7 @@ def watching_native(device: torch.device) -> Iterator[list[torch.Tensor]]:
 
     replaced = []
     try:
-        if device.type == "cpu":
+        if device is not None and device.type == "cpu":
             for library, name, positions in _vllm.native_constructors():
                 constructor = getattr(library, name)
                 setattr(library, name, wrap(constructor, positions))
@@ -60,7 +60,8 @@ def process_stage(stage: Stage, record: ModelRecord, original: ProcessWeights) -
     """
     stage.materialise()
     try:
-        with watching_native(record.target_device) as captured:
+        effect = any(layer.effect for layer in stage.group.layers)
+        with watching_native(record.target_device if effect else None) as captured:
             for layer in stage.group.layers:
                 module = layer.ref()
                 if module is not None and layer.online:

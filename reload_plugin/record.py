@@ -163,7 +163,7 @@ class Group:
     def name(self) -> str:
         return self.layers[0].name
 
-    @property
+    @functools.cached_property
     def nbytes(self) -> int:
         """Bytes of staging the group needs in load format."""
         by_storage: dict[int, int] = {}

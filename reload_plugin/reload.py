@@ -200,7 +200,9 @@ def _reload_from_source(
     pool = HostPool()
     session = _session(model, record, source.description, policy, plan, whole_model, pool)
     with _whole_or_broken(model, record, session), session:
-        session.load(source.read(plan.order if plan is not None else None, pool))
+        order = plan.order if plan is not None else None
+        with contextlib.closing(source.read(order, pool, session.room_for)) as weights:
+            session.load(weights)
         report = session.finish()
     if plan is not None:
         report = report.model_copy(update={"kept": plan.kept | report.kept})

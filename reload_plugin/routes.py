@@ -40,13 +40,15 @@ class Route:
     writes: tuple[Write, ...] | None
 
     @property
-    def whole(self) -> str | None:
-        """The parameter that the weight becomes as it is, if that is all it is used for."""
+    def plain(self) -> Write | None:
+        """The one write, if all of the weight goes as it is into contiguous elements."""
         if self.writes is None or len(self.writes) != 1:
             return None
         write = self.writes[0]
-        same = write.source == write.target and write.source_dtype == write.target_dtype == self.dtype
-        return write.parameter if same and write.target.size == self.shape else None
+        same = write.source_dtype == write.target_dtype == self.dtype
+        whole = write.source == Geometry.contiguous(self.shape)
+        there = write.target == Geometry.contiguous(write.target.size, write.target.offset)
+        return write if same and whole and there and write.target.size == self.shape else None
 
     def fits(self, tensor: torch.Tensor) -> bool:
         return tuple(tensor.shape) == self.shape and tensor.dtype == self.dtype

@@ -26,18 +26,19 @@ from .commit import Commit, plan_commit, uninterrupted
 from .errors import NotRecordedError, SessionError, SourceError, weights_error
 from .ledger import Ledger
 from .load import Feed, Loaded, LoadTrace, Problems, load_all, load_by_routes
-from .memory import HostPool, trim_heap
+from .memory import SMALL, HostPool, resident, trim_heap
 from .process import ProcessWeights, process_stage, process_tail
 from .record import ModelRecord, record_of, storage_id
-from .routes import Route, Routes, follow
+from .routes import Routes, follow
+from .sources import TensorInfo
 from .staging import Stage, StagedStorage, WrappedTree, rewrap_tree, unwrap_tree
 from .verify import ReloadReport, check_slots, ignorable
 
 Policy = Literal["staged", "streaming"]
 
-TRIM_EVERY = 96 << 20
-"""Bytes of layers after which freed pages of the heap go back: kernels pack into memory of the heap, and
-what the old generation leaves there is not used again by itself."""
+BUDGET = 96 << 20
+"""Bytes that the process may grow by, beyond its largest layer, before freed pages of the heap go back:
+kernels pack into the heap, and not all that the old generation leaves there is used again by itself."""
 
 SERVES_OLD = "The engine serves what it served before."
 
@@ -107,7 +108,8 @@ class ReloadSession:
         self.problems = Problems()
         self.committed: list[str] = []
         self.report: ReloadReport | None = None
-        self._freed = 0
+        self._resident = resident()
+        self._largest = 0
         self._pool = pool if policy == "streaming" else None
         self._was_written = was_written
         self._start_shapes = start_shapes or {}
@@ -125,6 +127,8 @@ class ReloadSession:
         self._tree: WrappedTree = []
         self._peak = 0
         self._moved: list[str] = []
+        self._placed: dict[str, torch.Tensor] = {}
+        """Weights that are read to where they go."""
 
     # -- life -------------------------------------------------------------------------------------
 
@@ -148,6 +152,7 @@ class ReloadSession:
         shared = _shared_tensors(self._record)
         device = self._record.target_device
         self._stages = [Stage(group, device, shared) for group in self._record.groups]
+        self._largest = max((group.nbytes for group in self._record.groups), default=0)
         self.state = State.OPEN
 
     def load(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str] | None:
@@ -173,20 +178,28 @@ class ReloadSession:
             return False
         self._trace.note_arrival(name, tensor)
         self._trace.current = name
-        if not self._adopt(route, tensor):
+        if self._placed.pop(name, None) is not tensor:
             follow(route, tensor, self._memory)
         self.ledger.note_routed(name, route)
         return True
 
-    def _adopt(self, route: Route, tensor: torch.Tensor) -> bool:
-        """Take a weight of our own source as staging, where it is a whole parameter."""
-        if self._pool is None or route.whole is None:
-            return False
-        storage = self.ledger.storage_of(route.whole)
-        if storage.closed or not storage.adopt(tensor):
-            return False
-        self._renewed(storage)
-        return True
+    def room_for(self, info: TensorInfo) -> torch.Tensor | None:
+        """Staging that a weight can be read into, where it goes there as it is; else None.
+
+        The memory is the session's and goes with it: whoever reads into it has to stop before that.
+        """
+        route = self.ledger.routes.of.get(info.name) if self.ledger.routes is not None else None
+        fits = route is not None and route.shape == info.shape and route.dtype == info.dtype
+        write = route.plain if route is not None and fits else None
+        if write is None or self.ledger.storage_of(write.parameter).closed:
+            return None
+        memory = self._memory(write.parameter)
+        if memory.device.type != "cpu":
+            return None
+        place = torch.empty(0, dtype=info.dtype, device="cpu")
+        place.set_(memory, write.target.offset, write.target.size, write.target.stride)
+        self._placed[info.name] = place
+        return place
 
     def _memory(self, parameter: str) -> torch.UntypedStorage:
         storage = self.ledger.storage_of(parameter)
@@ -236,7 +249,7 @@ class ReloadSession:
         self._entered = True
         for stage in self._stages:
             self._open_stages[id(stage)] = stage
-            stage.enter(routed=self.ledger.routes is not None)
+            stage.enter(routed=self.ledger.routes is not None, noting=self._trace.dry)
             self._trace.watch(stage.storages)
             self.ledger.admit(stage)
         self._trace.protected = _served_storages(self._stages)
@@ -363,19 +376,29 @@ class ReloadSession:
     def _close(self, stage: Stage) -> None:
         """Process one group; keep or commit its result, and show what it serves."""
         stage.unwrap_loaders()
-        with self._untraced(), self._timed("process"):
-            process_stage(stage, self._record, original_process_weights())
-        for storage in stage.storages:
-            storage.closed = True
-        self._note_peak()
-        if stage.group.late:
-            self._late.append(stage)
-            del self._open_stages[id(stage)]
-            return
+        self._keep_to_budget(stage)
         with self._untraced():
+            with self._timed("process"):
+                process_stage(stage, self._record, original_process_weights())
+            for storage in stage.storages:
+                storage.closed = True
+            if stage.group.nbytes >= SMALL:
+                self._note_peak()
+            if stage.group.late:
+                self._late.append(stage)
+                del self._open_stages[id(stage)]
+                return
             stage.take_result()
             del self._open_stages[id(stage)]
             self._keep(stage)
+
+    def _keep_to_budget(self, stage: Stage) -> None:
+        """Before a layer is processed: make the heap give back what it does not use, if it grew too much."""
+        nbytes = stage.group.nbytes
+        if self._pool is None or nbytes < SMALL:
+            return
+        if resident() + nbytes > self._resident + self._largest + BUDGET:
+            trim_heap()
 
     def _keep(self, stage: Stage) -> None:
         """Commit a result at once or put it aside; staging that is not part of it is given back."""
@@ -401,11 +424,7 @@ class ReloadSession:
         for storage in storages:
             if storage.key not in keep:
                 self._trace.storages.pop(storage.key, None)
-                self._freed += storage.nbytes
                 storage.give_back(self._pool)
-        if self._freed > TRIM_EVERY:
-            self._freed = 0
-            trim_heap()
 
     def _apply(self, commit: Commit) -> None:
         self._moved += [path for _, _, path in commit.moves]
@@ -506,10 +525,10 @@ class ReloadSession:
         with _vllm.loading_context(self._record.vllm_config, getattr(config, "dtype", None)):
             yield
 
-    @contextlib.contextmanager
-    def _untraced(self) -> Iterator[None]:
-        with torch.utils._python_dispatch._disable_current_modes():
-            yield
+    def _untraced(self) -> contextlib.AbstractContextManager[object]:
+        if not torch._C._len_torch_dispatch_stack():
+            return contextlib.nullcontext()
+        return torch.utils._python_dispatch._disable_current_modes()
 
     _inside_load = 0.0
     _depth = 0

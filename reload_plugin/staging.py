@@ -115,22 +115,6 @@ class StagedStorage:
         for record in self.records:
             self._initialise(record)
 
-    def adopt(self, tensor: torch.Tensor) -> bool:
-        """Make a whole weight that nobody else will write to the staging itself, without a copy."""
-        fmt = self.primary.format
-        fits = (
-            not self.materialised
-            and len(self.records) == 1
-            and tensor.dtype == fmt.dtype
-            and Geometry.of(tensor) == fmt.geometry
-            and tensor.device == self.storage.device
-            and tensor.is_contiguous()
-        )
-        if fits:
-            self.materialised = True
-            self._move_to(tensor.untyped_storage())
-        return fits
-
     def _move_to(self, block: torch.UntypedStorage) -> None:
         self.storage = block
         for record in self.records:
@@ -206,11 +190,12 @@ class Stage:
 
     # -- entering ---------------------------------------------------------------------------------
 
-    def enter(self, routed: bool = False) -> None:
+    def enter(self, routed: bool = False, noting: bool = False) -> None:
         """Put the group's layers into load format, without memory. Undone by ``served.show()``.
 
         Args:
             routed: no loader will run, so what loaders leave behind beside values stays as it is.
+            noting: ``loader_left_traces`` will be asked.
 
         """
         holders = self._alive_holders()
@@ -226,7 +211,7 @@ class Stage:
                     write(held, key, before)
         for held, key, record in places:
             write(held, key, self._objects[id(record)])
-        self._entered = [(held, read(held)) for _, held in holders]
+        self._entered = [(held, read(held)) for _, held in holders] if noting else []
 
     def loader_left_traces(self) -> bool:
         """Whether a loader changed more than values: attributes of a layer or of a parameter.

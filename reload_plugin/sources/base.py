@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -24,6 +24,13 @@ class TensorInfo:
         return torch.empty(self.shape, dtype=self.dtype, device="meta")
 
 
+Stream = Generator[tuple[str, torch.Tensor], None, None]
+"""(checkpoint name, tensor) pairs; may be closed before its end."""
+
+Room = Callable[[TensorInfo], torch.Tensor | None]
+"""Gives memory of a tensor's shape and dtype, contiguous and on the CPU, for it to be read into, or None."""
+
+
 class Source(Protocol):
     """Weights that can be listed before they are read, and read more than once."""
 
@@ -33,11 +40,12 @@ class Source(Protocol):
         """Every tensor, in stored order; None when the format cannot tell without reading."""
 
     def read(
-        self, order: Sequence[str] | None = None, pool: HostPool | None = None
-    ) -> Iterator[tuple[str, torch.Tensor]]:
-        """The tensors, in ``order`` if given, in memory of ``pool`` if given.
+        self, order: Sequence[str] | None = None, pool: HostPool | None = None, room: Room | None = None
+    ) -> Stream:
+        """The tensors, in ``order`` if given; in memory that ``room`` gives, else in memory of ``pool``.
 
-        A tensor's memory is the caller's for as long as the caller refers to it.
+        A tensor's memory is the caller's for as long as the caller refers to it. The iterator may read
+        ahead into the memory that ``room`` gave until it is closed.
         """
 
     def unchanged(self) -> bool:

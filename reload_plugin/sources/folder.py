@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from .. import _vllm
 from ..errors import ReloadError, SourceError
 from ..memory import HostPool
-from .base import Source, TensorInfo
+from .base import Room, Source, Stream, TensorInfo
 from .safetensors_files import SafetensorsSource
 
 NEXT = "Give a folder of safetensors files (model.safetensors, or files with an index)."
@@ -30,11 +29,11 @@ class EngineReaderSource:
         return None
 
     def read(
-        self, order: Sequence[str] | None = None, pool: HostPool | None = None
-    ) -> Iterator[tuple[str, torch.Tensor]]:
+        self, order: Sequence[str] | None = None, pool: HostPool | None = None, room: Room | None = None
+    ) -> Stream:
         assert order is None, "a source without a listing has one order"
-        del pool  # vLLM's readers allocate for themselves
-        return _vllm.all_weights(*self._arguments)
+        del pool, room  # vLLM's readers allocate for themselves
+        yield from _vllm.all_weights(*self._arguments)
 
     def unchanged(self) -> bool:
         return False

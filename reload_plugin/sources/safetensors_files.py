@@ -7,9 +7,10 @@ safetensors library.
 
 from __future__ import annotations
 
-import ctypes
+import contextlib
 import json
 import os
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,13 @@ from safetensors import SafetensorError, safe_open
 
 from ..errors import SourceError
 from ..memory import HostPool, uses
-from .base import TensorInfo
+from .base import Room, Stream, TensorInfo
+from .readahead import Batch, Piece, ReadAhead
+
+AHEAD = 16 << 20
+"""Bytes that are being read before they are asked for; one batch more at most."""
+BATCH = 2 << 20
+"""Bytes from which on tensors are not read together with the next."""
 
 _DTYPES: dict[str, torch.dtype] = {
     "BOOL": torch.bool,
@@ -83,30 +90,19 @@ class SafetensorsSource:
         return [place.info for place in self._places.values()]
 
     def read(
-        self, order: Sequence[str] | None = None, pool: HostPool | None = None
-    ) -> Iterator[tuple[str, torch.Tensor]]:
-        """Peak memory: two tensors beyond what the caller still holds. Memory that the caller has let go
-        of is used again for later tensors.
+        self, order: Sequence[str] | None = None, pool: HostPool | None = None, room: Room | None = None
+    ) -> Stream:
+        """Read ahead by up to 32 MiB on a thread of its own; close the iterator before memory that ``room``
+        gave goes away. Memory that the caller has let go of is used again for later tensors.
         """
-        names = list(self._places) if order is None else order
-        pool = HostPool() if pool is None else pool
-        lent: list[torch.UntypedStorage] = []
-        opened: dict[str, int] = {}
-        try:
-            for name in names:
-                place = self._places[name]
-                if place.file not in opened:
-                    opened[place.file] = os.open(place.file, os.O_RDONLY)
-                lent = _returned(lent, pool)
-                storage = pool.take(place.nbytes)
-                lent.append(storage)
-                yield name, _read(opened[place.file], place, storage)
-            self._check_unchanged()
-        except OSError as error:
-            raise SourceError(f"{self.description} could not be read: {error}.") from error
-        finally:
-            for handle in opened.values():
-                os.close(handle)
+        places = [self._places[name] for name in (self._places if order is None else order)]
+        with contextlib.ExitStack() as stack:
+            reading = _Reading(stack, HostPool() if pool is None else pool, room)
+            try:
+                yield from reading.all(places)
+                self._check_unchanged()
+            except OSError as error:
+                raise SourceError(f"{self.description} could not be read: {error}.") from error
 
     def unchanged(self) -> bool:
         try:
@@ -158,31 +154,75 @@ def _place(file: str, name: str, entry: dict[str, Any], base: int) -> _Place:
     return _Place(info, file, base + int(start), int(end) - int(start))
 
 
-def _returned(lent: list[torch.UntypedStorage], pool: HostPool) -> list[torch.UntypedStorage]:
-    """Put what nobody refers to any more into the pool; the rest is still lent."""
-    still = [storage for storage in lent if uses(storage) > 1]
-    for storage in lent:
-        if uses(storage) == 1:
-            pool.give(storage)
-    return still
+class _Reading:
+    """One pass over the tensors: batches are asked for ahead of the tensor that is handed out."""
+
+    def __init__(self, stack: contextlib.ExitStack, pool: HostPool, room: Room | None) -> None:
+        self._stack = stack
+        self._pool = pool
+        self._room = room
+        self._handles: dict[str, int] = {}
+        self._lent: list[torch.UntypedStorage] = []
+
+    def all(self, places: Sequence[_Place]) -> Iterator[tuple[str, torch.Tensor]]:
+        waiting: deque[tuple[list[_Place], list[torch.Tensor], Batch]] = deque()
+        ahead = 0
+        batches = _batches(places)
+        following = next(batches, None)
+        self._handles = {file: self._open(file) for file in dict.fromkeys(place.file for place in places)}
+        with ReadAhead() as reader:
+            while following or waiting:
+                while following and (not waiting or (reader.threaded and ahead < AHEAD)):
+                    tensors = [self._memory(place) for place in following]
+                    pieces = [self._piece(*pair) for pair in zip(following, tensors, strict=True)]
+                    waiting.append((following, tensors, reader.submit(pieces)))
+                    ahead += sum(place.nbytes for place in following)
+                    following = next(batches, None)
+                batch, tensors, read = waiting.popleft()
+                read.wait()
+                ahead -= sum(place.nbytes for place in batch)
+                del read
+                tensors.reverse()
+                for place in batch:
+                    yield place.info.name, tensors.pop()
+                self._take_back()
+
+    def _open(self, file: str) -> int:
+        handle = os.open(file, os.O_RDONLY)
+        self._stack.callback(os.close, handle)
+        return handle
+
+    def _piece(self, place: _Place, tensor: torch.Tensor) -> Piece:
+        return Piece(self._handles[place.file], place.start, tensor, place.file, place.info.name)
+
+    def _memory(self, place: _Place) -> torch.Tensor:
+        """Where a tensor is read to: the room it will end up in, or memory of the pool."""
+        found = None if self._room is None else self._room(place.info)
+        if found is not None:
+            return found
+        storage = self._pool.take(place.nbytes)
+        self._lent.append(storage)
+        empty = torch.empty(0, dtype=place.info.dtype, device="cpu")
+        meta = place.info.meta()
+        return empty.set_(storage, 0, meta.shape, meta.stride())
+
+    def _take_back(self) -> None:
+        """Put what nobody refers to any more into the pool; the rest is still lent."""
+        for storage in self._lent:
+            if uses(storage) == 1:
+                self._pool.give(storage)
+        self._lent = [storage for storage in self._lent if uses(storage) > 1]
 
 
-def _read(handle: int, place: _Place, storage: torch.UntypedStorage) -> torch.Tensor:
-    """Read one tensor into ``storage``, which it then shares.
-
-    With one thread: OpenMP's workers spin between two kernels, and a second reader only fights with them.
-    """
-    meta = place.info.meta()
-    tensor = torch.empty(0, dtype=place.info.dtype, device="cpu").set_(storage, 0, meta.shape, meta.stride())
-    if not place.nbytes:
-        return tensor
-    whole = memoryview((ctypes.c_char * place.nbytes).from_address(tensor.data_ptr())).cast("B")
-    done = 0
-    while done < place.nbytes:
-        got = os.preadv(handle, [whole[done:]], place.start + done)
-        if got == 0:
-            raise SourceError(
-                f"{place.file} ends in the middle of {place.info.name}: it was cut while it was read."
-            )
-        done += got
-    return tensor
+def _batches(places: Sequence[_Place]) -> Iterator[list[_Place]]:
+    """Tensors that are read by one request: small ones together."""
+    batch: list[_Place] = []
+    nbytes = 0
+    for place in places:
+        batch.append(place)
+        nbytes += place.nbytes
+        if nbytes >= BATCH:
+            yield batch
+            batch, nbytes = [], 0
+    if batch:
+        yield batch
