@@ -70,9 +70,10 @@ class Commit:
         held += [] if applied else [t for _, new in self.trades for t in tensors_in(new)]
         return {key for tensor in held if (key := storage_id(tensor))}
 
-    @property
-    def nbytes(self) -> int:
-        return sum(new.numel() * new.element_size() for _, new in self.copies)
+    def nbytes_beside(self, stage: Stage) -> int:
+        """Bytes of new tensors that are not in the group's staging."""
+        staged = {storage.key for storage in stage.storages}
+        return sum(new.nbytes for _, new in self.copies if storage_id(new) not in staged)
 
     def forget(self) -> None:
         """Let go of the new tensors, once they are applied."""

@@ -11,6 +11,7 @@ import functools
 import mmap
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -21,6 +22,19 @@ KEPT = 32 << 20
 """Bytes of free blocks that are kept for the next request."""
 _PAGE = 1 << 21
 _STATM = Path("/proc/self/statm")
+
+
+@dataclass
+class Gauge:
+    """Bytes held now and at the peak."""
+
+    held: int = 0
+    peak: int = 0
+
+    def add(self, nbytes: int) -> None:
+        """Note that ``nbytes`` more are held (fewer, when negative)."""
+        self.held += nbytes
+        self.peak = max(self.peak, self.held)
 
 
 class HostPool:

@@ -26,7 +26,7 @@ from .commit import Commit, plan_commit, uninterrupted
 from .errors import NotRecordedError, SessionError, SourceError, weights_error
 from .ledger import Ledger
 from .load import Feed, Loaded, LoadTrace, Problems, load_all, load_by_routes
-from .memory import SMALL, HostPool, resident, trim_heap
+from .memory import SMALL, Gauge, HostPool, resident, trim_heap
 from .process import ProcessWeights, process_stage, process_tail
 from .record import ModelRecord, record_of, storage_id
 from .routes import Routes, follow
@@ -125,7 +125,7 @@ class ReloadSession:
         self._staged: list[tuple[Stage, Commit]] = []
         self._late: list[Stage] = []
         self._tree: WrappedTree = []
-        self._peak = 0
+        self._gauge = Gauge()
         self._moved: list[str] = []
         self._placed: dict[str, torch.Tensor] = {}
         """Weights that are read to where they go."""
@@ -151,7 +151,7 @@ class ReloadSession:
         self._require(State.READY)
         shared = _shared_tensors(self._record)
         device = self._record.target_device
-        self._stages = [Stage(group, device, shared) for group in self._record.groups]
+        self._stages = [Stage(group, device, shared, self._gauge) for group in self._record.groups]
         self._largest = max((group.nbytes for group in self._record.groups), default=0)
         self.state = State.OPEN
 
@@ -382,8 +382,6 @@ class ReloadSession:
                 process_stage(stage, self._record, original_process_weights())
             for storage in stage.storages:
                 storage.closed = True
-            if stage.group.nbytes >= SMALL:
-                self._note_peak()
             if stage.group.late:
                 self._late.append(stage)
                 del self._open_stages[id(stage)]
@@ -409,6 +407,7 @@ class ReloadSession:
             self._give_back(stage, commit)
         else:
             stage.release(commit.kept_storages(applied=False))
+            self._gauge.add(commit.nbytes_beside(stage))
             self._staged.append((stage, commit))
 
     def _give_back(self, stage: Stage, commit: Commit) -> None:
@@ -461,7 +460,6 @@ class ReloadSession:
                 stage.unwrap_loaders()
                 with self._timed("process"):
                     process_stage(stage, self._record, original_process_weights())
-                self._note_peak()
             with self._timed("process"):
                 process_tail(self.model, self._record, original_process_weights())
             done = deferred + self._late
@@ -510,14 +508,10 @@ class ReloadSession:
             kept=kept,
             ignored=ignored,
             moved=tuple(self._moved),
-            staging_bytes=self._peak,
+            staging_bytes=self._gauge.peak,
             seconds=seconds,
             version=self._record.version,
         )
-
-    def _note_peak(self) -> None:
-        held = sum(s.nbytes for s in self._trace.storages.values() if s.materialised)
-        self._peak = max(self._peak, held + sum(commit.nbytes for _, commit in self._staged))
 
     @contextlib.contextmanager
     def _context(self) -> Iterator[None]:

@@ -21,7 +21,7 @@ from . import _vllm
 from .errors import UnsupportedError
 from .formats import AsServed, Constant, Coverage, Geometry, TensorFormat, Uninitialised, Values
 from .holders import ABSENT, Contents, Key, equal, put_back, read, same, write
-from .memory import SMALL, HostPool
+from .memory import SMALL, Gauge, HostPool
 from .record import Group, HolderRecord, ModelRecord, TensorRecord
 
 POISON = "RELOAD_PLUGIN_POISON"
@@ -70,8 +70,9 @@ class State:
 class StagedStorage:
     """Load-format memory for all tensors that are views of one storage. Allocated on first touch."""
 
-    def __init__(self, records: list[TensorRecord], device: torch.device) -> None:
+    def __init__(self, records: list[TensorRecord], device: torch.device, gauge: Gauge | None = None) -> None:
         self.records = records
+        self._gauge = Gauge() if gauge is None else gauge
         self.primary = max(records, key=lambda r: (r.is_parameter, r.format.nbytes))
         self.coverage = Coverage(self.primary.format.geometry)
         self.nbytes = max(_end(r.format) for r in records)
@@ -104,6 +105,7 @@ class StagedStorage:
         if self.materialised:
             return
         self.materialised = True
+        self._gauge.add(self.nbytes)
         if pool is not None and self.storage.device.type == "cpu" and self.nbytes >= SMALL:
             self._move_to(pool.take(self.nbytes))
         else:
@@ -124,7 +126,7 @@ class StagedStorage:
 
     def give_back(self, pool: HostPool) -> None:
         """Return a pool's block, once nothing else refers to it."""
-        self.materialised = False
+        self._forget()
         self.views.clear()
         self.objects.clear()
         block, self.storage = self.storage, torch.UntypedStorage(0)
@@ -132,9 +134,14 @@ class StagedStorage:
 
     def release(self) -> None:
         """Give the memory back, also under views that a loader still holds."""
-        self.materialised = False
+        self._forget()
         if self.storage.resizable():  # not once numpy was given the memory; then it goes with its views
             self.storage.resize_(0)
+
+    def _forget(self) -> None:
+        if self.materialised:
+            self._gauge.add(-self.nbytes)
+        self.materialised = False
 
     def _initialise(self, record: TensorRecord) -> None:
         view, initial = self.views[id(record)], record.format.initial
@@ -168,8 +175,11 @@ def _poison(view: torch.Tensor) -> None:
 class Stage:
     """A group while it is being reloaded. ``enter`` first; ``served.show()`` undoes everything."""
 
-    def __init__(self, group: Group, target_device: torch.device, shared: frozenset[int]) -> None:
+    def __init__(
+        self, group: Group, target_device: torch.device, shared: frozenset[int], gauge: Gauge
+    ) -> None:
         self.group = group
+        self._gauge = gauge
         self.storages: list[StagedStorage] = []
         self._device = target_device
         self._shared = shared
@@ -268,7 +278,9 @@ class Stage:
             if not is_wrapper(record):
                 device = self._device if record.format.device.type == "meta" else record.format.device
                 by_storage.setdefault((record.storage, device), []).append(record)
-        self.storages = [StagedStorage(found, device) for (_, device), found in by_storage.items()]
+        self.storages = [
+            StagedStorage(found, device, self._gauge) for (_, device), found in by_storage.items()
+        ]
 
     def _resolve(self, record: TensorRecord) -> None:
         """Find or make the object of a load-format tensor and give it its placeholder."""
