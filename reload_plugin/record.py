@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,6 +28,11 @@ from torch.utils._pytree import tree_leaves
 from . import _vllm
 from .formats import SMALL_BYTES, AsServed, Constant, Geometry, Initial, TensorFormat, Uninitialised, Values
 from .holders import ABSENT, Contents, Key, holders_of, read, same
+
+SMALL_GROUP = 64 << 10
+"""Bytes up to which a layer is joined with other small ones."""
+JOINED_GROUP = 1 << 20
+"""Bytes from which on a group of small layers is closed."""
 
 RECORD_ATTRIBUTE = "_reload_plugin_record"
 """Where a model keeps its record, so that both are freed together."""
@@ -469,4 +474,22 @@ def _group(layers: Iterable[LayerRecord]) -> list[Group]:
             group_of.update({t.storage: group for t in member.tensors if t.storage in parameters})
     for group in groups:
         group.tensors = list({id(t): t for layer in group.layers for t in layer.tensors}.values())
-    return groups
+    return list(_joined(groups))
+
+
+def _joined(groups: Iterable[Group]) -> Iterator[Group]:
+    """Small layers that processing leaves as they are (norms), together: a stage costs more than they do."""
+    small = Group([])
+    for group in groups:
+        if group.nbytes > SMALL_GROUP or any(
+            layer.effect or layer.deferred or layer.online or layer.late for layer in group.layers
+        ):
+            yield group
+            continue
+        small.layers += group.layers
+        small.tensors += group.tensors
+        if sum(member.format.nbytes for member in small.tensors) > JOINED_GROUP:
+            yield small
+            small = Group([])
+    if small.layers:
+        yield small

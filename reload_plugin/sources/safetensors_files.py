@@ -10,9 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections import deque
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +18,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from ..errors import SourceError
-from ..memory import HostPool, uses
+from ..memory import HostPool
 from .base import Room, Stream, TensorInfo
-from .readahead import Batch, Piece, ReadAhead
-
-AHEAD = 16 << 20
-"""Bytes that are being read before they are asked for; one batch more at most."""
-BATCH = 2 << 20
-"""Bytes from which on tensors are not read together with the next."""
+from .reading import Place, read_places
 
 _DTYPES: dict[str, torch.dtype] = {
     "BOOL": torch.bool,
@@ -55,14 +48,6 @@ _DTYPES: dict[str, torch.dtype] = {
 Stamp = tuple[int, int, int]
 
 
-@dataclass(frozen=True)
-class _Place:
-    info: TensorInfo
-    file: str
-    start: int
-    nbytes: int
-
-
 class SafetensorsSource:
     """One or many safetensors files as one checkpoint.
 
@@ -73,7 +58,7 @@ class SafetensorsSource:
 
     def __init__(self, files: Sequence[str], description: str) -> None:
         self.description = description
-        self._places: dict[str, _Place] = {}
+        self._places: dict[str, Place] = {}
         self.stamps: dict[str, Stamp] = {}
         """File -> size, time and inode when its header was read."""
         for file in files:
@@ -97,9 +82,9 @@ class SafetensorsSource:
         """
         places = [self._places[name] for name in (self._places if order is None else order)]
         with contextlib.ExitStack() as stack:
-            reading = _Reading(stack, HostPool() if pool is None else pool, room)
             try:
-                yield from reading.all(places)
+                handles = {file: self._open(file, stack) for file in dict.fromkeys(p.file for p in places)}
+                yield from read_places(places, handles, HostPool() if pool is None else pool, room)
                 self._check_unchanged()
             except OSError as error:
                 raise SourceError(f"{self.description} could not be read: {error}.") from error
@@ -109,6 +94,11 @@ class SafetensorsSource:
             return all(stamp_of(file) == stamp for file, stamp in self.stamps.items())
         except SourceError:
             return False
+
+    def _open(self, file: str, stack: contextlib.ExitStack) -> int:
+        handle = os.open(file, os.O_RDONLY)
+        stack.callback(os.close, handle)
+        return handle
 
     def _check_unchanged(self) -> None:
         for file, stamp in self.stamps.items():
@@ -127,7 +117,7 @@ def stamp_of(file: str) -> Stamp:
     return found.st_size, found.st_mtime_ns, found.st_ino
 
 
-def _header(file: str) -> list[_Place]:
+def _header(file: str) -> list[Place]:
     """Where each tensor lies in the file; the library checks offsets and sizes first."""
     try:
         with safe_open(file, framework="pt"):
@@ -141,7 +131,7 @@ def _header(file: str) -> list[_Place]:
     return [_place(file, name, entry, 8 + length) for name, entry in header.items()]
 
 
-def _place(file: str, name: str, entry: dict[str, Any], base: int) -> _Place:
+def _place(file: str, name: str, entry: dict[str, Any], base: int) -> Place:
     dtype = _DTYPES.get(str(entry["dtype"]))
     if dtype is None:
         raise SourceError(f"{name} in {file} has the dtype {entry['dtype']}, which torch has no name for.")
@@ -151,78 +141,4 @@ def _place(file: str, name: str, entry: dict[str, Any], base: int) -> _Place:
         info.meta()
     except (RuntimeError, TypeError, OverflowError) as error:
         raise SourceError(f"{name} in {file} has the shape {entry['shape']}, which no tensor has.") from error
-    return _Place(info, file, base + int(start), int(end) - int(start))
-
-
-class _Reading:
-    """One pass over the tensors: batches are asked for ahead of the tensor that is handed out."""
-
-    def __init__(self, stack: contextlib.ExitStack, pool: HostPool, room: Room | None) -> None:
-        self._stack = stack
-        self._pool = pool
-        self._room = room
-        self._handles: dict[str, int] = {}
-        self._lent: list[torch.UntypedStorage] = []
-
-    def all(self, places: Sequence[_Place]) -> Iterator[tuple[str, torch.Tensor]]:
-        waiting: deque[tuple[list[_Place], list[torch.Tensor], Batch]] = deque()
-        ahead = 0
-        batches = _batches(places)
-        following = next(batches, None)
-        self._handles = {file: self._open(file) for file in dict.fromkeys(place.file for place in places)}
-        with ReadAhead() as reader:
-            while following or waiting:
-                while following and (not waiting or (reader.threaded and ahead < AHEAD)):
-                    tensors = [self._memory(place) for place in following]
-                    pieces = [self._piece(*pair) for pair in zip(following, tensors, strict=True)]
-                    waiting.append((following, tensors, reader.submit(pieces)))
-                    ahead += sum(place.nbytes for place in following)
-                    following = next(batches, None)
-                batch, tensors, read = waiting.popleft()
-                read.wait()
-                ahead -= sum(place.nbytes for place in batch)
-                del read
-                tensors.reverse()
-                for place in batch:
-                    yield place.info.name, tensors.pop()
-                self._take_back()
-
-    def _open(self, file: str) -> int:
-        handle = os.open(file, os.O_RDONLY)
-        self._stack.callback(os.close, handle)
-        return handle
-
-    def _piece(self, place: _Place, tensor: torch.Tensor) -> Piece:
-        return Piece(self._handles[place.file], place.start, tensor, place.file, place.info.name)
-
-    def _memory(self, place: _Place) -> torch.Tensor:
-        """Where a tensor is read to: the room it will end up in, or memory of the pool."""
-        found = None if self._room is None else self._room(place.info)
-        if found is not None:
-            return found
-        storage = self._pool.take(place.nbytes)
-        self._lent.append(storage)
-        empty = torch.empty(0, dtype=place.info.dtype, device="cpu")
-        meta = place.info.meta()
-        return empty.set_(storage, 0, meta.shape, meta.stride())
-
-    def _take_back(self) -> None:
-        """Put what nobody refers to any more into the pool; the rest is still lent."""
-        for storage in self._lent:
-            if uses(storage) == 1:
-                self._pool.give(storage)
-        self._lent = [storage for storage in self._lent if uses(storage) > 1]
-
-
-def _batches(places: Sequence[_Place]) -> Iterator[list[_Place]]:
-    """Tensors that are read by one request: small ones together."""
-    batch: list[_Place] = []
-    nbytes = 0
-    for place in places:
-        batch.append(place)
-        nbytes += place.nbytes
-        if nbytes >= BATCH:
-            yield batch
-            batch, nbytes = [], 0
-    if batch:
-        yield batch
+    return Place(info, file, base + int(start), int(end) - int(start))

@@ -1,0 +1,181 @@
+"""Weights kept for later: a stream becomes a source that can be listed and read again, in any order."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from typing import IO, Any
+
+import torch
+
+from ..errors import SourceError
+from ..memory import HostPool
+from .base import Room, Source, Stream, TensorInfo
+from .reading import Place, read_places
+
+SPILL_DIRECTORY = "RELOAD_PLUGIN_SPILL_DIR"
+"""Environment variable: where spill files go when the caller names no folder (else the system's)."""
+
+_PIECE = 8 << 20
+"""Bytes of a weight that are brought to the CPU and written at once."""
+
+
+class SpillFile:
+    """Weights in a temporary file that has no name, so that nothing is left behind however this ends.
+
+    Costs disk, not memory (a folder in a memory file system costs memory all the same). Owned by whoever
+    holds it; ``close`` gives the disk space back.
+
+    Args:
+        folder: where the file is made; None for RELOAD_PLUGIN_SPILL_DIR or the system's temporary folder.
+        description: what to call these weights in messages.
+
+    """
+
+    def __init__(self, folder: str | None, description: str) -> None:
+        self.description = description
+        self.folder = folder or os.environ.get(SPILL_DIRECTORY) or tempfile.gettempdir()
+        self.nbytes = 0
+        self._places: dict[str, Place] = {}
+        try:
+            self._file: IO[Any] = tempfile.TemporaryFile(dir=self.folder, buffering=0)
+        except OSError as error:
+            raise self._failed(error) from error
+
+    def add(self, name: str, tensor: torch.Tensor) -> None:
+        """Append a weight, on any device and in any layout; its memory is the caller's again afterwards.
+
+        Raises:
+            SourceError: the disk is full or cannot be written.
+
+        """
+        info = TensorInfo(name, tuple(tensor.shape), tensor.dtype)
+        start = self.nbytes
+        try:
+            for piece in _bytes_of(tensor):
+                self._write(piece)
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                self._file.truncate(start)
+            self.nbytes = start
+            raise self._failed(error) from error
+        self._places[name] = Place(info, self.description, start, self.nbytes - start)
+
+    def _write(self, piece: memoryview) -> None:
+        while len(piece):
+            done = os.pwrite(self._file.fileno(), piece, self.nbytes)
+            self.nbytes += done
+            piece = piece[done:]
+
+    def _failed(self, error: OSError) -> SourceError:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        return SourceError(
+            f"{'No space is left' if full else f'Writing failed ({error})'} in the spill folder {self.folder} "
+            f"after {self.nbytes:,} bytes of {self.description}. The engine serves what it served before. Name "
+            f"a folder with more space (spill_dir= or {SPILL_DIRECTORY}), or keep the weights in memory "
+            "(policy='host')."
+        )
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._places
+
+    def infos(self) -> Sequence[TensorInfo]:
+        return [place.info for place in self._places.values()]
+
+    def read(
+        self, order: Sequence[str] | None = None, pool: HostPool | None = None, room: Room | None = None
+    ) -> Stream:
+        places = [self._places[name] for name in (self._places if order is None else order)]
+        handles = {self.description: self._file.fileno()}
+        try:
+            yield from read_places(places, handles, HostPool() if pool is None else pool, room)
+        except OSError as error:
+            raise SourceError(f"The spill file of {self.description} could not be read: {error}.") from error
+
+    def unchanged(self) -> bool:
+        return not self._file.closed
+
+    def close(self) -> None:
+        """Give the disk space back."""
+        self._file.close()
+
+
+def _bytes_of(tensor: torch.Tensor) -> Iterator[memoryview]:
+    """A tensor's elements in order, as pieces of plain memory on the CPU."""
+    flat = tensor.detach().reshape(-1) if tensor.is_contiguous() else tensor.detach().contiguous().reshape(-1)
+    flat = flat.resolve_conj().resolve_neg()
+    step = max(1, _PIECE // max(1, flat.element_size()))
+    for start in range(0, flat.numel(), step):
+        piece = flat[start : start + step].cpu().view(torch.uint8)
+        yield memoryview(piece.numpy())
+
+
+class HostCopy:
+    """Weights kept in host memory: one copy of the checkpoint."""
+
+    def __init__(self, description: str) -> None:
+        self.description = description
+        self._tensors: dict[str, torch.Tensor] = {}
+
+    def add(self, name: str, tensor: torch.Tensor) -> None:
+        """Keep a copy of a weight; its memory is the caller's again afterwards."""
+        self._tensors[name] = tensor.detach().to("cpu", copy=True).contiguous()
+
+    def infos(self) -> Sequence[TensorInfo]:
+        return [TensorInfo(name, tuple(t.shape), t.dtype) for name, t in self._tensors.items()]
+
+    def read(
+        self, order: Sequence[str] | None = None, pool: HostPool | None = None, room: Room | None = None
+    ) -> Stream:
+        del pool, room  # they are in memory already
+        for name in list(self._tensors) if order is None else order:
+            yield name, self._tensors[name]
+
+    def unchanged(self) -> bool:
+        return True
+
+    def close(self) -> None:
+        """Give the memory back."""
+        self._tensors = {}
+
+
+class Overlay:
+    """A checkpoint with some of its weights replaced: those of ``top`` win over those of ``base``."""
+
+    def __init__(self, base: Source, top: Source) -> None:
+        self.base, self.top = base, top
+        self.description = f"{top.description} over {base.description}"
+        self._top: Mapping[str, TensorInfo] = {info.name: info for info in top.infos() or ()}
+        self._base: Mapping[str, TensorInfo] = {info.name: info for info in base.infos() or ()}
+
+    def infos(self) -> Sequence[TensorInfo]:
+        return list({**self._base, **self._top}.values())
+
+    def read(
+        self, order: Sequence[str] | None = None, pool: HostPool | None = None, room: Room | None = None
+    ) -> Stream:
+        names = [info.name for info in self.infos()] if order is None else order
+        start = 0
+        while start < len(names):
+            on_top = names[start] in self._top
+            end = start
+            while end < len(names) and (names[end] in self._top) is on_top:
+                end += 1
+            yield from (self.top if on_top else self.base).read(names[start:end], pool, room)
+            start = end
+
+    def unchanged(self) -> bool:
+        return self.base.unchanged() and self.top.unchanged()
+
+    def close(self) -> None:
+        """Give back what either of the two holds."""
+        for source in (self.base, self.top):
+            close = getattr(source, "close", None)
+            if close is not None:
+                close()
