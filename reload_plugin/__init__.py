@@ -15,8 +15,11 @@ if TYPE_CHECKING:
         KernelFormatError,
         MisshapenWeightsError,
         MissingWeightsError,
+        NonFiniteWeightsError,
         NotRecordedError,
+        PartialUpdateError,
         ProcessingError,
+        RanksDisagreeError,
         ReloadError,
         SessionError,
         SourceError,
@@ -24,9 +27,11 @@ if TYPE_CHECKING:
         UnsupportedError,
         WeightsError,
     )
-    from .reload import record_for_reloading, reload_weights, restore_for_reloading
+    from .monitor import ReloadStatus, reload_engine, status
+    from .reload import record_for_reloading, reload_weights
     from .session import ReloadSession
     from .verify import ReloadReport
+    from .weight_update import abort_weight_update, restore_for_reloading
 
 _HOME = {
     "DuplicateWeightsError": "errors",
@@ -34,19 +39,26 @@ _HOME = {
     "KernelFormatError": "errors",
     "MisshapenWeightsError": "errors",
     "MissingWeightsError": "errors",
+    "NonFiniteWeightsError": "errors",
     "NotRecordedError": "errors",
+    "PartialUpdateError": "errors",
     "ProcessingError": "errors",
+    "RanksDisagreeError": "errors",
     "ReloadError": "errors",
     "ReloadReport": "verify",
     "ReloadSession": "session",
+    "ReloadStatus": "monitor",
     "SessionError": "errors",
     "SourceError": "errors",
     "UnexpectedWeightsError": "errors",
     "UnsupportedError": "errors",
     "WeightsError": "errors",
+    "abort_weight_update": "weight_update",
     "record_for_reloading": "reload",
+    "reload_engine": "monitor",
     "reload_weights": "reload",
-    "restore_for_reloading": "reload",
+    "restore_for_reloading": "weight_update",
+    "status": "monitor",
 }
 
 __all__ = [
@@ -55,19 +67,26 @@ __all__ = [
     "KernelFormatError",
     "MisshapenWeightsError",
     "MissingWeightsError",
+    "NonFiniteWeightsError",
     "NotRecordedError",
+    "PartialUpdateError",
     "ProcessingError",
+    "RanksDisagreeError",
     "ReloadError",
     "ReloadReport",
     "ReloadSession",
+    "ReloadStatus",
     "SessionError",
     "SourceError",
     "UnexpectedWeightsError",
     "UnsupportedError",
     "WeightsError",
+    "abort_weight_update",
     "record_for_reloading",
+    "reload_engine",
     "reload_weights",
     "restore_for_reloading",
+    "status",
 ]
 
 

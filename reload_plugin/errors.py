@@ -10,16 +10,19 @@
     │   ├── MissingWeightsError
     │   ├── UnexpectedWeightsError
     │   ├── DuplicateWeightsError
-    │   └── MisshapenWeightsError  wrong shape, a cast that would lose everything, not a tensor
+    │   ├── MisshapenWeightsError  wrong shape, a cast that would lose everything, not a tensor
+    │   └── NonFiniteWeightsError  NaN or infinite values, where the caller asked for a check
+    ├── PartialUpdateError         the weights beside the ones sent cannot be kept; lists what to send
     ├── ProcessingError            process_weights_after_loading raised on the new weights
     ├── KernelFormatError          weights in kernel format that do not match it exactly
+    ├── RanksDisagreeError         another rank failed or did not answer, so no rank committed
     └── SessionError               a call that the state of the reload does not allow
         └── EngineBrokenError      the engine holds a mixture and refuses to serve until healed
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 SHOWN = 8
 """Offenders spelled out in a message; the attributes always hold all of them."""
@@ -49,6 +52,22 @@ class KernelFormatError(ReloadError):
     """Weights sent in kernel format do not match the served tensors exactly."""
 
 
+class RanksDisagreeError(ReloadError):
+    """Another rank failed or did not answer in time, so no rank committed.
+
+    Attributes:
+        reasons: rank -> what it said, or that it said nothing.
+
+    """
+
+    def __init__(self, message: str, reasons: Mapping[int, str] | None = None) -> None:
+        super().__init__(message)
+        self.reasons = dict(reasons or {})
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return type(self), (str(self), self.reasons)
+
+
 class SessionError(ReloadError):
     """A call that the present state of the reload session does not allow."""
 
@@ -65,6 +84,7 @@ class WeightsError(ReloadError):
         unexpected: checkpoint name -> what the model's loader said of it.
         duplicate: checkpoint name -> how often it came.
         misshapen: checkpoint name -> expected and received shape or dtype.
+        nonfinite: checkpoint name -> how many values are NaN or infinite.
 
     """
 
@@ -75,16 +95,18 @@ class WeightsError(ReloadError):
         unexpected: Mapping[str, str] | None = None,
         duplicate: Mapping[str, str] | None = None,
         misshapen: Mapping[str, str] | None = None,
+        nonfinite: Mapping[str, str] | None = None,
     ) -> None:
         super().__init__(message)
         self.missing = dict(missing or {})
         self.unexpected = dict(unexpected or {})
         self.duplicate = dict(duplicate or {})
         self.misshapen = dict(misshapen or {})
+        self.nonfinite = dict(nonfinite or {})
 
     def __reduce__(self) -> tuple[object, ...]:
-        state = (str(self), self.missing, self.unexpected, self.duplicate, self.misshapen)
-        return type(self), state
+        kinds = (self.missing, self.unexpected, self.duplicate, self.misshapen, self.nonfinite)
+        return type(self), (str(self), *kinds)
 
 
 class MissingWeightsError(WeightsError):
@@ -103,19 +125,40 @@ class MisshapenWeightsError(WeightsError):
     """Weights whose shape or type does not fit the place they go to."""
 
 
+class NonFiniteWeightsError(WeightsError):
+    """Weights with NaN or infinite values, where ``check_finite`` was asked for."""
+
+
+class PartialUpdateError(ReloadError):
+    """A partial update would lose weights that were not sent. Nothing was touched.
+
+    Attributes:
+        companions: checkpoint names to send as well, in the order of the layers.
+
+    """
+
+    def __init__(self, message: str, companions: Sequence[str] = ()) -> None:
+        super().__init__(message)
+        self.companions = tuple(companions)
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return type(self), (str(self), self.companions)
+
+
 _KINDS: dict[str, type[WeightsError]] = {
     "missing": MissingWeightsError,
     "unexpected": UnexpectedWeightsError,
     "duplicate": DuplicateWeightsError,
     "misshapen": MisshapenWeightsError,
+    "nonfinite": NonFiniteWeightsError,
 }
 
 
 def weights_error(source: str, consequence: str, **offenders: Mapping[str, str]) -> WeightsError:
     """One error for all offenders: the precise class when they are of one kind, else WeightsError.
 
-    ``offenders`` are ``missing=``, ``unexpected=``, ``duplicate=``, ``misshapen=`` mappings of
-    name -> reason; empty ones are left out of the text.
+    ``offenders`` are mappings of name -> reason by kind (``missing=``, ``unexpected=``, ``duplicate=``,
+    ``misshapen=``, ``nonfinite=``); empty ones are left out of the text.
     """
     present = {kind: found for kind, found in offenders.items() if found}
     lines = [f"The weights from {source} do not fit the model."]

@@ -11,6 +11,7 @@ from torch import nn
 from .errors import KernelFormatError, weights_error
 from .holders import ABSENT, tensors_in
 from .record import LayerRecord, ModelRecord
+from .serving import Serving
 from .session import SERVES_OLD, complete_record_of
 from .verify import ReloadReport
 
@@ -25,6 +26,7 @@ def copy_kernel_format(
 
     Raises:
         KernelFormatError: this model's kernel format is not made of tensors alone.
+        RanksDisagreeError: another rank of the model failed.
         WeightsError: a name, shape or dtype differs.
 
     """
@@ -41,10 +43,12 @@ def copy_kernel_format(
         if not staged and not any(offenders.values()):
             raise KernelFormatError(f"{source} holds no tensors. {SERVES_OLD}")
         raise weights_error(source, SERVES_OLD, **offenders)
+    if record.vote is not None:
+        record.vote(None)
     with torch.inference_mode(False), torch.no_grad():
         for name, tensor in staged.items():
             served[name].copy_(tensor)
-    record.version += 1
+    record.serving = Serving(record.serving.version + 1, source=source)
     record.last_good = None
     nbytes = sum(t.numel() * t.element_size() for t in staged.values())
     return ReloadReport(
@@ -55,7 +59,7 @@ def copy_kernel_format(
         layers=len({name.rpartition(".")[0] for name in staged}),
         staging_bytes=nbytes,
         seconds={"total": time.perf_counter() - started},
-        version=record.version,
+        version=record.serving.version,
     )
 
 

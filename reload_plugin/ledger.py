@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 
 import torch
 
@@ -13,31 +14,48 @@ from .routes import Route, Routes
 from .staging import Stage, StagedStorage
 
 
+def unknown(parameter: str) -> str | None:  # noqa: ARG001 - the shape of an answer
+    """Nothing is known about the checkpoint the engine started with."""
+    return None
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What is known of the weights before they come."""
+
+    names_of_group: Mapping[str, frozenset[str]] = field(default_factory=dict)
+    """Group name -> all the weights that go into it, where that is known; such a group is processed when
+    it has them. Without it, when every element of it has been written."""
+    planned: bool = False
+    """``names_of_group`` comes from a plan of these very weights."""
+    routes: Routes | None = None
+    """Where weights go, learnt before; weights without a route take the model's loader."""
+    was_written: Callable[[str], str | None] = unknown
+    """How completely the checkpoint the engine started with writes a parameter (``whole``, ``part``,
+    ``none``, or None when nothing is known)."""
+    start_shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    """Name -> shape in the checkpoint the engine started with; what a cold start passes over or takes in
+    part there is no surprise here."""
+    groups: frozenset[str] | None = None
+    """Names of the groups that change, for a partial update; None for all."""
+
+
 class Ledger:
     """Which weights came, which layers they belong to, and which layers have everything.
 
     Args:
         loaded: what the stream has brought; written by whoever loads.
         problems: what does not fit.
-        names_of_group: group name -> all the weights that go into it, where that is known.
-        planned: ``names_of_group`` comes from a plan of these very weights.
-        routes: where weights go, learnt before.
+        expected: what is known of the weights before they come.
 
     """
 
-    def __init__(
-        self,
-        loaded: Loaded,
-        problems: Problems,
-        names_of_group: Mapping[str, frozenset[str]],
-        planned: bool,
-        routes: Routes | None,
-    ) -> None:
+    def __init__(self, loaded: Loaded, problems: Problems, expected: Expected) -> None:
         self.loaded = loaded
-        self.routes = routes
+        self.routes = expected.routes
         self._problems = problems
-        self._planned = planned
-        self._waiting = {group: set(names) for group, names in names_of_group.items()}
+        self._planned = expected.planned
+        self._waiting = {group: set(names) for group, names in expected.names_of_group.items()}
         self._groups_of: dict[str, list[str]] = defaultdict(list)
         for group, names in self._waiting.items():
             for name in names:

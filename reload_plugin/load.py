@@ -57,13 +57,14 @@ class Problems:
     unexpected: dict[str, str] = field(default_factory=dict)
     duplicate: dict[str, str] = field(default_factory=dict)
     misshapen: dict[str, str] = field(default_factory=dict)
+    nonfinite: dict[str, str] = field(default_factory=dict)
 
     def __bool__(self) -> bool:
-        return bool(self.missing or self.unexpected or self.duplicate or self.misshapen)
+        return any(vars(self).values())
 
     @property
     def count(self) -> int:
-        return sum(map(len, (self.missing, self.unexpected, self.duplicate, self.misshapen)))
+        return sum(map(len, vars(self).values()))
 
 
 @dataclass
@@ -328,7 +329,11 @@ class Feed:
     """
 
     def __init__(
-        self, weights: Iterable[tuple[str, torch.Tensor]], trace: LoadTrace, between: Callable[[], None]
+        self,
+        weights: Iterable[tuple[str, torch.Tensor]],
+        trace: LoadTrace,
+        between: Callable[[], None],
+        aside: Callable[[str, torch.Tensor], bool] | None = None,
     ) -> None:
         try:
             self._weights = iter(weights)
@@ -339,6 +344,8 @@ class Feed:
             ) from error
         self._trace = trace
         self._between = between
+        self._aside = aside
+        """Says of a weight that it was dealt with and is not to be loaded now."""
         self.exhausted = False
 
     def __iter__(self) -> Feed:
@@ -366,8 +373,11 @@ class Feed:
             ) from error
 
     def fetch(self) -> tuple[str, torch.Tensor | None]:
-        """The next pair as the caller sent it, or its name and None when it was refused."""
-        return self._checked(self._fetch())
+        """The next pair as the caller sent it, or its name and None when it is not to be loaded."""
+        name, tensor = self._checked(self._fetch())
+        if tensor is not None and self._aside is not None and self._aside(name, tensor):
+            return name, None
+        return name, tensor
 
     def _fetch(self) -> object:
         if self._trace.problems.count > _LIMIT:

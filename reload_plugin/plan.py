@@ -6,15 +6,16 @@ does not fit is refused here. A plan holds no storage.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from torch import nn
 
 from .errors import ReloadError, SourceError, weights_error
+from .ledger import Expected
 from .load import Problems, Slot
 from .routes import Routes
-from .session import SERVES_OLD, ReloadSession, complete_record_of, placement, unknown
+from .session import SERVES_OLD, ReloadSession, complete_record_of, placement
 from .sources import TensorInfo
 
 
@@ -61,8 +62,7 @@ def make_plan(
     model: nn.Module,
     infos: Iterable[TensorInfo],
     source: str,
-    was_written: Callable[[str], str | None] = unknown,
-    start_shapes: Mapping[str, tuple[int, ...]] | None = None,
+    expected: Expected | None = None,
 ) -> Plan:
     """Trace the model's loader over ``infos``. Touches neither storage nor served weights.
 
@@ -70,8 +70,7 @@ def make_plan(
         model: a recorded model.
         infos: names, shapes and dtypes of the checkpoint.
         source: what to call it in messages.
-        was_written: how completely the checkpoint the engine started with writes a parameter.
-        start_shapes: name -> shape in the checkpoint the engine started with.
+        expected: what is known of the checkpoint the engine started with.
 
     Raises:
         PlanUnavailableError: the loader needs values.
@@ -80,10 +79,7 @@ def make_plan(
     listed: Sequence[TensorInfo] = list(infos)
     if not listed:
         raise SourceError(f"{source} holds no tensors. {SERVES_OLD}")
-    session = ReloadSession(
-        model, source=source, dry=True, was_written=was_written, start_shapes=start_shapes
-    )
-    with session:
+    with ReloadSession(model, source=source, dry=True, expected=expected) as session:
         try:
             session.load((info.name, info.meta()) for info in listed)
         except (NotImplementedError, ReloadError) as error:

@@ -28,6 +28,7 @@ from torch.utils._pytree import tree_leaves
 from . import _vllm
 from .formats import SMALL_BYTES, AsServed, Constant, Geometry, Initial, TensorFormat, Uninitialised, Values
 from .holders import ABSENT, Contents, Key, holders_of, read, same
+from .serving import Serving
 
 SMALL_GROUP = 64 << 10
 """Bytes up to which a layer is joined with other small ones."""
@@ -196,8 +197,12 @@ class ModelRecord:
     target_device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     groups: list[Group] = field(default_factory=list)
     complete: bool = False
-    version: int = 0
-    """Reloads committed since the start."""
+    serving: Serving = field(default_factory=Serving)
+    """The generation of weights that the model answers with."""
+    last_report: Any = None
+    """ReloadReport of the last good reload."""
+    last_error: str | None = None
+    """What the last reload that failed said; None once one succeeded."""
     native: dict[str, list[torch.Tensor]] = field(default_factory=dict)
     """Group name -> memory that the group's native handles point into."""
     session: Any = None
@@ -218,12 +223,16 @@ class ModelRecord:
     """What the last good reload kept, as in its report."""
     start_stamps: dict[str, tuple[int, int, int]] | None = None
     """Weight file -> size, time and inode when the engine had just started from it."""
+    start_config: dict[str, Any] | None = None
+    """The config.json that the engine had just started with, as it was on disk."""
     start_shapes: dict[str, tuple[int, ...]] | None = None
     """Name -> shape in the checkpoint the engine started with."""
     start_coverage: dict[str, str] | None = None
     """Parameter -> how completely that checkpoint writes it."""
     broken: str | None = None
     """Why the model holds a mixture of two generations, if it does."""
+    vote: Any = None
+    """This rank's vote in the reload that is under way, where several ranks hold the model."""
 
 
 def record_of(model: nn.Module) -> ModelRecord | None:

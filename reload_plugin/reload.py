@@ -1,33 +1,74 @@
 """Reloading a model from an iterator or from disk: chooses the policy, keeps the promise.
 
 Weights that can be listed are planned first and refused before anything is touched. Weights that can
-only be iterated are staged in full before they are committed.
+only be iterated are staged in full before they are committed, or go to a file first.
 """
 
 from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
 from . import _vllm
-from .errors import EngineBrokenError, ReloadError, SourceError
+from .errors import ReloadError, SourceError, weights_error
+from .generation import (
+    abandon_open_session,
+    after_commit,
+    before_serving,
+    can_bring_back,
+    expected,
+    learn_routes,
+    note_report,
+    noting_failures,
+    plan_for,
+    replace_last_good,
+    session_for,
+    whole_or_broken,
+)
 from .kernel_format import copy_kernel_format
-from .memory import HostPool, trim_heap
-from .plan import Plan, PlanUnavailableError, make_plan
+from .ledger import Expected
+from .load import Feed, LoadTrace, Problems
+from .memory import HostPool, available, trim_heap
+from .options import ReloadOptions, options
+from .partial import reload_partially
+from .plan import Plan
+from .ranks import ranks_of
 from .record import ModelRecord, record_constructed
-from .routes import Routes
-from .session import SERVES_OLD, Policy, ReloadSession, State, complete_record_of, placement
-from .sources import Source, TensorInfo, open_folder
+from .session import SERVES_OLD, Policy, ReloadSession
+from .sources import HostCopy, Source, SpillFile, TensorInfo, open_folder
+from .sources.config import check_config
 from .verify import ReloadReport
+from .weight_update import abort_weight_update, finish_layerwise, open_layerwise, restore_for_reloading
+
+__all__ = [
+    "abandon_open_session",
+    "abort_weight_update",
+    "before_serving",
+    "finish_layerwise",
+    "open_layerwise",
+    "record_for_reloading",
+    "reload_weights",
+    "restore_for_reloading",
+]
 
 logger = logging.getLogger("vllm.reload_plugin")
 
 Weights = Iterable[tuple[str, torch.Tensor]]
+Kept = HostCopy | SpillFile
+
+_CACHES = {
+    "encoder": "reset by vLLM's runner, when the reload went through it",
+    "multimodal": "reset by vLLM's runner, when the reload went through it",
+    "prefix": "not reset: it belongs to the scheduler; call reset_prefix_cache() on the engine",
+}
+
+SMALL_UPDATE = 64 << 20
+"""Bytes of a partial update that are collected in memory; more go to a file."""
 
 
 def reload_weights(
@@ -35,8 +76,7 @@ def reload_weights(
     weights_iterator: Weights | None = None,
     weights_path: str | None = None,
     is_checkpoint_format: bool = True,
-    *,
-    whole_model: bool = False,
+    **how: Any,
 ) -> ReloadReport:
     """Make ``model`` the one a cold start on the new weights would give, in place.
 
@@ -48,8 +88,21 @@ def reload_weights(
             remembered.
         is_checkpoint_format: False for tensors that are in kernel format already: exact names,
             shapes and dtypes of the served parameters and buffers.
-        whole_model: load everything before anything is processed; for models whose loader comes
-            back to layers it has finished.
+        **how: options, all of them optional:
+
+            * ``policy``: ``auto``, ``host``, ``spill``, ``reread`` or ``streaming``: where the way back is
+              and what it costs; see ``options.ReloadPolicy``.
+            * ``partial``: only the weights that come change; see ``partial.reload_partially``.
+            * ``manifest``: checkpoint name -> (shape, dtype) of everything the iterator will bring: it is
+              checked before anything is touched, and the iterator is held to it.
+            * ``check_finite``: refuse weights with NaN or infinite values.
+            * ``keep_load_format``: ``host`` or ``spill``: keep a copy of the weights as they came, so that
+              partial updates find the other weights of a layer, and failed reloads the old generation.
+            * ``spill_dir``: folder for temporary files.
+            * ``weight_version``: a name for these weights, for ``status``.
+            * ``digest``: hash what the kernels read, in the step that commits.
+            * ``whole_model``: load everything before anything is processed; for models whose loader comes
+              back to layers it has finished.
 
     Returns:
         What was loaded, kept and ignored, and what it cost.
@@ -60,45 +113,27 @@ def reload_weights(
             could not be brought back; the engine refuses to serve until a reload succeeds.
 
     """
-    record = complete_record_of(model)
-    abandon_open_session(record)
-    if weights_iterator is not None and weights_path is not None:
-        raise SourceError(f"Give weights_iterator or weights_path, not both. {SERVES_OLD}")
-    if weights_iterator is not None:
-        if not is_checkpoint_format:
-            return copy_kernel_format(model, weights_iterator, "the iterator")
-        return _reload_from_iterator(model, record, weights_iterator, whole_model)
-    path = record.model_config.model if weights_path is None else str(weights_path)
-    try:
-        source = open_folder(path, record.vllm_config, record.model_config, model)
-    except SourceError as error:
-        raise SourceError(f"{error} {SERVES_OLD}") from error.__cause__
-    if not is_checkpoint_format:
-        return copy_kernel_format(model, source.read(), path)
-    return _reload_from_source(model, record, source, whole_model)
-
-
-@contextlib.contextmanager
-def restore_for_reloading(model: nn.Module) -> Iterator[ReloadSession]:
-    """Inside the block ``model.load_weights`` reloads: any number of calls, one commit at the end.
-
-    The block works on the load format: parameters have the shapes and loaders of a freshly built
-    model. Leaving it normally checks that everything came, processes and commits; leaving it by an
-    exception puts the old weights back.
-
-    Raises:
-        WeightsError: at the end of the block, listing all that does not fit.
-
-    """
-    record = complete_record_of(model)
-    abandon_open_session(record)
-    session = _session(model, record, "model.load_weights", "staged", None)
-    with _whole_or_broken(model, record, session), session:
-        session.take_over()
-        with session.loading():
-            yield session
-        session.finish()
-    _after_commit(record, None, session)
+    with noting_failures(model) as record:
+        chosen = options(**how)
+        _require_one_rank(record, chosen.policy)
+        if weights_iterator is not None and weights_path is not None:
+            raise SourceError(f"Give weights_iterator or weights_path, not both. {SERVES_OLD}")
+        if weights_iterator is not None:
+            if not is_checkpoint_format:
+                report = copy_kernel_format(model, weights_iterator, "the iterator")
+            else:
+                report = _from_iterator(model, record, weights_iterator, chosen)
+        else:
+            path = record.model_config.model if weights_path is None else str(weights_path)
+            source = _opened(path, model, record)
+            if not is_checkpoint_format:
+                report = copy_kernel_format(model, source.read(), path)
+            else:
+                report = _from_source(model, record, source, chosen)
+        report = report.model_copy(update={"caches": _CACHES})
+        note_report(record, report)
+    trim_heap()
+    return report
 
 
 def record_for_reloading(model: nn.Module, vllm_config: Any = None) -> None:
@@ -111,115 +146,252 @@ def record_for_reloading(model: nn.Module, vllm_config: Any = None) -> None:
     record_constructed(model, None, config)
 
 
-# -- vLLM's layerwise calls -----------------------------------------------------------------------
+def _opened(path: str, model: nn.Module, record: ModelRecord) -> Source:
+    try:
+        check_config(path, record.model_config, record.start_config)
+        return open_folder(path, record.vllm_config, record.model_config, model)
+    except SourceError as error:
+        raise SourceError(f"{error} {SERVES_OLD}") from error.__cause__
 
 
-def open_layerwise(model: nn.Module) -> None:
-    """vLLM's ``initialize_layerwise_reload``: from now on ``model.load_weights`` stages a reload."""
-    record = complete_record_of(model)
-    abandon_open_session(record)
-    session = _session(model, record, "a weight update", "staged", None)
-    session.open()
-    session.take_over()
-    record.session = session
-    _attention.add(record)
+# -- from an iterator -----------------------------------------------------------------------------
 
 
-def finish_layerwise(model: nn.Module) -> ReloadReport:
-    """vLLM's ``finalize_layerwise_reload``: check, process, commit."""
-    record = complete_record_of(model)
-    session = record.session
-    if session is None:
-        raise ReloadError(f"No weight update is open: none was started, or it failed. {SERVES_OLD}")
-    record.session = None
-    _attention.discard(record)
-    with _whole_or_broken(model, record, session):
-        try:
-            report: ReloadReport = session.finish()
-        finally:
-            session.abort()
-    _after_commit(record, None, session)
+def _from_iterator(
+    model: nn.Module, record: ModelRecord, weights: Weights, chosen: ReloadOptions
+) -> ReloadReport:
+    if chosen.policy == "reread":
+        raise ReloadError(
+            "policy='reread' needs weights in files, and an iterator can be read once only. "
+            f"{SERVES_OLD} Use 'spill', which writes them to a file first, or 'host'."
+        )
+    plan = _plan_of_manifest(model, record, chosen)
+    if plan is not None and not chosen.partial:
+        weights = _held_to(weights, plan)
+    if chosen.partial:
+        top = _collected(weights, chosen, None if chosen.policy == "spill" else SMALL_UPDATE)
+        return _partially(model, record, top, chosen)
+    if _spills(model, record, chosen):
+        return _from_spilled(model, record, weights, chosen)
+    learn_routes(model, record)
+    policy: Policy = "streaming" if chosen.policy == "streaming" else "staged"
+    known = expected(model, record, plan, chosen.whole_model)
+    with _keeping(chosen, "the iterator") as kept:
+        session = _session(model, record, "the iterator", policy, known, chosen, kept)
+        with whole_or_broken(model, record, session, undo=policy == "staged"), session:
+            session.load(weights)
+            report = session.finish()
+    found = {name: rule for name, rule in record.kept.items() if session.ledger.took_by_name(name)}
+    found = plan.kept if plan is not None else found
+    report = report.model_copy(update={"kept": found | report.kept, "old_generation": _way_back(policy)})
+    after_commit(record, kept, session, plan)
+    record.kept = report.kept
     return report
 
 
-def abandon_open_session(record: ModelRecord) -> None:
-    """A session that was opened and never finished ends here; its weights were never served."""
-    if record.session is not None:
-        logger.warning("A weight update that was started and never finished is abandoned.")
-        record.session.abort()
-        record.session = None
-        _attention.discard(record)
+def _spills(model: nn.Module, record: ModelRecord, chosen: ReloadOptions) -> bool:
+    """Whether weights from an iterator go to a file first."""
+    if chosen.policy == "auto" and not chosen.whole_model and ranks_of(record) == 1:
+        needed = sum(group.nbytes for group in record.groups)
+        crowded = available(record.target_device) < needed + needed // 4
+        return crowded and can_bring_back(model, record)
+    if chosen.policy != "spill":
+        return False
+    _require_way_back(model, record, "spill")
+    return True
 
 
-_attention: set[ModelRecord] = set()
-"""Records with an open weight update or a broken model; nearly always empty."""
+def _from_spilled(
+    model: nn.Module, record: ModelRecord, weights: Weights, chosen: ReloadOptions
+) -> ReloadReport:
+    """The weights go to a file, which is then reloaded like any other; it stays as the way back."""
+    spilled = _collected(weights, chosen, None)
+    try:
+        asked = chosen.model_copy(update={"policy": "reread", "keep_load_format": None})
+        report = _from_source(model, record, spilled, asked)
+    except BaseException:
+        spilled.close()
+        raise
+    return report.model_copy(update={"old_generation": "spill", "spilled_bytes": spilled.nbytes})
 
 
-def before_serving() -> None:
-    """Called before every forward pass: an open update steps aside, a broken model refuses.
+def _collected(weights: Weights, chosen: ReloadOptions, in_memory: int | None) -> Kept:
+    """All weights of an iterator, in memory up to ``in_memory`` bytes, else in a file.
 
     Raises:
-        EngineBrokenError: the model holds a mixture of two generations.
+        WeightsError: some are no tensors with values, or come twice, or are not finite.
 
     """
-    for record in list(_attention):
-        if record.session is not None:
-            record.session.hide()
-        if record.broken is not None:
-            raise EngineBrokenError(
-                f"The engine does not serve: {record.broken}. Reload a complete checkpoint to heal it."
-            )
+    problems = Problems()
+    trace = LoadTrace(problems)
+    feed = Feed(weights, trace, lambda: None)
+    kept: Kept = (
+        SpillFile(chosen.spill_dir, "the iterator") if in_memory is None else HostCopy("the iterator")
+    )
+    try:
+        for name, tensor in _items(feed):
+            trace.note_arrival(name, tensor)
+            if chosen.check_finite and (reason := _not_finite(tensor)) is not None:
+                problems.nonfinite[name] = reason
+            kept.add(name, tensor)
+            if isinstance(kept, HostCopy) and trace.loaded.nbytes > (in_memory or 0):
+                kept = _moved_to_file(kept, chosen)
+        if problems:
+            raise weights_error("the iterator", SERVES_OLD, **vars(problems))
+        if not trace.loaded.shapes:
+            raise SourceError(f"the iterator gave no weights. {SERVES_OLD}")
+    except BaseException:
+        kept.close()
+        raise
+    return kept
 
 
-# -- from an iterator, from a source --------------------------------------------------------------
+def _items(feed: Feed) -> Iterator[tuple[str, torch.Tensor]]:
+    with contextlib.suppress(StopIteration):
+        while True:
+            name, tensor = feed.fetch()
+            if tensor is not None:
+                yield name, tensor
 
 
-def _reload_from_iterator(
-    model: nn.Module, record: ModelRecord, weights: Weights, whole_model: bool
+def _moved_to_file(kept: HostCopy, chosen: ReloadOptions) -> SpillFile:
+    file = SpillFile(chosen.spill_dir, kept.description)
+    for name, tensor in kept.read():
+        file.add(name, tensor)
+    kept.close()
+    return file
+
+
+def _plan_of_manifest(model: nn.Module, record: ModelRecord, chosen: ReloadOptions) -> Plan | None:
+    """The manifest, checked like the headers of a folder, before a weight is asked for."""
+    if chosen.manifest is None:
+        return None
+    infos = [TensorInfo(name, tuple(shape), dtype) for name, (shape, dtype) in chosen.manifest.items()]
+    if chosen.partial:
+        return None  # checked with the weights, before anything is touched
+    plan = plan_for(model, record, _Manifest(infos))
+    if plan is not None:
+        plan.raise_problems("the manifest")
+    return plan
+
+
+class _Manifest:
+    """What an iterator says it will bring."""
+
+    description = "the manifest"
+
+    def __init__(self, infos: Sequence[TensorInfo]) -> None:
+        self._infos = infos
+
+    def infos(self) -> Sequence[TensorInfo]:
+        return self._infos
+
+    def read(self, order: Any = None, pool: Any = None, room: Any = None) -> Any:
+        raise NotImplementedError
+
+    def unchanged(self) -> bool:
+        return False
+
+
+def _held_to(weights: Weights, plan: Plan) -> Iterator[tuple[str, torch.Tensor]]:
+    """The weights, refused as soon as one is not what the manifest says."""
+    for item in weights:
+        name, tensor = item if isinstance(item, (tuple, list)) and len(item) == 2 else (None, None)
+        if isinstance(name, str) and isinstance(tensor, torch.Tensor):
+            info = plan.infos.get(name)
+            here = f"{list(tensor.shape)} {tensor.dtype}"
+            if info is None:
+                raise SourceError(f"{name} ({here}) is not in the manifest. {SERVES_OLD}")
+            if info.shape != tuple(tensor.shape) or info.dtype != tensor.dtype:
+                says = f"{list(info.shape)} {info.dtype}"
+                raise SourceError(f"{name} is {here} and the manifest says {says}. {SERVES_OLD}")
+        yield item
+
+
+# -- from a source --------------------------------------------------------------------------------
+
+
+def _from_source(
+    model: nn.Module, record: ModelRecord, source: Source, chosen: ReloadOptions
 ) -> ReloadReport:
-    _learn_routes(model, record)
-    session = _session(model, record, "the iterator", "staged", None, whole_model)
-    with _whole_or_broken(model, record, session), session:
-        session.load(weights)
-        report = session.finish()
-    kept = {name: rule for name, rule in record.kept.items() if session.ledger.took_by_name(name)}
-    report = report.model_copy(update={"kept": kept | report.kept})
-    _after_commit(record, None, session)
-    record.kept = report.kept
-    return report
-
-
-def _reload_from_source(
-    model: nn.Module, record: ModelRecord, source: Source, whole_model: bool
-) -> ReloadReport:
-    plan = _plan_for(model, record, source)
+    if chosen.partial:
+        return _partially(model, record, source, chosen)
+    plan = plan_for(model, record, source)
     if plan is not None:
         plan.raise_problems(source.description)
-    restorable = plan is not None and _can_bring_back(model, record)
-    policy: Policy = "streaming" if restorable and not whole_model else "staged"
+    policy, way_back = _policy_for(model, record, plan, chosen)
     pool = HostPool()
-    session = _session(model, record, source.description, policy, plan, whole_model, pool)
-    with _whole_or_broken(model, record, session), session:
-        order = plan.order if plan is not None else None
-        with contextlib.closing(source.read(order, pool, session.room_for)) as weights:
-            session.load(weights)
-        report = session.finish()
-    if plan is not None:
-        report = report.model_copy(update={"kept": plan.kept | report.kept})
-    _after_commit(record, source, session, plan)
+    known = expected(model, record, plan, chosen.whole_model)
+    with _keeping(chosen, source.description) as kept:
+        session = _session(model, record, source.description, policy, known, chosen, kept, pool)
+        with whole_or_broken(model, record, session, undo=way_back != "none"), session:
+            order = plan.order if plan is not None else None
+            with contextlib.closing(source.read(order, pool, session.room_for)) as weights:
+                session.load(weights)
+            report = session.finish()
+    found = plan.kept | report.kept if plan is not None else report.kept
+    report = report.model_copy(update={"kept": found, "old_generation": way_back})
+    after_commit(record, kept or source, session, plan)
     record.kept = report.kept
     return report
 
 
-@contextlib.contextmanager
-def _whole_or_broken(model: nn.Module, record: ModelRecord, session: ReloadSession) -> Iterator[None]:
-    """A failure after some layers were committed brings the old weights back, or says that it cannot."""
+def _policy_for(
+    model: nn.Module, record: ModelRecord, plan: Plan | None, chosen: ReloadOptions
+) -> tuple[Policy, str]:
+    """How to commit, and where the way back is."""
+    if chosen.policy == "streaming":
+        return "streaming", "none"
+    if chosen.policy in ("reread", "spill"):
+        _require_way_back(model, record, chosen.policy)
+        return "streaming", "reread"
+    alone = ranks_of(record) == 1 and not chosen.whole_model
+    if chosen.policy == "auto" and plan is not None and alone and can_bring_back(model, record):
+        return "streaming", "reread"
+    return "staged", "host"
+
+
+def _way_back(policy: Policy) -> str:
+    return "host" if policy == "staged" else "none"
+
+
+def _require_way_back(model: nn.Module, record: ModelRecord, policy: str) -> None:
+    if _ranks(record) > 1:
+        raise ReloadError(
+            f"policy={policy!r} commits layer by layer, and {_ranks(record)} ranks can commit together "
+            f"under 'host' only. {SERVES_OLD}"
+        )
+    if not can_bring_back(model, record):
+        raise ReloadError(
+            f"policy={policy!r} needs the served weights in a place where they can be read again, and there "
+            f"is none. {SERVES_OLD} Reload under policy='host', once with keep_load_format='spill' or from a "
+            "folder that stays where it is."
+        )
+
+
+def _require_one_rank(record: ModelRecord, policy: str) -> None:
+    if policy not in ("auto", "host") and ranks_of(record) > 1:
+        raise ReloadError(
+            f"policy={policy!r} commits layer by layer, and {ranks_of(record)} ranks commit together only under "
+            f"'host'. {SERVES_OLD}"
+        )
+
+
+# -- both -----------------------------------------------------------------------------------------
+
+
+def _partially(model: nn.Module, record: ModelRecord, top: Source, chosen: ReloadOptions) -> ReloadReport:
+    close = getattr(top, "close", None)
     try:
-        yield
+        report, whole = reload_partially(model, record, top, chosen)
     except BaseException:
-        if session.committed and session.state is not State.COMMITTED:
-            _bring_back(model, record)
+        if close is not None:
+            close()
         raise
+    if whole is None and close is not None:
+        close()
+    replace_last_good(record, whole)
+    return report
 
 
 def _session(
@@ -227,162 +399,52 @@ def _session(
     record: ModelRecord,
     description: str,
     policy: Policy,
-    plan: Plan | None,
-    whole_model: bool = False,
+    known: Expected,
+    chosen: ReloadOptions,
+    kept: Kept | None,
     pool: HostPool | None = None,
 ) -> ReloadSession:
-    return ReloadSession(
+    def inspect(name: str, tensor: torch.Tensor) -> str | None:
+        if kept is not None:
+            kept.add(name, tensor)
+        return _not_finite(tensor) if chosen.check_finite else None
+
+    session = session_for(
         model,
-        source=description,
-        policy=policy,
-        whole_model=whole_model,
-        names_of_group=plan.names_of_group if plan is not None else record.learnt,
-        routes=plan.routes if plan is not None else _known_routes(record, whole_model),
-        planned=plan is not None,
-        pool=pool,
-        was_written=_knowledge(model, record),
-        start_shapes=_start_shapes(model, record),
+        record,
+        description,
+        policy,
+        known,
+        pool,
+        whole_model=chosen.whole_model,
+        inspect=inspect if kept is not None or chosen.check_finite else None,
+        spill_dir=chosen.spill_dir,
     )
+    session.weight_version, session.digest = chosen.weight_version, chosen.digest
+    return session
 
 
-def _learn_routes(model: nn.Module, record: ModelRecord) -> None:
-    """Before a reload from an iterator: learn its routes, from the last one or from the engine's own
-    checkpoint. Costs one pass of the model's loader over meta tensors, once.
-    """
-    if record.routes is not None or record.learnt_from is not None:
+@contextlib.contextmanager
+def _keeping(chosen: ReloadOptions, description: str) -> Iterator[Kept | None]:
+    """A place for a copy of the weights as they come, given back if the reload fails."""
+    if chosen.keep_load_format is None:
+        yield None
         return
-    source = _start_source(model, record) if record.last_infos is None else None
-    infos = record.last_infos or (source.infos() if source is not None else None)
-    if not infos:
-        return
-    record.learnt_from = infos
-    with contextlib.suppress(PlanUnavailableError, ReloadError):
-        shapes = _start_shapes(model, record)
-        plan = make_plan(model, infos, "the last weights", _knowledge(model, record), shapes)
-        if not plan.problems:
-            record.learnt, record.routes = dict(plan.names_of_group), plan.routes
-
-
-def _known_routes(record: ModelRecord, whole_model: bool) -> Routes | None:
-    known = record.routes
-    return known if known is not None and not whole_model and known.key == placement(record) else None
-
-
-def _plan_for(model: nn.Module, record: ModelRecord, source: Source) -> Plan | None:
-    infos = source.infos()
-    if infos is None:
-        return None
-    if record.plan is not None and record.plan.still_holds(model, infos):
-        kept: Plan = record.plan
-        return kept
+    in_file = chosen.keep_load_format == "spill"
+    kept: Kept = SpillFile(chosen.spill_dir, description) if in_file else HostCopy(description)
     try:
-        shapes = _start_shapes(model, record)
-        made = make_plan(model, infos, source.description, _knowledge(model, record), shapes)
-    except PlanUnavailableError as reason:
-        logger.info("No preflight for %s: %s", source.description, reason)
+        yield kept
+    except BaseException:
+        kept.close()
+        raise
+
+
+def _not_finite(tensor: torch.Tensor) -> str | None:
+    """How many values of a weight are NaN or infinite, in words; None when all are finite."""
+    if not (tensor.dtype.is_floating_point or tensor.dtype.is_complex):
         return None
-    record.plan = made
-    return made
-
-
-def _start_source(model: nn.Module, record: ModelRecord) -> Source | None:
-    """The checkpoint in the engine's own model path, if it can be listed."""
-    try:
-        source = open_folder(record.model_config.model, record.vllm_config, record.model_config, model)
-    except ReloadError:
-        return None
-    return source if source.infos() is not None else None
-
-
-def _start_shapes(model: nn.Module, record: ModelRecord) -> dict[str, tuple[int, ...]]:
-    """Name -> shape in the engine's own checkpoint; empty when it cannot be listed."""
-    if record.start_shapes is None:
-        source = _start_source(model, record)
-        infos = (source.infos() if source is not None else None) or ()
-        record.start_shapes = {info.name: info.shape for info in infos}
-    return record.start_shapes
-
-
-def _knowledge(model: nn.Module, record: ModelRecord) -> Callable[[str], str | None]:
-    """How completely the engine's own checkpoint writes a parameter; traced when first asked."""
-
-    def was_written(parameter: str) -> str | None:
-        if record.start_coverage is None:
-            record.start_coverage = {}
-            source = _start_source(model, record)
-            with contextlib.suppress(PlanUnavailableError, ReloadError):
-                if source is not None:
-                    shapes = _start_shapes(model, record)
-                    plan = make_plan(model, source.infos() or (), source.description, start_shapes=shapes)
-                    record.start_coverage = plan.coverage
-        return record.start_coverage.get(parameter)
-
-    return was_written
-
-
-def _after_commit(
-    record: ModelRecord, source: Source | None, session: ReloadSession, plan: Plan | None = None
-) -> None:
-    """What a good reload leaves behind for the next one."""
-    record.last_good = source
-    if plan is not None:
-        record.learnt, record.routes = dict(plan.names_of_group), plan.routes
-    elif session.ledger.took_loader:
-        record.learnt, record.routes = session.ledger.learnt(record), None
-        arrived = session.loaded.routes
-        record.last_infos = [TensorInfo(name, route.shape, route.dtype) for name, route in arrived.items()]
-        record.learnt_from = None
-    record.broken = None
-    _attention.discard(record)
-    trim_heap()
-
-
-def _can_bring_back(model: nn.Module, record: ModelRecord) -> bool:
-    """Whether the served weights could be loaded again, should a reload fail half way."""
-    if record.version == 0 and record.last_good is None:
-        record.last_good = _start_generation(model, record)
-    good = record.last_good
-    return good is not None and bool(good.unchanged())
-
-
-class DummyWeights:
-    """The weights of an engine started with ``load_format=dummy``: made anew, the same every time."""
-
-    description = "vLLM's dummy weights"
-
-    def unchanged(self) -> bool:
-        return True
-
-
-def _start_generation(model: nn.Module, record: ModelRecord) -> Source | DummyWeights | None:
-    """What a cold start loaded, if it can be loaded again."""
-    if _vllm.starts_from_dummy(record.vllm_config):
-        return DummyWeights()
-    source = _start_source(model, record) if _vllm.starts_from_files(record.vllm_config) else None
-    same = source is not None and getattr(source, "stamps", None) == record.start_stamps
-    return source if same else None
-
-
-def _bring_back(model: nn.Module, record: ModelRecord) -> None:
-    """Some layers were committed and then the reload failed: load the last good weights again."""
-    good = record.last_good
-    try:
-        if good is None or not good.unchanged():
-            raise SourceError("the weights served before are gone")
-        with _session(model, record, good.description, "streaming", None) as session:
-            if isinstance(good, DummyWeights):
-                with session.loading():
-                    _vllm.load_dummy(record.vllm_config, record.model_config, model)
-                session.finish(check=False)
-            else:
-                session.load(good.read())
-                session.finish()
-    except BaseException as error:
-        record.broken = f"a reload failed half way and the weights served before could not be read: {error}"
-        _attention.add(record)
-        raise EngineBrokenError(
-            f"The engine holds a mixture of two generations and refuses to serve: {record.broken}. "
-            "Reload a complete checkpoint to heal it."
-        ) from error
-    record.version -= 1
-    logger.warning("A reload failed after some layers were committed; the old weights were read again.")
+    values = tensor.detach()
+    if values.dtype.itemsize == 1:
+        values = values.to(torch.float32)
+    wrong = values.numel() - int(torch.isfinite(values).sum())
+    return f"{wrong} of {values.numel()} values are NaN or infinite" if wrong else None

@@ -12,9 +12,11 @@ from __future__ import annotations
 import contextlib
 import enum
 import functools
+import os
+import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from types import TracebackType
 from typing import Any, Literal
 
@@ -24,15 +26,17 @@ from torch import nn
 from . import _vllm
 from .commit import Commit, plan_commit, uninterrupted
 from .errors import NotRecordedError, SessionError, SourceError, weights_error
-from .ledger import Ledger
+from .ledger import Expected, Ledger
 from .load import Feed, Loaded, LoadTrace, Problems, load_all, load_by_routes
 from .memory import SMALL, Gauge, HostPool, resident, trim_heap
+from .overflow import OPEN_BUDGET, Overflow
 from .process import ProcessWeights, process_stage, process_tail
 from .record import ModelRecord, record_of, storage_id
 from .routes import Routes, follow
+from .serving import Serving
 from .sources import TensorInfo
 from .staging import Stage, StagedStorage, WrappedTree, rewrap_tree, unwrap_tree
-from .verify import ReloadReport, check_slots, ignorable
+from .verify import ReloadReport, check_slots, digest_of, ignorable
 
 Policy = Literal["staged", "streaming"]
 
@@ -41,11 +45,6 @@ BUDGET = 96 << 20
 kernels pack into the heap, and not all that the old generation leaves there is used again by itself."""
 
 SERVES_OLD = "The engine serves what it served before."
-
-
-def unknown(parameter: str) -> str | None:  # noqa: ARG001 - the shape of an answer
-    """Nothing is known about the checkpoint the engine started with."""
-    return None
 
 
 class State(enum.Enum):
@@ -69,16 +68,14 @@ class ReloadSession:
             the model) and then commits; ``streaming`` commits each layer when it is done (one layer
             of extra memory) and needs a caller that can bring the old weights back.
         whole_model: process no layer before all weights are loaded (for loaders that revisit layers).
-        names_of_group: group name -> all the weights that go into it, where that is known; such a group
-            is processed when it has them. Without it, when every element of it has been written.
-        was_written: how completely the checkpoint the engine started with writes a parameter
-            (``whole``, ``part``, ``none``, or None when nothing is known).
-        start_shapes: name -> shape in the checkpoint the engine started with; what a cold start passes
-            over or takes in part there is no surprise here.
-        routes: where weights go, learnt before; weights without a route take the model's loader.
-        planned: ``names_of_group`` comes from a plan of these very weights.
+        expected: what is known of the weights before they come.
         pool: memory for staging. Weights come from it as well and may be kept: for sources of our own.
         dry: only find out where weights would go; see ``plan``.
+        overflow: puts weights aside that come while too many layers wait for the rest of theirs.
+        inspect: sees every weight as it comes; a text that it returns refuses the weight as not finite.
+        from_served: layers start from the values they serve, where their load format allows it.
+        agree: called with None between the last preparation and the first commit of a ``staged`` reload;
+            returns when all ranks are to commit, raises when none is.
 
     Raises:
         NotRecordedError: the model was built without the plugin.
@@ -92,13 +89,13 @@ class ReloadSession:
         source: str = "the iterator",
         policy: Policy = "staged",
         whole_model: bool = False,
-        names_of_group: Mapping[str, frozenset[str]] | None = None,
-        was_written: Callable[[str], str | None] = unknown,
-        start_shapes: Mapping[str, tuple[int, ...]] | None = None,
-        routes: Routes | None = None,
-        planned: bool = False,
+        expected: Expected | None = None,
         pool: HostPool | None = None,
         dry: bool = False,
+        overflow: Overflow | None = None,
+        inspect: Callable[[str, torch.Tensor], str | None] | None = None,
+        from_served: bool = False,
+        agree: Callable[[BaseException | None], None] | None = None,
     ) -> None:
         self.model = model
         self.source = source
@@ -108,14 +105,30 @@ class ReloadSession:
         self.problems = Problems()
         self.committed: list[str] = []
         self.report: ReloadReport | None = None
+        self.failed: str | None = None
+        """What the last ``load`` or ``finish`` that raised said."""
+        self.digest = False
+        """Whether to hash what the kernels read, at the commit."""
+        self.holder = f"opened by thread {threading.current_thread().name} of process {os.getpid()}"
+        self.weight_version: str | None = None
+        """What to call these weights from the commit on."""
+        self._spilled = 0
         self._resident = resident()
         self._largest = 0
         self._pool = pool if policy == "streaming" else None
-        self._was_written = was_written
-        self._start_shapes = start_shapes or {}
+        self._expected = expected or Expected()
+        self._overflow = overflow
+        self._inspect = inspect
+        self._replaying = False
+        self._results = 0
+        """Bytes of staging that belong to layers which are done."""
+        self._from_served = from_served
+        self.agree = agree
+        self._spoiled: str | None = None
         self._record = complete_record_of(model)
-        self._trace = LoadTrace(self.problems, dry, self._start_shapes, self._world_size() > 1)
-        self.ledger = Ledger(self._trace.loaded, self.problems, names_of_group or {}, planned, routes)
+        shapes = self._expected.start_shapes
+        self._trace = LoadTrace(self.problems, dry, shapes, self._world_size() > 1)
+        self.ledger = Ledger(self._trace.loaded, self.problems, self._expected)
         self._seconds: dict[str, float] = defaultdict(float)
         self._started = time.perf_counter()
         self._stages: list[Stage] = []
@@ -151,7 +164,9 @@ class ReloadSession:
         self._require(State.READY)
         shared = _shared_tensors(self._record)
         device = self._record.target_device
-        self._stages = [Stage(group, device, shared, self._gauge) for group in self._record.groups]
+        chosen = self._expected.groups
+        groups = [group for group in self._record.groups if chosen is None or group.name in chosen]
+        self._stages = [Stage(group, device, shared, self._gauge) for group in groups]
         self._largest = max((group.nbytes for group in self._record.groups), default=0)
         self.state = State.OPEN
 
@@ -162,14 +177,51 @@ class ReloadSession:
         def loader(feed: Iterable[tuple[str, torch.Tensor]]) -> None:
             returned.append(self._load_weights(feed))
 
-        feed = Feed(weights, self._trace, self._close_complete)
-        with self.loading(), self._timed("load"):
+        self.problems.missing.clear()  # of a finish that was too early
+        feed = Feed(weights, self._trace, self._close_complete, self._put_aside)
+        with self._noting_failure(), self.loading(), self._timed("load"):
             if self.ledger.routes is None:
                 load_all(loader, feed, self._trace)
             else:
                 with self._untraced():
                     load_by_routes(loader, feed, self._trace, self._follow, self._close_complete)
         return returned[-1] if returned else None
+
+    def _put_aside(self, name: str, tensor: torch.Tensor) -> bool:
+        """Whether a weight is not to be loaded now: it is refused, or waits until there is room."""
+        if self._replaying or self._trace.dry:
+            return False
+        if self._inspect is not None and (reason := self._inspect(name, tensor)) is not None:
+            self.problems.nonfinite[name] = reason
+            return True
+        if self._overflow is None:
+            return False
+        if name in self._overflow:
+            self.problems.duplicate[name] = "sent more than once"
+            return True
+        if self._gauge.held - self._results <= self._largest + OPEN_BUDGET or self._has_room(name, tensor):
+            return False
+        self._overflow.add(name, tensor)
+        return True
+
+    def _has_room(self, name: str, tensor: torch.Tensor) -> bool:
+        """Whether a weight goes where there is memory for it already."""
+        route = self.ledger.route_for(name, tensor)
+        writes = (route.writes or ()) if route is not None else ()
+        return bool(writes) and all(self.ledger.storage_of(w.parameter).materialised for w in writes)
+
+    def _load_aside(self) -> None:
+        """Load what was put aside, now that it can be sorted."""
+        if self._overflow is None or not self._overflow.nbytes:
+            return
+        self._replaying = True
+        try:
+            with contextlib.closing(self._overflow.replay(self.room_for)) as weights:
+                self.load(weights)
+        finally:
+            self._replaying = False
+        self._spilled = self._overflow.nbytes
+        self._overflow.close()
 
     def _follow(self, name: str, tensor: torch.Tensor) -> bool:
         """Load a weight by its route, if it has one that fits."""
@@ -249,10 +301,10 @@ class ReloadSession:
         self._entered = True
         for stage in self._stages:
             self._open_stages[id(stage)] = stage
-            stage.enter(routed=self.ledger.routes is not None, noting=self._trace.dry)
+            stage.enter(self.ledger.routes is not None, self._trace.dry, self._from_served)
             self._trace.watch(stage.storages)
             self.ledger.admit(stage)
-        self._trace.protected = _served_storages(self._stages)
+        self._trace.protected = _served_storages(self._stages) | _left_alone(self._record, self._stages)
 
     def hide(self) -> None:
         """Show the served weights; what was loaded so far is kept for the next ``show``."""
@@ -274,7 +326,14 @@ class ReloadSession:
             ProcessingError: vLLM's processing raised.
 
         """
+        with self._noting_failure():
+            return self._finish(check)
+
+    def _finish(self, check: bool) -> ReloadReport:
         self._require(State.OPEN)
+        if self._spoiled is not None:
+            raise SessionError(f"This reload cannot be finished, only aborted: {self._spoiled}. {SERVES_OLD}")
+        self._load_aside()
         kept, ignored = self.check() if check else ({}, {})
         self.state = State.PROCESSING
         try:
@@ -282,10 +341,12 @@ class ReloadSession:
                 self.show()
                 self._process_rest()
                 self._process_tail()
+            self._wait_for_all_ranks()
             with self._timed("commit"), uninterrupted():
                 for _, commit in self._staged:
                     self._apply(commit)
                 self.state = State.COMMITTED
+                self._record.serving = self._next_generation()
                 # Only now: results may be views of one another's memory (W_UV of kv_b_proj's weight).
                 for stage, commit in self._staged:
                     stage.release(commit.kept_storages(applied=True))
@@ -296,6 +357,14 @@ class ReloadSession:
         self.report = self._make_report(kept, ignored)
         self._drop()
         return self.report
+
+    def _wait_for_all_ranks(self) -> None:
+        if self.agree is None:
+            return
+        self._spoiled = "the ranks did not agree to commit it"
+        with self._timed("agree"):
+            self.agree(None)
+        self._spoiled = None
 
     def check(self) -> tuple[dict[str, str], dict[str, str]]:
         """Account for every slot; returns (kept, ignored). Raises WeightsError with all offenders."""
@@ -308,9 +377,28 @@ class ReloadSession:
 
     def account(self) -> tuple[dict[str, str], dict[str, str]]:
         """Like ``check``, but leaves the offenders in ``problems``."""
+        self.problems.missing.clear()
         self.ledger.settle()
         stages = [stage for stage in self._stages if not stage.processed]
-        return check_slots(stages, self.loaded, self.problems, self._rule_of, self._was_written)
+        return check_slots(stages, self.loaded, self.problems, self._rule_of, self._expected.was_written)
+
+    def rehearse(self) -> list[str]:
+        """Process what is served once more, as if it had just been loaded, and commit nothing.
+
+        Returns the names of the groups that would not come out bit for bit as they are. Ends the session.
+        """
+        self._require(State.OPEN)
+        self.state = State.PROCESSING
+        try:
+            with self._context():
+                self.show()
+                for stage in list(self._open_stages.values()):
+                    if not stage.group.deferred:
+                        self._close(stage)
+                self._process_tail()
+            return [commit.name for _, commit in self._staged if not commit.changes_nothing()]
+        finally:
+            self.abort()
 
     def routes(self) -> Routes | None:
         """How to load the same checkpoint again without the model's loader."""
@@ -326,6 +414,8 @@ class ReloadSession:
             return
         self.hide()
         self._drop()
+        if self._overflow is not None:
+            self._overflow.close()
         self.state = State.ABORTED
 
     # -- taking over model.load_weights -----------------------------------------------------------
@@ -378,8 +468,7 @@ class ReloadSession:
         stage.unwrap_loaders()
         self._keep_to_budget(stage)
         with self._untraced():
-            with self._timed("process"):
-                process_stage(stage, self._record, original_process_weights())
+            self._process(stage)
             for storage in stage.storages:
                 storage.closed = True
             if stage.group.late:
@@ -389,6 +478,12 @@ class ReloadSession:
             stage.take_result()
             del self._open_stages[id(stage)]
             self._keep(stage)
+
+    def _process(self, stage: Stage) -> None:
+        self._spoiled = f"processing {stage.group.name or 'the model'} did not end well"
+        with self._timed("process"):
+            process_stage(stage, self._record, original_process_weights())
+        self._spoiled = None
 
     def _keep_to_budget(self, stage: Stage) -> None:
         """Before a layer is processed: make the heap give back what it does not use, if it grew too much."""
@@ -408,6 +503,8 @@ class ReloadSession:
         else:
             stage.release(commit.kept_storages(applied=False))
             self._gauge.add(commit.nbytes_beside(stage))
+            self._results += sum(storage.nbytes for storage in stage.storages if storage.materialised)
+            self._results += commit.nbytes_beside(stage)
             self._staged.append((stage, commit))
 
     def _give_back(self, stage: Stage, commit: Commit) -> None:
@@ -458,8 +555,7 @@ class ReloadSession:
                 stage.result.show()  # type: ignore[union-attr]
             for stage in deferred:
                 stage.unwrap_loaders()
-                with self._timed("process"):
-                    process_stage(stage, self._record, original_process_weights())
+                self._process(stage)
             with self._timed("process"):
                 process_tail(self.model, self._record, original_process_weights())
             done = deferred + self._late
@@ -473,6 +569,19 @@ class ReloadSession:
         for stage in done:
             self._keep(stage)
 
+    @contextlib.contextmanager
+    def _noting_failure(self) -> Iterator[None]:
+        try:
+            yield
+        except BaseException as error:
+            self.failed = f"{type(error).__name__}: {error}"
+            raise
+        self.failed = None
+
+    def _next_generation(self) -> Serving:
+        digest = digest_of(self._record) if self.digest else None
+        return Serving(self._record.serving.version + 1, self.weight_version, self.source, digest)
+
     # -- small things -----------------------------------------------------------------------------
 
     def _load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> Any:
@@ -480,7 +589,7 @@ class ReloadSession:
         return load_weights(self.model, weights)
 
     def _rule_of(self, name: str, shape: tuple[int, ...]) -> str | None:
-        if name in self._start_shapes:
+        if name in self._expected.start_shapes:
             return "also in the engine's own checkpoint and unused there"
         if _vllm.passes_over(self.model, name):
             return "dropped by the model's or the quantization's name mapping"
@@ -495,7 +604,6 @@ class ReloadSession:
         return int(getattr(parallel, "world_size", 1))
 
     def _make_report(self, kept: dict[str, str], ignored: dict[str, str]) -> ReloadReport:
-        self._record.version += 1
         seconds = dict(self._seconds)
         seconds["load"] = max(0.0, seconds.get("load", 0.0) - self._inside_load)
         seconds["total"] = time.perf_counter() - self._started
@@ -510,7 +618,10 @@ class ReloadSession:
             moved=tuple(self._moved),
             staging_bytes=self._gauge.peak,
             seconds=seconds,
-            version=self._record.version,
+            version=self._record.serving.version,
+            weight_version=self.weight_version,
+            digest=self._record.serving.digest,
+            spilled_bytes=self._spilled,
         )
 
     @contextlib.contextmanager
@@ -596,6 +707,14 @@ def _shared_tensors(record: ModelRecord) -> frozenset[int]:
         shared |= own & seen
         seen |= own
     return frozenset(shared)
+
+
+def _left_alone(record: ModelRecord, stages: list[Stage]) -> dict[int, str]:
+    """Storages of the groups that a partial update does not touch."""
+    chosen = {stage.group.name for stage in stages}
+    left = [group for group in record.groups if group.name not in chosen]
+    tensors = [(t.ref(), t.name) for group in left for t in group.tensors]
+    return {key: name for tensor, name in tensors if tensor is not None and (key := storage_id(tensor))}
 
 
 def _served_storages(stages: list[Stage]) -> dict[int, str]:

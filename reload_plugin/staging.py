@@ -85,6 +85,8 @@ class StagedStorage:
         self.materialised = False
         self.closed = False
         """Its group is processed: nothing may be written to it any more."""
+        self.from_served = False
+        """Its values start as the ones that are served."""
         self.served: dict[int, torch.Tensor] = {}
         self.objects: dict[int, torch.Tensor] = {}
 
@@ -145,6 +147,12 @@ class StagedStorage:
 
     def _initialise(self, record: TensorRecord) -> None:
         view, initial = self.views[id(record)], record.format.initial
+        if self.from_served:
+            served = self.served.get(id(record))
+            if served is not None and served.shape == view.shape and served.dtype == view.dtype:
+                initial = AsServed()
+            elif isinstance(initial, (Uninitialised, AsServed)):
+                _poison(view)
         if isinstance(initial, Constant):
             view.fill_(initial.value)
         elif isinstance(initial, Values):
@@ -200,12 +208,13 @@ class Stage:
 
     # -- entering ---------------------------------------------------------------------------------
 
-    def enter(self, routed: bool = False, noting: bool = False) -> None:
+    def enter(self, routed: bool = False, noting: bool = False, from_served: bool = False) -> None:
         """Put the group's layers into load format, without memory. Undone by ``served.show()``.
 
         Args:
             routed: no loader will run, so what loaders leave behind beside values stays as it is.
             noting: ``loader_left_traces`` will be asked.
+            from_served: values start as the ones that are served, where they have the load format.
 
         """
         holders = self._alive_holders()
@@ -215,6 +224,8 @@ class Stage:
         self._make_storages(records)
         for record in records:
             self._resolve(record)
+        for storage in self.storages:
+            storage.from_served = from_served
         for holder, held in holders:
             for key, before in holder.undo.items():
                 if not isinstance(before, TensorRecord) and not (routed and key in holder.by_loader):

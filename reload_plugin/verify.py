@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+import torch
 from pydantic import BaseModel, ConfigDict, Field
+from torch import nn
 
 from .load import Loaded, Problems
-from .record import storage_id
+from .record import ModelRecord, storage_id
 from .staging import Stage, StagedStorage
 
 
@@ -20,7 +23,10 @@ class ReloadReport(BaseModel):
 
     source: str
     policy: str
-    """``streaming``: each layer was committed when it was done; ``staged``: all at the end."""
+    """``staged``: nothing was committed before all was done; ``streaming``: each layer when it was done."""
+    old_generation: str = "host"
+    """Where the way back was until the commit: ``host`` memory, a ``spill`` file or the old source that
+    could be ``reread``, or ``none``."""
     tensors: int
     """Checkpoint tensors received."""
     nbytes: int
@@ -39,6 +45,45 @@ class ReloadReport(BaseModel):
     """Wall seconds by stage: plan, load (source and loaders), process, commit, total."""
     version: int
     """How many reloads this model has had; 0 is the cold start."""
+    weight_version: str | None = None
+    """The caller's name for the weights served now."""
+    digest: str | None = None
+    """Of what the kernels read now, where it was asked for; see ``digest_of``."""
+    spilled_bytes: int = 0
+    """Bytes that went through a file because they came in an order that staging had no room for."""
+    partial: bool = False
+    """Only the weights that came have changed."""
+    companions: int = 0
+    """Weights read again from the old source, because those that came share a layer with them."""
+    caches: dict[str, str] = Field(default_factory=dict)
+    """Cache that depends on the weights -> whether it was reset."""
+
+
+def digest_of(record: ModelRecord) -> str:
+    """BLAKE2b-128 (hex) over the tensors that a model's layers hold: names, dtypes, shapes, bytes.
+
+    Memory of native handles (packed weights of oneDNN) cannot be read and is not in it.
+    """
+    total = hashlib.blake2b(digest_size=16)
+    seen: set[int] = set()
+    for layer in record.layers:
+        module = layer.ref()
+        for name, tensor in () if module is None else _own_tensors(module):
+            total.update(f"{layer.name}.{name} {tensor.dtype} {list(tensor.shape)}".encode())
+            if id(tensor) not in seen and not tensor.is_meta:
+                seen.add(id(tensor))
+                _update(total, tensor)
+    return total.hexdigest()
+
+
+def _own_tensors(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    found = (*module._parameters.items(), *module._buffers.items())
+    yield from ((name, tensor.data) for name, tensor in found if tensor is not None)
+
+
+def _update(total: hashlib.blake2b, tensor: torch.Tensor) -> None:
+    for row in tensor.unsqueeze(0) if tensor.dim() < 2 else tensor:
+        total.update(row.detach().contiguous().reshape(-1).view(torch.uint8).cpu().numpy())
 
 
 _RULES: tuple[tuple[str, str], ...] = (

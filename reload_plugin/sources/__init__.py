@@ -1,6 +1,7 @@
 """Readers of checkpoints: each gives names, shapes and dtypes first, and (name, tensor) pairs later."""
 
-from .base import Source, TensorInfo
+from .base import Room, Source, Stream, TensorInfo
 from .folder import open_folder
+from .kept import HostCopy, Overlay, SpillFile
 
-__all__ = ["Source", "TensorInfo", "open_folder"]
+__all__ = ["HostCopy", "Overlay", "Room", "Source", "SpillFile", "Stream", "TensorInfo", "open_folder"]

@@ -41,7 +41,7 @@ class SpillFile:
         self.nbytes = 0
         self._places: dict[str, Place] = {}
         try:
-            self._file: IO[Any] = tempfile.TemporaryFile(dir=self.folder, buffering=0)
+            self._file: IO[Any] = tempfile.TemporaryFile(dir=self.folder, buffering=0)  # noqa: SIM115 - kept
         except OSError as error:
             raise self._failed(error) from error
 
@@ -72,11 +72,11 @@ class SpillFile:
 
     def _failed(self, error: OSError) -> SourceError:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        what = "No space is left" if full else f"Writing failed ({error})"
         return SourceError(
-            f"{'No space is left' if full else f'Writing failed ({error})'} in the spill folder {self.folder} "
-            f"after {self.nbytes:,} bytes of {self.description}. The engine serves what it served before. Name "
-            f"a folder with more space (spill_dir= or {SPILL_DIRECTORY}), or keep the weights in memory "
-            "(policy='host')."
+            f"{what} in the spill folder {self.folder} after {self.nbytes:,} bytes of {self.description}. "
+            "The engine serves what it served before. Name a folder with more space (spill_dir= or "
+            f"{SPILL_DIRECTORY}), or keep the weights in memory (policy='host')."
         )
 
     def __len__(self) -> int:
@@ -113,7 +113,7 @@ def _bytes_of(tensor: torch.Tensor) -> Iterator[memoryview]:
     step = max(1, _PIECE // max(1, flat.element_size()))
     for start in range(0, flat.numel(), step):
         piece = flat[start : start + step].cpu().view(torch.uint8)
-        yield memoryview(piece.numpy())
+        yield memoryview(piece.numpy())  # type: ignore[arg-type]
 
 
 class HostCopy:
@@ -122,6 +122,11 @@ class HostCopy:
     def __init__(self, description: str) -> None:
         self.description = description
         self._tensors: dict[str, torch.Tensor] = {}
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all the weights."""
+        return sum(tensor.nbytes for tensor in self._tensors.values())
 
     def add(self, name: str, tensor: torch.Tensor) -> None:
         """Keep a copy of a weight; its memory is the caller's again afterwards."""

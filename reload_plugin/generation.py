@@ -1,0 +1,364 @@
+"""What the engine serves and how to get it back; what was learnt about its weights.
+
+All that one reload leaves behind for the next is kept here, on the model's record: routes and plans, the
+source of the served generation if it can be read again, and whether the model is whole.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from torch import nn
+
+from . import _vllm
+from .errors import EngineBrokenError, ReloadError, SessionError, SourceError
+from .ledger import Expected
+from .memory import HostPool
+from .overflow import Overflow
+from .plan import Plan, PlanUnavailableError, make_plan
+from .ranks import vote_for
+from .record import ModelRecord
+from .routes import Routes
+from .session import Policy, ReloadSession, State, complete_record_of, placement
+from .sources import Source, TensorInfo, open_folder
+from .verify import ReloadReport
+
+logger = logging.getLogger("vllm.reload_plugin")
+
+# -- what is known --------------------------------------------------------------------------------
+
+
+def expected(
+    model: nn.Module, record: ModelRecord, plan: Plan | None = None, whole_model: bool = False
+) -> Expected:
+    """What is known of the weights of the next reload: from a plan of theirs, or from the last reload."""
+    if plan is not None:
+        names, routes = plan.names_of_group, plan.routes
+    else:
+        names, routes = record.learnt or {}, _known_routes(record, whole_model)
+    return Expected(
+        names, plan is not None, routes, _was_written(model, record), _start_shapes(model, record)
+    )
+
+
+def session_for(
+    model: nn.Module,
+    record: ModelRecord,
+    description: str,
+    policy: Policy,
+    known: Expected,
+    pool: HostPool | None = None,
+    **chosen: Any,
+) -> ReloadSession:
+    """A session over a model that puts weights aside on disk when they come in too wild an order."""
+    folder = chosen.pop("spill_dir", None)
+
+    def order(infos: Any) -> Any:
+        return _order(model, record, infos)
+
+    overflow = Overflow(folder, order) if policy == "staged" else None
+    return ReloadSession(
+        model,
+        source=description,
+        policy=policy,
+        expected=known,
+        pool=pool,
+        overflow=overflow,
+        agree=record.vote,
+        **chosen,
+    )
+
+
+def _order(model: nn.Module, record: ModelRecord, infos: list[TensorInfo]) -> list[str]:
+    """Names layer by layer: by routes where they are known, else by what the loader does on meta tensors."""
+    names = [info.name for info in infos]
+    routes = record.routes.of if record.routes is not None else {}
+    if not all(name in routes for name in names):
+        with contextlib.suppress(PlanUnavailableError, ReloadError):
+            return list(make_plan(model, infos, "the weights put aside").order)
+        return names
+    groups = record.groups
+    group_of = {t.name: index for index, group in enumerate(groups) for t in group.tensors}
+    return sorted(names, key=lambda name: [group_of[w.parameter] for w in routes[name].writes or ()][:1])
+
+
+def learn_routes(model: nn.Module, record: ModelRecord) -> None:
+    """Before a reload from an iterator: learn its routes, from the last one or from the engine's own
+    checkpoint. Costs one pass of the model's loader over meta tensors, once.
+    """
+    if record.routes is not None or record.learnt_from is not None:
+        return
+    source = _start_source(model, record) if record.last_infos is None else None
+    infos = record.last_infos or (source.infos() if source is not None else None)
+    if not infos:
+        return
+    record.learnt_from = infos
+    with contextlib.suppress(PlanUnavailableError, ReloadError):
+        plan = make_plan(model, infos, "the last weights", _of_start(model, record))
+        if not plan.problems:
+            record.learnt, record.routes = dict(plan.names_of_group), plan.routes
+
+
+def plan_for(model: nn.Module, record: ModelRecord, source: Source) -> Plan | None:
+    """The plan of a source that can be listed; None when the model's loader cannot be planned."""
+    infos = source.infos()
+    if infos is None:
+        return None
+    if record.plan is not None and record.plan.still_holds(model, infos):
+        kept: Plan = record.plan
+        return kept
+    try:
+        made = make_plan(model, infos, source.description, _of_start(model, record))
+    except PlanUnavailableError as reason:
+        logger.info("No preflight for %s: %s", source.description, reason)
+        return None
+    record.plan = made
+    return made
+
+
+def _of_start(model: nn.Module, record: ModelRecord) -> Expected:
+    return Expected(was_written=_was_written(model, record), start_shapes=_start_shapes(model, record))
+
+
+def _known_routes(record: ModelRecord, whole_model: bool) -> Routes | None:
+    known: Routes | None = record.routes
+    return known if known is not None and not whole_model and known.key == placement(record) else None
+
+
+def _start_source(model: nn.Module, record: ModelRecord) -> Source | None:
+    """The checkpoint in the engine's own model path, if it can be listed."""
+    try:
+        source = open_folder(record.model_config.model, record.vllm_config, record.model_config, model)
+    except ReloadError:
+        return None
+    return source if source.infos() is not None else None
+
+
+def _start_shapes(model: nn.Module, record: ModelRecord) -> dict[str, tuple[int, ...]]:
+    """Name -> shape in the engine's own checkpoint; empty when it cannot be listed."""
+    if record.start_shapes is None:
+        source = _start_source(model, record)
+        infos = (source.infos() if source is not None else None) or ()
+        record.start_shapes = {info.name: info.shape for info in infos}
+    return record.start_shapes
+
+
+def _was_written(model: nn.Module, record: ModelRecord) -> Callable[[str], str | None]:
+    """How completely the engine's own checkpoint writes a parameter; traced when first asked."""
+
+    def was_written(parameter: str) -> str | None:
+        if record.start_coverage is None:
+            record.start_coverage = {}
+            source = _start_source(model, record)
+            with contextlib.suppress(PlanUnavailableError, ReloadError):
+                if source is not None:
+                    known = Expected(start_shapes=_start_shapes(model, record))
+                    plan = make_plan(model, source.infos() or (), source.description, known)
+                    record.start_coverage = plan.coverage
+        return record.start_coverage.get(parameter)
+
+    return was_written
+
+
+# -- the way back ---------------------------------------------------------------------------------
+
+
+class DummyWeights:
+    """The weights of an engine started with ``load_format=dummy``: made anew, the same every time."""
+
+    description = "vLLM's dummy weights"
+
+    def unchanged(self) -> bool:
+        return True
+
+
+def can_bring_back(model: nn.Module, record: ModelRecord) -> bool:
+    """Whether the served weights could be loaded again, should a reload fail half way."""
+    if record.serving.version == 0 and record.last_good is None:
+        record.last_good = _start_generation(model, record)
+    good = record.last_good
+    return good is not None and bool(good.unchanged())
+
+
+def _start_generation(model: nn.Module, record: ModelRecord) -> Source | DummyWeights | None:
+    """What a cold start loaded, if it can be loaded again."""
+    if _vllm.starts_from_dummy(record.vllm_config):
+        return DummyWeights()
+    source = _start_source(model, record) if _vllm.starts_from_files(record.vllm_config) else None
+    same = source is not None and getattr(source, "stamps", None) == record.start_stamps
+    return source if same else None
+
+
+@contextlib.contextmanager
+def whole_or_broken(
+    model: nn.Module, record: ModelRecord, session: ReloadSession, undo: bool = True
+) -> Iterator[None]:
+    """A failure after some layers were committed brings the old weights back, or says that it cannot."""
+    before = record.serving
+    try:
+        yield
+    except BaseException as error:
+        if session.committed and session.state is not State.COMMITTED:
+            if record.vote is not None and record.vote.committed:
+                raise  # the other ranks have the new weights: see with_all_ranks
+            if not undo:
+                raise _broken(record, f"a streaming reload failed half way: {error}") from error
+            _bring_back(model, record)
+            record.serving = before
+        raise
+
+
+def _bring_back(model: nn.Module, record: ModelRecord) -> None:
+    """Some layers were committed and then the reload failed: load the last good weights again."""
+    good = record.last_good
+    try:
+        if good is None or not good.unchanged():
+            raise SourceError("the weights served before are gone")
+        with session_for(model, record, good.description, "streaming", expected(model, record)) as session:
+            if isinstance(good, DummyWeights):
+                with session.loading():
+                    _vllm.load_dummy(record.vllm_config, record.model_config, model)
+                session.finish(check=False)
+            else:
+                session.load(good.read())
+                session.finish()
+    except BaseException as error:
+        reason = f"a reload failed half way and the weights served before could not be read: {error}"
+        raise _broken(record, reason) from error
+    logger.warning("A reload failed after some layers were committed; the old weights were read again.")
+
+
+def _broken(record: ModelRecord, reason: str) -> EngineBrokenError:
+    record.broken = reason
+    needs_attention.add(record)
+    return EngineBrokenError(
+        f"The engine holds a mixture of two generations and refuses to serve: {reason}. "
+        "Reload a complete checkpoint to heal it."
+    )
+
+
+def note_report(record: ModelRecord, report: ReloadReport) -> None:
+    """Keep a good reload's report for ``status``, without its long lists."""
+    record.last_error = None
+    record.last_report = report.model_copy(update={"kept": {}, "ignored": {}})
+
+
+def after_commit(
+    record: ModelRecord, source: Source | None, session: ReloadSession, plan: Plan | None = None
+) -> None:
+    """What a good reload leaves behind for the next one. ``source`` gives its weights again, if any does."""
+    replace_last_good(record, source)
+    if plan is not None:
+        record.learnt, record.routes = dict(plan.names_of_group), plan.routes
+    elif session.ledger.took_loader:
+        record.learnt, record.routes = session.ledger.learnt(record), None
+        arrived = session.loaded.routes
+        record.last_infos = [TensorInfo(name, route.shape, route.dtype) for name, route in arrived.items()]
+        record.learnt_from = None
+    record.broken = record.last_error = None
+    needs_attention.discard(record)
+
+
+def replace_last_good(record: ModelRecord, source: Source | None) -> None:
+    """The served weights come from ``source`` now; what the old one holds is given back."""
+    old = record.last_good
+    record.last_good = source
+    if old is not source and getattr(source, "base", None) is not old:
+        close = getattr(old, "close", None)
+        if close is not None:
+            close()
+
+
+# -- one weight update at a time, and none half served --------------------------------------------
+
+needs_attention: set[ModelRecord] = set()
+"""Records with an open weight update or a broken model; nearly always empty."""
+
+
+def before_serving() -> None:
+    """Called before every forward pass: an open update steps aside, a broken model refuses.
+
+    Raises:
+        EngineBrokenError: the model holds a mixture of two generations.
+
+    """
+    for record in list(needs_attention):
+        if record.session is not None:
+            record.session.hide()
+        if record.broken is not None:
+            raise EngineBrokenError(
+                f"The engine does not serve: {record.broken}. Reload a complete checkpoint to heal it."
+            )
+
+
+@contextlib.contextmanager
+def noting_failures(model: nn.Module) -> Iterator[ModelRecord]:
+    """The model's record, for one reload; what the reload fails with is kept for ``status``.
+
+    Raises:
+        SessionError: a weight update is open and well; it says whose.
+
+    """
+    record = complete_record_of(model)
+    try:
+        with with_all_ranks(record):
+            refuse_while_open(record)
+            yield record
+    except BaseException as error:
+        record.last_error = f"{type(error).__name__}: {error}"
+        raise
+
+
+@contextlib.contextmanager
+def with_all_ranks(record: ModelRecord) -> Iterator[None]:
+    """One reload on every rank of the model: what fails here before the commit fails everywhere.
+
+    A commit itself cannot be taken back elsewhere: a rank on which it fails refuses to serve.
+
+    Raises:
+        RanksDisagreeError: another rank failed, or did not get ready in time.
+        EngineBrokenError: the other ranks have committed and this one could not.
+
+    """
+    vote = record.vote = vote_for(record)
+    before = record.serving
+    try:
+        yield
+    except BaseException as error:
+        if vote is not None and vote.committed and record.serving is before:
+            reason = f"the other ranks committed a reload that failed here: {error}"
+            raise _broken(record, reason) from error
+        if vote is not None:
+            vote(error)
+        raise
+    finally:
+        record.vote = None
+    if vote is not None and vote.postponed is not None:
+        raise vote.postponed
+
+
+def refuse_while_open(record: ModelRecord) -> None:
+    """Only one update at a time. One that failed is over when the next begins; one that is well is not."""
+    session = record.session
+    if session is None:
+        return
+    if session.failed:
+        logger.warning("The weight update that failed (%s) is dropped for the next one.", session.failed)
+        abandon_open_session(record)
+        return
+    raise SessionError(
+        f"A weight update is open: {session.source}, {session.holder}, {len(session.loaded.shapes)} weights "
+        "so far. The engine serves what it served before. Finish it or abort it (abort_weight_update) first."
+    )
+
+
+def abandon_open_session(record: ModelRecord) -> None:
+    """End the open weight update, if there is one; its weights were never served."""
+    if record.session is not None:
+        record.session.abort()
+        record.session = None
+        if record.broken is None:
+            needs_attention.discard(record)

@@ -1,0 +1,134 @@
+"""What a model serves and how its last reload went, for people and for monitoring."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, Literal, get_args
+
+from pydantic import BaseModel, ConfigDict
+from torch import nn
+
+from .errors import ReloadError
+from .session import complete_record_of
+from .verify import ReloadReport, digest_of
+
+
+class ReloadStatus(BaseModel):
+    """State of one model on one rank."""
+
+    model_config = ConfigDict(frozen=True)
+
+    state: Literal["serving", "updating", "broken"]
+    """``updating``: an update is open and the old weights are served; ``broken``: nothing is served."""
+    version: int
+    """Reloads committed since the start."""
+    weight_version: str | None
+    """The caller's name for the served weights."""
+    digest: str | None
+    """Of what the kernels read: from the commit, or computed now when that was asked for."""
+    source: str
+    """Where the served weights came from."""
+    since: float
+    """Unix time (s) of the commit."""
+    update: str | None
+    """The open update: whose it is and how far it got."""
+    last_error: str | None
+    """What the last reload failed with; None once one succeeded."""
+    report: ReloadReport | None = None
+    """Of the last reload that succeeded, without the lists of what it kept and ignored."""
+    rank: int = 0
+
+
+def status_of(model: nn.Module, digest: bool = False, rank: int = 0) -> ReloadStatus:
+    """The state of a model.
+
+    Args:
+        model: a recorded model.
+        digest: hash what the kernels read now, if that was not done at the commit. Reads all weights once.
+        rank: what to put into the answer.
+
+    Raises:
+        NotRecordedError: the model was built without the plugin.
+
+    """
+    record = complete_record_of(model)
+    serving, session = record.serving, record.session
+    update = None
+    if session is not None:
+        update = f"{session.source}, {session.holder}, {len(session.loaded.shapes)} weights so far"
+        update += f", failed: {session.failed}" if session.failed else ""
+    found = serving.digest or (digest_of(record) if digest else None)
+    return ReloadStatus(
+        state="broken" if record.broken is not None else "updating" if update else "serving",
+        version=serving.version,
+        weight_version=serving.weight_version,
+        digest=found,
+        source=serving.source,
+        since=serving.since,
+        update=update,
+        last_error=record.broken or record.last_error,
+        report=record.last_report,
+        rank=rank,
+    )
+
+
+def status(engine: Any, digest: bool = False) -> list[ReloadStatus]:
+    """The state of every rank of a running engine; over HTTP: ``/collective_rpc`` with ``reload_status``.
+
+    Args:
+        engine: a ``vllm.LLM`` (or anything else with ``collective_rpc``), or a model in this process.
+        digest: hash what the kernels read now, if that was not done at the commit.
+
+    """
+    if isinstance(engine, nn.Module):
+        return [status_of(engine, digest)]
+    answers = engine.collective_rpc("reload_status", kwargs={"digest": digest})
+    return [ReloadStatus.model_validate(answer) for answer in answers]
+
+
+Cache = Literal["prefix", "encoder", "multimodal"]
+
+
+def reload_engine(
+    llm: Any, weights_path: str | None = None, reset_caches: Iterable[Cache] = (), **how: Any
+) -> list[ReloadStatus]:
+    """Reload all ranks of a ``vllm.LLM`` from disk, and reset caches that depend on its weights when asked.
+
+    Args:
+        llm: a running engine.
+        weights_path: folder to read; None for the engine's own model path.
+        reset_caches: ``prefix`` (keys and values of shared prompts), ``encoder`` and ``multimodal`` (outputs
+            of encoders). What is not named keeps what it holds, but for what vLLM's runners reset themselves.
+        **how: options of ``reload_weights``.
+
+    Returns:
+        The state of every rank; each report says which caches were reset.
+
+    Raises:
+        ReloadError: the reload failed and the engine serves what it served before.
+
+    """
+    asked = tuple(reset_caches)
+    if unknown := sorted(set(asked) - set(get_args(Cache))):
+        raise ReloadError(
+            f"There are no caches {', '.join(unknown)}. Caches are {', '.join(get_args(Cache))}."
+        )
+    llm.collective_rpc("reload_weights", kwargs={"weights_path": weights_path, **how})
+    engine = llm.llm_engine
+    calls = {
+        "prefix": engine.reset_prefix_cache,
+        "encoder": engine.reset_encoder_cache,
+        "multimodal": engine.reset_mm_cache,
+    }
+    done: dict[str, str] = {}
+    for cache in asked:
+        refused = calls[cache]() is False
+        done[cache] = "not reset: vLLM refused, requests are running" if refused else "reset"
+    return [_with_caches(answer, done) for answer in status(llm)]
+
+
+def _with_caches(answer: ReloadStatus, done: dict[str, str]) -> ReloadStatus:
+    if answer.report is None:
+        return answer
+    report = answer.report.model_copy(update={"caches": answer.report.caches | done})
+    return answer.model_copy(update={"report": report})

@@ -1,0 +1,101 @@
+"""Updates in several calls: vLLM's layerwise start and finish, and abort; in between the engine serves."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+from torch import nn
+
+from .errors import SessionError
+from .generation import (
+    abandon_open_session,
+    after_commit,
+    expected,
+    needs_attention,
+    note_report,
+    noting_failures,
+    refuse_while_open,
+    session_for,
+    whole_or_broken,
+    with_all_ranks,
+)
+from .memory import trim_heap
+from .session import SERVES_OLD, ReloadSession, complete_record_of
+from .verify import ReloadReport
+
+
+@contextlib.contextmanager
+def restore_for_reloading(model: nn.Module) -> Iterator[ReloadSession]:
+    """Inside the block ``model.load_weights`` reloads: any number of calls, one commit at the end.
+
+    The block works on the load format: parameters have the shapes and loaders of a freshly built
+    model. Leaving it normally checks that everything came, processes and commits; leaving it by an
+    exception puts the old weights back.
+
+    Raises:
+        SessionError: a weight update is open.
+        WeightsError: at the end of the block, listing all that does not fit.
+
+    """
+    with noting_failures(model) as record:
+        session = session_for(model, record, "model.load_weights", "staged", expected(model, record))
+        with whole_or_broken(model, record, session), session:
+            session.take_over()
+            with session.loading():
+                yield session
+            report = session.finish()
+        after_commit(record, None, session)
+        note_report(record, report)
+        trim_heap()
+
+
+def open_layerwise(model: nn.Module) -> None:
+    """vLLM's ``initialize_layerwise_reload``: from now on ``model.load_weights`` stages a reload.
+
+    Raises:
+        SessionError: another update is open; it says whose.
+
+    """
+    record = complete_record_of(model)
+    refuse_while_open(record)
+    session = session_for(model, record, "a weight update", "staged", expected(model, record))
+    session.open()
+    session.take_over()
+    record.session = session
+    needs_attention.add(record)
+
+
+def finish_layerwise(model: nn.Module) -> ReloadReport:
+    """vLLM's ``finalize_layerwise_reload``: check, process, commit.
+
+    Raises:
+        WeightsError: the update stays open: send what is missing and finish again, or abort it.
+
+    """
+    record = complete_record_of(model)
+    try:
+        with with_all_ranks(record):
+            session: ReloadSession | None = record.session
+            if session is None:
+                raise SessionError(f"No weight update is open: none was started, or it failed. {SERVES_OLD}")
+            session.agree = record.vote
+            with whole_or_broken(model, record, session):
+                report = session.finish()
+    except BaseException as error:
+        record.last_error = f"{type(error).__name__}: {error}"
+        raise
+    record.session = None
+    needs_attention.discard(record)
+    after_commit(record, None, session)
+    note_report(record, report)
+    trim_heap()
+    return report
+
+
+def abort_weight_update(model: nn.Module) -> bool:
+    """End the open weight update; the engine serves what it served before. Says whether one was open."""
+    record = complete_record_of(model)
+    was_open = record.session is not None
+    abandon_open_session(record)
+    return was_open
