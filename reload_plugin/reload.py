@@ -356,11 +356,6 @@ def _way_back(policy: Policy) -> str:
 
 
 def _require_way_back(model: nn.Module, record: ModelRecord, policy: str) -> None:
-    if _ranks(record) > 1:
-        raise ReloadError(
-            f"policy={policy!r} commits layer by layer, and {_ranks(record)} ranks can commit together "
-            f"under 'host' only. {SERVES_OLD}"
-        )
     if not can_bring_back(model, record):
         raise ReloadError(
             f"policy={policy!r} needs the served weights in a place where they can be read again, and there "
@@ -372,8 +367,8 @@ def _require_way_back(model: nn.Module, record: ModelRecord, policy: str) -> Non
 def _require_one_rank(record: ModelRecord, policy: str) -> None:
     if policy not in ("auto", "host") and ranks_of(record) > 1:
         raise ReloadError(
-            f"policy={policy!r} commits layer by layer, and {ranks_of(record)} ranks commit together only under "
-            f"'host'. {SERVES_OLD}"
+            f"policy={policy!r} commits layer by layer, and {ranks_of(record)} ranks can commit together "
+            f"under 'host' only. {SERVES_OLD}"
         )
 
 
