@@ -8,11 +8,13 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import fnmatch
 import functools
 import importlib
 import importlib.metadata
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -30,6 +32,8 @@ ATTENTION = "vllm.model_executor.layers.attention"
 DUMMY = "vllm.model_executor.model_loader.dummy_loader"
 WEIGHT_UTILS = "vllm.model_executor.model_loader.weight_utils"
 TORCH_UTILS = "vllm.utils.torch_utils"
+CONFIGS = "vllm.transformers_utils.config"
+REPOSITORIES = "vllm.transformers_utils.repo_utils"
 
 RUNNERS = (
     ("vllm.v1.worker.gpu_model_runner", "GPUModelRunner"),
@@ -51,6 +55,9 @@ SEAMS: tuple[tuple[str, str], ...] = (
     ("vllm.config", "get_current_vllm_config_or_none"),
     ("vllm.model_executor.model_loader.default_loader", "DefaultModelLoader"),
     (DUMMY, "DummyModelLoader"),
+    (CONFIGS, "_CONFIG_REGISTRY"),
+    (CONFIGS, "patch_rope_parameters"),
+    (REPOSITORIES, "try_get_local_file"),
 )
 """Every symbol leaned on, as (module, name); the contract test checks each one."""
 
@@ -235,6 +242,44 @@ def weight_files(vllm_config: Any, model: nn.Module, path: str) -> list[str]:
         getattr(model, "allow_patterns_overrides", None),
     )
     return sorted(files)
+
+
+def index_name(vllm_config: Any, present: Collection[str]) -> str | None:
+    """The index that a cold start obeys in a folder with files of these names; None when it reads none."""
+    load_format = "auto" if vllm_config is None else _disk_load_config(vllm_config.load_config).load_format
+    if load_format in ("pt", "npcache"):
+        return None
+    consolidated = any(fnmatch.fnmatch(name, "consolidated*.safetensors") for name in present)
+    if load_format == "mistral" or (load_format == "auto" and consolidated):
+        return "consolidated.safetensors.index.json"
+    return "model.safetensors.index.json"
+
+
+def local_file(path: str, name: str, revision: str | None) -> Path | None:
+    """A file beside a model's weights: in the folder ``path``, or in the local cache of that repository."""
+    found = get(REPOSITORIES, "try_get_local_file")(path, name, revision)
+    return found if isinstance(found, Path) else None
+
+
+def full_config(raw: dict[str, Any], model_config: Any) -> dict[str, Any] | None:
+    """A config.json with every default filled in, by the class that vLLM reads it with.
+
+    Legacy spellings of rotary settings arrive at the present ones. The engine's ``hf_overrides`` are applied
+    where they are a function. None when there is no class for it, or the class refuses it.
+    """
+    try:
+        classes = get(CONFIGS, "_CONFIG_REGISTRY")
+        kind = raw["model_type"]
+        cls = classes[kind] if kind in classes else get("transformers", "CONFIG_MAPPING")[kind]
+        config = cls.from_dict(copy.deepcopy(raw))
+        overrides = getattr(model_config, "hf_overrides", None)
+        if callable(overrides):
+            config = overrides(config)
+        get(CONFIGS, "patch_rope_parameters")(config)
+        filled: dict[str, Any] = config.to_dict()
+    except Exception:  # noqa: BLE001 - classes of anyone's; the caller compares the plain texts then
+        return None
+    return filled
 
 
 def all_weights(vllm_config: Any, model_config: Any, model: nn.Module, path: str) -> Iterator[Any]:

@@ -120,6 +120,7 @@ def _recording_processing(original: Callable[..., None]) -> Callable[..., None]:
         model: nn.Module, model_config: Any, target_device: torch.device
     ) -> None:
         from .record import TailWatch, finish_record, look, record_of
+        from .sources.config import start_config
 
         record = record_of(model) if isinstance(model, nn.Module) else None
         if record is None or record.complete:
@@ -130,6 +131,7 @@ def _recording_processing(original: Callable[..., None]) -> Callable[..., None]:
             original(model, model_config, target_device)
         finish_record(record, loaded, watch.before_tail, model_config, target_device)
         record.start_stamps = _stamps(record.vllm_config, model_config)
+        record.start_config = start_config(model_config)
         _patch_workers()
 
     return process_weights_after_loading

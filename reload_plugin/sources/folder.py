@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +12,14 @@ from .. import _vllm
 from ..errors import ReloadError, SourceError
 from ..memory import HostPool
 from .base import Room, Source, Stream, TensorInfo
+from .json_files import open_regular, strict_json
 from .safetensors_files import SafetensorsSource
 
 NEXT = "Give a folder of safetensors files (model.safetensors, or files with an index)."
+TWO_SAVES = (
+    "The folder is half written or holds files of two saves. "
+    "Save or copy it again; reload when that is finished."
+)
 
 
 class EngineReaderSource:
@@ -49,14 +53,15 @@ def open_folder(path: str, vllm_config: Any, model_config: Any, model: nn.Module
         model: the model; some name patterns of their own.
 
     Raises:
-        SourceError: nothing is there, or not whole.
+        SourceError: nothing is there, or not whole, or the index and the files disagree.
 
     """
     place = Path(path)
+    index = None
     if place.is_file() and place.suffix == ".safetensors":
         return SafetensorsSource([path], path)
     if place.is_dir():
-        _check_index(place)
+        index = _index_of(place, vllm_config)
     elif place.is_absolute() or path.startswith(".") or place.exists() or path.count("/") != 1:
         raise SourceError(f"There is no folder {path}. {NEXT}")
     try:
@@ -68,18 +73,61 @@ def open_folder(path: str, vllm_config: Any, model_config: Any, model: nn.Module
     special = bool(getattr(model, "secondary_weights", ()))
     if special or not all(file.endswith(".safetensors") for file in files):
         return EngineReaderSource(vllm_config, model_config, model, path)
-    return SafetensorsSource(files, path)
+    source = SafetensorsSource(files, path)
+    if index is not None:
+        _check_index(*index, source.file_of, [Path(file).name for file in files])
+    return source
 
 
-def _check_index(folder: Path) -> None:
-    """An index that names files which are not there is a half-written folder."""
-    index = folder / "model.safetensors.index.json"
-    if not index.exists():
-        return
+def _index_of(folder: Path, vllm_config: Any) -> tuple[Path, dict[str, str]] | None:
+    """The index of a folder and its table (tensor -> file name), if it has one.
+
+    Raises:
+        SourceError: the index is something else, or names files that are not there.
+
+    """
     try:
-        files = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise SourceError(f"{index} is not a safetensors index: {type(error).__name__}: {error}.") from error
-    missing = sorted(str(file) for file in files if not (folder / str(file)).exists())
+        present = {file.name for file in folder.iterdir()}
+    except OSError as error:
+        raise SourceError(f"The folder {folder} cannot be read: {error}. {NEXT}") from error
+    name = _vllm.index_name(vllm_config, present)
+    if name is None or name not in present:
+        return None
+    index = folder / name
+    try:
+        with open_regular(index) as handle:
+            table = strict_json(handle.read())["weight_map"]
+        files = set(table.values())
+        if not all(type(file) is str for file in files):
+            raise ValueError("its weight_map is not a table of file names")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise SourceError(f"{index} is not a safetensors index: {reason}. {TWO_SAVES}") from error
+    missing = sorted(files - present)
     if missing:
-        raise SourceError(f"{index} names {missing[0]} and {len(missing) - 1} more files that are not there.")
+        raise SourceError(f"{index} names {_some(missing, 'files')} that are not there. {TWO_SAVES}")
+    return index, table
+
+
+def _check_index(index: Path, table: Mapping[str, str], held: Mapping[str, str], read: Sequence[str]) -> None:
+    """Every tensor in the file that the index says, and no other. Files that are not read do not count.
+
+    A cold start takes whatever the files hold; where the index says otherwise they are not of one save.
+    """
+    listed = {name: file for name, file in table.items() if file in read}
+    elsewhere = sorted(n for n, file in listed.items() if n not in held or Path(held[n]).name != file)
+    if elsewhere:
+        raise SourceError(
+            f"{index} says that {listed[elsewhere[0]]} holds {_some(elsewhere, 'tensors')}; it does not. "
+            f"{TWO_SAVES}"
+        )
+    unlisted = sorted(held.keys() - listed.keys())
+    if unlisted:
+        raise SourceError(
+            f"{held[unlisted[0]]} holds {_some(unlisted, 'tensors')} that {index.name} does not list. "
+            f"{TWO_SAVES}"
+        )
+
+
+def _some(names: Sequence[str], kind: str) -> str:
+    return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more {kind}"

@@ -1,25 +1,25 @@
 """Safetensors files, read tensor by tensor with plain reads.
 
 Not memory-mapped: a mapped file that is truncated while it is read kills the process, and mapped
-pages count as resident memory until the mapping goes. Headers are parsed and checked by the
-safetensors library.
+pages count as resident memory until the mapping goes. For the same reason headers are parsed here and
+not by the safetensors library, which maps the file; the tests hold the two parsers against each other.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
+import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 from ..errors import SourceError
 from ..memory import HostPool
 from .base import Room, Stream, TensorInfo
+from .json_files import open_regular, strict_json
 from .reading import Place, read_places
 
 _DTYPES: dict[str, torch.dtype] = {
@@ -45,7 +45,13 @@ _DTYPES: dict[str, torch.dtype] = {
 }
 """Names of dtypes in a safetensors header (format description of the safetensors project)."""
 
+LONGEST_HEADER = 100_000_000
+"""Bytes; the safetensors library refuses longer ones too."""
+
+WRITE_AGAIN = "Write or copy the file again; reload when that is finished."
+
 Stamp = tuple[int, int, int]
+"""Size, modification time (ns) and inode of a file: what tells that it was rewritten."""
 
 
 class SafetensorsSource:
@@ -62,14 +68,20 @@ class SafetensorsSource:
         self.stamps: dict[str, Stamp] = {}
         """File -> size, time and inode when its header was read."""
         for file in files:
-            self.stamps[file] = stamp_of(file)
-            for place in _header(file):
+            self.stamps[file], places = _header(file)
+            for place in places:
                 if place.info.name in self._places:
                     other = self._places[place.info.name].file
                     raise SourceError(
-                        f"{place.info.name} is in two files of one checkpoint, {other} and {file}."
+                        f"{place.info.name} is in two files of one checkpoint, {other} and {file}. Take away "
+                        "the file that belongs to another save, or add an index that names the right ones."
                     )
                 self._places[place.info.name] = place
+
+    @property
+    def file_of(self) -> Mapping[str, str]:
+        """Name -> the file that holds the tensor."""
+        return {name: place.file for name, place in self._places.items()}
 
     def infos(self) -> Sequence[TensorInfo]:
         return [place.info for place in self._places.values()]
@@ -96,49 +108,109 @@ class SafetensorsSource:
             return False
 
     def _open(self, file: str, stack: contextlib.ExitStack) -> int:
-        handle = os.open(file, os.O_RDONLY)
+        """A descriptor of the very file whose header was parsed."""
+        handle = os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         stack.callback(os.close, handle)
+        if _stamp(os.fstat(handle)) != self.stamps[file]:
+            raise SourceError(_changed(file))
         return handle
 
     def _check_unchanged(self) -> None:
         for file, stamp in self.stamps.items():
             if stamp_of(file) != stamp:
-                raise SourceError(
-                    f"{file} changed while it was read. Reload when the trainer has finished writing."
-                )
+                raise SourceError(_changed(file))
+
+
+def _changed(file: str) -> str:
+    return f"{file} changed while it was read. Reload when the trainer has finished writing."
 
 
 def stamp_of(file: str) -> Stamp:
-    """Size, modification time (ns) and inode of a file: what tells that it was rewritten."""
+    """The stamp of the file that is there now."""
     try:
-        found = Path(file).stat()
-    except OSError as error:
-        raise SourceError(f"{file} cannot be read: {error}.") from error
+        return _stamp(Path(file).stat())
+    except (OSError, ValueError) as error:
+        raise SourceError(f"{file} cannot be read: {error}. {WRITE_AGAIN}") from error
+
+
+def _stamp(found: os.stat_result) -> Stamp:
     return found.st_size, found.st_mtime_ns, found.st_ino
 
 
-def _header(file: str) -> list[Place]:
-    """Where each tensor lies in the file; the library checks offsets and sizes first."""
+def _header(file: str) -> tuple[Stamp, list[Place]]:
+    """The file's stamp and where each tensor lies in it, in the order of the header."""
     try:
-        with safe_open(file, framework="pt"):
-            pass
-        with Path(file).open("rb") as handle:
+        with open_regular(file) as handle:
+            stamp = _stamp(os.fstat(handle.fileno()))
             length = int.from_bytes(handle.read(8), "little")
-            header = json.loads(handle.read(length))
-    except (SafetensorError, OSError, ValueError) as error:
-        raise SourceError(f"{file} is not a whole safetensors file: {error}.") from error
-    header.pop("__metadata__", None)
-    return [_place(file, name, entry, 8 + length) for name, entry in header.items()]
+            if length > min(LONGEST_HEADER, stamp[0] - 8):
+                raise ValueError(f"its header claims {length:,} bytes and the file has {stamp[0]:,}")
+            places = list(_parse(file, handle.read(length), 8 + length, stamp[0]))
+    except (OSError, ValueError) as error:
+        raise SourceError(f"{file} is not a whole safetensors file: {error}. {WRITE_AGAIN}") from error
+    return stamp, places
 
 
-def _place(file: str, name: str, entry: dict[str, Any], base: int) -> Place:
-    dtype = _DTYPES.get(str(entry["dtype"]))
+def _parse(file: str, text: bytes, base: int, size: int) -> Iterator[Place]:
+    """Tensors lie one behind the other from ``base`` to the end of the file (format description of the
+    safetensors project). Raises ValueError, or SourceError where torch is what cannot follow.
+    """
+    header = strict_json(text)
+    if text[:1] != b"{":
+        raise ValueError("its header is not a JSON object")
+    metadata = header.pop("__metadata__", None)
+    if not (metadata is None or (type(metadata) is dict and all(type(v) is str for v in metadata.values()))):
+        raise ValueError("its __metadata__ is not a table of strings")
+    ends = 0
+    for start, end, name in sorted((*_offsets(name, entry), name) for name, entry in header.items()):
+        if start != ends:
+            kind = "overlaps the tensor before it" if start < ends else "leaves a gap before it"
+            raise ValueError(
+                f"{name} begins at byte {start:,} of the data and {kind}, which ends at {ends:,}"
+            )
+        ends = end
+    if base + ends != size:
+        raise ValueError(f"its tensors end at byte {base + ends:,} and the file has {size:,}")
+    for name, entry in header.items():
+        start, end = entry["data_offsets"]
+        yield Place(_info(file, name, entry, end - start), file, base + start, end - start)
+
+
+def _offsets(name: str, entry: Any) -> tuple[int, int]:
+    """Where a tensor begins and ends, counted from the end of the header."""
+    if type(entry) is not dict:
+        raise ValueError(f"{name} has no description")
+    offsets = entry.get("data_offsets")
+    if not _naturals(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
+        raise ValueError(f"{name} has the data_offsets {_brief(offsets)}")
+    return offsets[0], offsets[1]
+
+
+def _info(file: str, name: str, entry: dict[str, Any], nbytes: int) -> TensorInfo:
+    shape, kind = entry.get("shape"), entry.get("dtype")
+    if not _naturals(shape):
+        raise ValueError(f"{name} has the shape {_brief(shape)}")
+    dtype = _DTYPES.get(kind) if type(kind) is str else None
     if dtype is None:
-        raise SourceError(f"{name} in {file} has the dtype {entry['dtype']}, which torch has no name for.")
-    start, end = entry["data_offsets"]
-    info = TensorInfo(name, tuple(entry["shape"]), dtype)
-    try:
-        info.meta()
-    except (RuntimeError, TypeError, OverflowError) as error:
-        raise SourceError(f"{name} in {file} has the shape {entry['shape']}, which no tensor has.") from error
-    return Place(info, file, base + int(start), int(end) - int(start))
+        raise SourceError(
+            f"{name} in {file} has the dtype {_brief(kind)}, which torch has no name for. Save it in another."
+        )
+    if math.prod(shape) * dtype.itemsize != nbytes:
+        raise ValueError(f"{name} has the shape {_brief(shape)} in {kind} and {nbytes:,} bytes")
+    info = TensorInfo(name, tuple(shape), dtype)
+    if not nbytes:
+        try:
+            info.meta()
+        except (RuntimeError, TypeError, OverflowError) as error:
+            raise ValueError(f"{name} has the shape {_brief(shape)}, which no tensor has") from error
+    return info
+
+
+def _naturals(value: Any) -> TypeGuard[list[int]]:
+    """Whether this is a list of sizes (True and 1.0 are none)."""
+    return type(value) is list and all(type(number) is int for number in value)
+
+
+def _brief(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 60 else text[:57] + "..."
