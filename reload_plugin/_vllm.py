@@ -13,6 +13,7 @@ import functools
 import importlib
 import importlib.metadata
 import sys
+import types
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from types import ModuleType
@@ -32,6 +33,7 @@ ATTENTION = "vllm.model_executor.layers.attention"
 DUMMY = "vllm.model_executor.model_loader.dummy_loader"
 WEIGHT_UTILS = "vllm.model_executor.model_loader.weight_utils"
 TORCH_UTILS = "vllm.utils.torch_utils"
+TRANSFER = "vllm.distributed.weight_transfer"
 CONFIGS = "vllm.transformers_utils.config"
 REPOSITORIES = "vllm.transformers_utils.repo_utils"
 
@@ -168,6 +170,45 @@ def native_constructors() -> list[tuple[Any, str, tuple[int, ...] | None]]:
     library = torch.ops._C
     names = [name for name in _native_constructor_names() if hasattr(library, name)]
     return [(library, name, _POINTS_INTO.get(name)) for name in names]
+
+
+def initialize_layerwise(model: nn.Module) -> None:
+    """Open a weight update, by the call that transfer engines use (and the plugin takes over)."""
+    get(RELOAD, "initialize_layerwise_reload")(model)
+
+
+def finalize_layerwise(model: nn.Module, model_config: Any) -> None:
+    """Finish a weight update, by the call that transfer engines use (and the plugin takes over)."""
+    get(RELOAD, "finalize_layerwise_reload")(model, model_config)
+
+
+def partial_loading() -> contextlib.AbstractContextManager[object]:
+    """Keeps draft models from calling a chunk an incomplete checkpoint."""
+    module = "vllm.model_executor.model_loader.mtp_validation"
+    context: contextlib.AbstractContextManager[object] = get(module, "disable_mtp_completeness_check")()
+    return context
+
+
+def transfer_engine(name: str, cls: type) -> type:
+    """A subclass of ``cls`` and of vLLM's weight-transfer engine, whose methods ``cls`` brings."""
+    base = get(TRANSFER + ".base", "WeightTransferEngine")
+    return types.new_class(name, (cls, base), exec_body=lambda body: body.update(__module__=cls.__module__))
+
+
+def register_transfer_engine(name: str, module: str, cls: str) -> str | None:
+    """Tell vLLM's factory where an engine is; it is imported when one is created. Returns why not."""
+    try:
+        get(TRANSFER + ".factory", "WeightTransferEngineFactory").register_engine(name, module, cls)
+    except (ImportError, AttributeError, TypeError, ValueError) as error:
+        return str(error)
+    return None
+
+
+def unregister_transfer_engine(name: str) -> None:
+    """Undo ``register_transfer_engine``; harmless when it did nothing."""
+    factory = sys.modules.get(TRANSFER + ".factory")
+    if factory is not None:
+        factory.WeightTransferEngineFactory._registry.pop(name, None)
 
 
 def passes_over(model: nn.Module, name: str) -> bool:

@@ -52,13 +52,17 @@ def register() -> None:
         )
         return
     _patch_all()
+    _offer_transfer_engine()
     logger.info("reload_plugin takes over weight reloading in vLLM %s.", version)
 
 
 def unregister() -> None:
     """Put back everything that ``register`` replaced."""
     from .session import use_process_weights
+    from .transfer import withdraw
 
+    if _patches:
+        withdraw()
     for module, name, original in reversed(_patches):
         setattr(module, name, original)
     _patches.clear()
@@ -80,6 +84,14 @@ def _patch_all() -> None:
     _replace(_vllm.INPLACE, "reload_weights", _reloading)
     _replace(_vllm.LAYERWISE, "initialize_layerwise_reload", _opening)
     _replace(_vllm.LAYERWISE, "finalize_layerwise_reload", _finishing)
+
+
+def _offer_transfer_engine() -> None:
+    """Chunked updates from files, for whoever configures them; everything else works without."""
+    from .transfer import BACKEND, offer
+
+    if reason := offer():
+        logger.warning("reload_plugin offers no weight-transfer engine %r: %s.", BACKEND, reason)
 
 
 def _replace(module: str, name: str, wrap: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
