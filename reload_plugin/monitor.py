@@ -110,9 +110,7 @@ def reload_engine(
     """
     asked = tuple(reset_caches)
     if unknown := sorted(set(asked) - set(get_args(Cache))):
-        raise ReloadError(
-            f"There are no caches {', '.join(unknown)}. Caches are {', '.join(get_args(Cache))}."
-        )
+        raise ReloadError(f"No cache is called {', '.join(unknown)}: {', '.join(get_args(Cache))} are.")
     llm.collective_rpc("reload_weights", kwargs={"weights_path": weights_path, **how})
     engine = llm.llm_engine
     calls = {

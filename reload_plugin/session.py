@@ -72,7 +72,7 @@ class ReloadSession:
         pool: memory for staging. Weights come from it as well and may be kept: for sources of our own.
         dry: only find out where weights would go; see ``plan``.
         overflow: puts weights aside that come while too many layers wait for the rest of theirs.
-        inspect: sees every weight as it comes; a text that it returns refuses the weight as not finite.
+        inspect: sees every weight as it comes; a text that it returns says that the weight is not finite.
         from_served: layers start from the values they serve, where their load format allows it.
         agree: called with None between the last preparation and the first commit of a ``staged`` reload;
             returns when all ranks are to commit, raises when none is.
@@ -192,8 +192,7 @@ class ReloadSession:
         if self._replaying or self._trace.dry:
             return False
         if self._inspect is not None and (reason := self._inspect(name, tensor)) is not None:
-            self.problems.nonfinite[name] = reason
-            return True
+            self.problems.nonfinite[name] = reason  # and load it: it is not missing as well
         if self._overflow is None:
             return False
         if name in self._overflow:

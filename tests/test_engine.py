@@ -165,7 +165,7 @@ def by_public_function(engine: Engine) -> None:
     report = reload_plugin.reload_weights(engine.model, weights_path=str(engine.folders["B"]))
     assert report.tensors == len(engine.weights("B"))
     assert report.nbytes == sum(t.nbytes for _, t in engine.weights("B"))
-    assert report.version == record_of(engine.model).version > 0
+    assert report.version == record_of(engine.model).serving.version > 0
     assert report.moved == ()
     assert {"load", "process", "commit", "total"} <= report.seconds.keys()
 
@@ -174,7 +174,48 @@ def by_single_file(engine: Engine) -> None:
     engine.reload(next(engine.folders["B"].glob("*.safetensors")))
 
 
+def by_iterator_under(policy: str) -> Callable[[Engine], None]:
+    """Every policy that an iterator can have, asked for through the runner."""
+
+    def by_iterator(engine: Engine) -> None:
+        engine.push(iter(engine.weights("B")), policy=policy, weight_version=f"B under {policy}")
+        state = reload_plugin.status(engine.model)[0]
+        assert state.weight_version == f"B under {policy}"
+        assert state.report.old_generation == {"streaming": "none"}.get(policy, policy)
+
+    by_iterator.__name__ = f"by_iterator_under_{policy}"
+    return by_iterator
+
+
+def by_path_under(policy: str) -> Callable[[Engine], None]:
+    """Every policy that a folder can have, asked for over collective_rpc."""
+
+    def by_path(engine: Engine) -> None:
+        options = {"weights_path": str(engine.folders["B"]), "policy": policy}
+        engine.llm.collective_rpc("reload_weights", kwargs=options)
+        state = reload_plugin.status(engine.llm)[0]
+        assert state.report.old_generation == {"streaming": "none", "spill": "reread"}.get(policy, policy)
+
+    by_path.__name__ = f"by_path_under_{policy}"
+    return by_path
+
+
+def by_manifest(engine: Engine) -> None:
+    weights = engine.weights("B")
+    engine.push(iter(weights), manifest={n: (tuple(t.shape), t.dtype) for n, t in weights}, check_finite=True)
+
+
+def by_two_spills(engine: Engine) -> None:
+    """The second is checked against, and could be undone with, what the first left on disk."""
+    engine.push(iter(engine.weights("A")), policy="spill")
+    engine.push(iter(reversed(engine.weights("B"))), policy="spill")
+
+
 GOOD = (
+    *(by_iterator_under(policy) for policy in ("host", "spill", "streaming")),
+    *(by_path_under(policy) for policy in ("host", "spill", "reread", "streaming")),
+    by_manifest,
+    by_two_spills,
     by_iterator,
     by_shuffled_iterator,
     by_one_buffer,
@@ -234,7 +275,7 @@ def test_staging_from_the_pool_is_as_good(on_a: Engine, monkeypatch: pytest.Monk
     monkeypatch.setattr(staging, "SMALL", 1)
     monkeypatch.setattr(memory.HostPool, "take", take)
     on_a.reload(on_a.folders["B"])
-    assert len(taken) > len(on_a.weights("B")), "staging did not come from the pool"
+    assert sum(taken) >= sum(t.nbytes for _, t in on_a.weights("B")), "staging did not come from the pool"
     on_a.assert_is("B")
 
 
@@ -415,12 +456,276 @@ def test_an_exception_in_the_block_puts_everything_back(on_a: Engine) -> None:
     on_a.assert_is("A")
 
 
-def test_an_update_that_is_never_finished_is_abandoned(on_a: Engine) -> None:
+def start_update(engine: Engine, count: int) -> Weights:
+    """Open an update of checkpoint B and send `count` of its weights; returns the rest."""
     from vllm.model_executor.model_loader.reload import initialize_layerwise_reload
 
-    initialize_layerwise_reload(on_a.model)
-    on_a.model.load_weights(iter(on_a.weights("B")[:4]))
+    initialize_layerwise_reload(engine.model)
+    weights = engine.weights("B")
+    engine.model.load_weights(iter(weights[:count]))
+    return weights[count:]
+
+
+def finish_update(engine: Engine) -> None:
+    from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
+
+    finalize_layerwise_reload(engine.model, record_of(engine.model).model_config)
+
+
+def test_a_second_update_is_refused_while_one_is_open_and_says_whose_it_is(on_a: Engine) -> None:
+    rest = start_update(on_a, 4)
+    for second in (lambda: start_update(on_a, 1), lambda: on_a.push(iter(on_a.weights("A")))):
+        with pytest.raises(
+            reload_plugin.SessionError, match=r"is open: a weight update, opened by thread .* 4 weights"
+        ):
+            second()
+    state = reload_plugin.status(on_a.llm)[0]
+    assert state.state == "updating"
+    assert "4 weights" in state.update
+    on_a.model.load_weights(iter(rest))
+    finish_update(on_a)
+    on_a.assert_is("B")
+
+
+@pytest.mark.parametrize("count", [0, 5, -1])
+def test_an_update_can_be_aborted_at_any_moment(on_a: Engine, count: int) -> None:
+    start_update(on_a, count)
+    assert on_a.llm.collective_rpc("abort_weight_update") == [True]
+    on_a.assert_is("A")
+    assert on_a.llm.collective_rpc("abort_weight_update") == [False]
     on_a.push(iter(on_a.weights("B")))
+    on_a.assert_is("B")
+
+
+def test_a_finish_that_was_too_early_can_be_made_good(on_a: Engine) -> None:
+    rest = start_update(on_a, 6)
+    for _ in range(2):
+        with pytest.raises(reload_plugin.MissingWeightsError):
+            finish_update(on_a)
+        assert oracle.differing_answers(oracle.answer(on_a.llm), on_a.snapshots["A"].answers) == []
+    on_a.model.load_weights(iter(rest))
+    finish_update(on_a)
+    on_a.assert_is("B")
+
+
+def test_a_finish_that_failed_can_be_aborted_or_is_dropped_for_the_next(on_a: Engine) -> None:
+    start_update(on_a, 6)
+    with pytest.raises(reload_plugin.MissingWeightsError):
+        finish_update(on_a)
+    reload_plugin.abort_weight_update(on_a.model)
+    on_a.assert_is("A")
+    start_update(on_a, 6)
+    with pytest.raises(reload_plugin.MissingWeightsError):
+        finish_update(on_a)
+    on_a.push(iter(on_a.weights("B")))
+    on_a.assert_is("B")
+
+
+# --- partial updates ---
+
+
+def mixed(engine: Engine, names: set[str]) -> Weights:
+    """Checkpoint A, with the weights of these names from B."""
+    ours = dict(engine.weights("B"))
+    return [(name, ours[name] if name in names else tensor) for name, tensor in engine.weights("A")]
+
+
+def some_names(engine: Engine) -> set[str]:
+    """One part of every fused layer, a norm, an expert and the embedding, as far as the model has them."""
+    parts = ("layers.0.self_attn.k_proj", "layers.1.mlp.up_proj", "layers.1.input_layernorm", "embed_tokens")
+    parts += ("layers.0.block_sparse_moe.experts.1.w2",)
+    return {name for name, _ in engine.weights("A") if any(part in name for part in parts)}
+
+
+def expect_mixture(engine: Engine, names: set[str]) -> oracle.Snapshot:
+    """What the engine is on the mixture when all of it is sent; checkpoint A is back afterwards."""
+    engine.push(iter(mixed(engine, names)))
+    found = oracle.snapshot(engine.llm, engine.case)
+    engine.reload(engine.folders["A"])
+    assert oracle.differing_answers(found.answers, engine.snapshots["A"].answers)
+    return found
+
+
+@pytest.mark.parametrize("kept", [None, "host", "spill"])
+def test_a_partial_update_changes_what_came_and_nothing_else(on_a: Engine, kept: str | None) -> None:
+    names = some_names(on_a)
+    wanted = expect_mixture(on_a, names)
+    if kept is not None:
+        on_a.push(iter(on_a.weights("A")), keep_load_format=kept)
+    ours = [(name, tensor) for name, tensor in on_a.weights("B") if name in names]
+    half = len(ours) // 2
+    for part in (ours[:half], ours[half:]):
+        on_a.push(iter(part), partial=True)
+    now = oracle.snapshot(on_a.llm, on_a.case)
+    assert oracle.compare_values("", now, wanted) == []
+    assert oracle.compare_places("", on_a.snapshots["A"], now) == []
+    report = reload_plugin.status(on_a.model)[0].report
+    assert report.partial
+    assert report.tensors == report.companions + len(ours) - half
+    on_a.push(iter([(n, t) for n, t in on_a.weights("A") if n in names]), partial=True)
+    on_a.assert_is("A")
+
+
+def test_a_partial_update_from_a_folder(on_a: Engine, tmp_path: Path) -> None:
+    names = some_names(on_a)
+    wanted = expect_mixture(on_a, names)
+    save_file({n: t for n, t in on_a.weights("B") if n in names}, tmp_path / "delta.safetensors")
+    reload_plugin.reload_weights(on_a.model, weights_path=str(tmp_path / "delta.safetensors"), partial=True)
+    assert oracle.compare_values("", oracle.snapshot(on_a.llm, on_a.case), wanted) == []
+
+
+def test_a_partial_update_that_would_lose_weights_is_refused_and_lists_what_to_send(on_a: Engine) -> None:
+    """After an iterator nobody has the other weights of a packed layer; a layer as it came can be updated."""
+    on_a.push(iter(on_a.weights("A")), policy="host")
+    ours = dict(on_a.weights("B"))
+    name = next(name for name in ours if "layers.0.self_attn.k_proj.weight" in name)
+    with pytest.raises(reload_plugin.PartialUpdateError, match="Send these as well") as refused:
+        on_a.push(iter([(name, ours[name])]), partial=True)
+    assert any("layers.0.self_attn.q_proj" in companion for companion in refused.value.companions)
+    on_a.assert_is("A")
+    norm = "model.norm.weight"
+    wanted = expect_mixture(on_a, {norm})
+    on_a.push(iter(on_a.weights("A")), policy="host")
+    on_a.push(iter([(norm, ours[norm])]), partial=True)
+    assert oracle.compare_values("", oracle.snapshot(on_a.llm, on_a.case), wanted) == []
+
+
+def test_a_bad_partial_update_changes_nothing(on_a: Engine) -> None:
+    ours = dict(on_a.weights("B"))
+    for bad, error in (
+        ([("model.nothing.weight", torch.zeros(2))], reload_plugin.UnexpectedWeightsError),
+        ([("model.norm.weight", torch.zeros(3))], reload_plugin.MisshapenWeightsError),
+        ([], reload_plugin.ReloadError),
+        ([("model.norm.weight", ours["model.norm.weight"])] * 2, reload_plugin.DuplicateWeightsError),
+    ):
+        with pytest.raises(error):
+            on_a.push(iter(bad), partial=True)
+        on_a.assert_is("A")
+
+
+# --- options ---
+
+
+def test_weights_that_are_not_finite_are_weights_unless_they_are_checked(on_a: Engine) -> None:
+    def with_nan() -> Iterator[tuple[str, torch.Tensor]]:
+        for name, tensor in on_a.weights("B"):
+            yield name, torch.full_like(tensor, float("nan")) if name == "model.norm.weight" else tensor
+
+    for policy in ("host", "spill"):
+        with pytest.raises(reload_plugin.NonFiniteWeightsError, match="NaN or infinite") as refused:
+            on_a.push(with_nan(), check_finite=True, policy=policy)
+        assert list(refused.value.nonfinite) == ["model.norm.weight"]
+        on_a.assert_is("A")
+    on_a.push(with_nan())
+    assert on_a.model.get_parameter("model.norm.weight").isnan().all()
+
+
+def test_an_iterator_is_held_to_its_manifest(on_a: Engine) -> None:
+    weights = on_a.weights("B")
+    manifest = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in weights}
+    short = dict(list(manifest.items())[:-1])
+    asked: list[int] = []
+    with pytest.raises(reload_plugin.MissingWeightsError):
+        on_a.push((asked.append(1) or pair for pair in weights), manifest=short)
+    assert asked == [], "refused before a weight is asked for"
+    other = manifest | {"model.norm.weight": ((1,), torch.bfloat16)}
+    with pytest.raises(reload_plugin.WeightsError) as refused:
+        on_a.push(iter(weights), manifest=other)
+    assert list(refused.value.misshapen) == ["model.norm.weight"]
+    with pytest.raises(reload_plugin.MissingWeightsError):
+        on_a.push(iter(weights[:-2]), manifest=manifest)
+    with pytest.raises(reload_plugin.SourceError, match="not in the manifest"):
+        on_a.push(iter([*weights, ("one.more", torch.zeros(1))]), manifest=manifest)
+    on_a.assert_is("A")
+
+
+def test_options_that_do_not_exist_are_named(on_a: Engine) -> None:
+    with pytest.raises(reload_plugin.ReloadError, match="policies are auto, host, spill"):
+        on_a.push(iter(on_a.weights("B")), policy="careful")
+    with pytest.raises(reload_plugin.ReloadError, match="reread"):
+        on_a.push(iter(on_a.weights("B")), policy="reread")
+    on_a.assert_is("A")
+
+
+def test_a_shuffled_stream_beyond_the_budget_goes_through_a_file(
+    on_a: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from reload_plugin import session
+
+    monkeypatch.setattr(session, "OPEN_BUDGET", -(1 << 40))
+    by_shuffled_iterator(on_a)
+    on_a.assert_is("B")
+    report = reload_plugin.status(on_a.model)[0].report
+    assert report.spilled_bytes > 0
+    rest = start_update(on_a, 9)
+    assert oracle.differing_answers(oracle.answer(on_a.llm), on_a.snapshots["B"].answers) == []
+    on_a.model.load_weights(iter(rest))
+    finish_update(on_a)
+    on_a.assert_is("B")
+
+
+def test_a_full_spill_disk_is_named_and_changes_nothing(
+    on_a: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import errno
+    import os
+
+    write = os.pwrite
+    left = [20]
+
+    def pwrite(*arguments: object) -> int:
+        left[0] -= 1
+        if left[0] < 0:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write(*arguments)
+
+    monkeypatch.setattr(os, "pwrite", pwrite)
+    with pytest.raises(reload_plugin.SourceError, match="No space is left in the spill folder"):
+        on_a.push(iter(on_a.weights("B")), policy="spill")
+    on_a.assert_is("A")
+    with pytest.raises(reload_plugin.SourceError, match="spill folder /nowhere"):
+        on_a.push(iter(on_a.weights("B")), policy="spill", spill_dir="/nowhere")
+    on_a.assert_is("A")
+
+
+# --- what is served ---
+
+
+def test_status_tells_version_digest_source_and_the_last_error(on_a: Engine) -> None:
+    before = reload_plugin.status(on_a.llm, digest=True)[0]
+    with pytest.raises(reload_plugin.SourceError):
+        on_a.reload("/nowhere/at/all")
+    after = reload_plugin.status(on_a.llm, digest=True)[0]
+    assert "/nowhere/at/all" in after.last_error
+    assert (after.version, after.digest, after.since) == (before.version, before.digest, before.since)
+    on_a.push(iter(on_a.weights("B")), weight_version="step 12", digest=True)
+    served = reload_plugin.status(on_a.llm)[0]
+    assert (served.state, served.version, served.weight_version) == ("serving", before.version + 1, "step 12")
+    assert served.last_error is None
+    assert served.since >= before.since
+    assert served.digest == reload_plugin.status(on_a.llm, digest=True)[0].digest != before.digest
+    states = reload_plugin.reload_engine(
+        on_a.llm, str(on_a.folders["A"]), reset_caches=("prefix", "encoder"), digest=True
+    )
+    assert states[0].digest == before.digest
+    assert states[0].source == str(on_a.folders["A"])
+    assert states[0].report.caches["prefix"] == states[0].report.caches["encoder"] == "reset"
+    with pytest.raises(reload_plugin.ReloadError, match="No cache is called prefixes"):
+        reload_plugin.reload_engine(on_a.llm, str(on_a.folders["A"]), reset_caches=("prefixes",))
+
+
+def test_a_streaming_reload_that_fails_refuses_to_serve_until_healed(on_a: Engine) -> None:
+    def failing() -> Iterator[tuple[str, torch.Tensor]]:
+        yield from on_a.weights("B")[:-1]
+        raise OSError("gone")
+
+    with pytest.raises(reload_plugin.EngineBrokenError, match="Reload a complete checkpoint"):
+        on_a.push(failing(), policy="streaming")
+    with pytest.raises(reload_plugin.EngineBrokenError):
+        before_serving()
+    assert reload_plugin.status(on_a.model)[0].state == "broken"
+    on_a.reload(on_a.folders["B"])
+    assert reload_plugin.status(on_a.model)[0].state == "serving"
     on_a.assert_is("B")
 
 
