@@ -74,7 +74,10 @@ def booting(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) 
             yield port, process, log
         finally:
             process.terminate()
-            process.wait(timeout=60)
+            try:
+                process.wait(timeout=20)
+            except subprocess.TimeoutExpired:  # its engine hangs
+                process.kill()
 
 
 # --- an engine in this process ---
@@ -213,6 +216,26 @@ def test_a_finish_that_fails_leaves_an_update_that_can_be_ended(
     with pytest.raises(SourceError):
         send(llm, folders["A"] / "nothing")
     update(llm, folders["B"], chunks)
+
+
+@pytest.mark.usefixtures("model")
+@pytest.mark.xfail(reason="vLLM's worker counts the update as ended, and nothing tells the session")
+def test_a_chunk_that_fails_in_an_engine_of_vllms_ends_the_update(
+    llm: object, folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Such an engine raises before a weight arrives, as NCCL does when the trainer is gone."""
+
+    def broken(*_: object) -> None:
+        raise ConnectionError("the trainer is gone")
+
+    llm.start_weight_update()
+    with monkeypatch.context() as patch:
+        patch.setattr(transfer.FilesTransfer, "update_weights", broken)
+        with pytest.raises(ConnectionError):
+            send(llm, folders["A"])
+    llm.start_weight_update()
+    send(llm, folders["B"])
+    llm.finish_weight_update()
 
 
 # --- registration ---
