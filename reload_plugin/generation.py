@@ -201,7 +201,11 @@ def whole_or_broken(
     try:
         yield
     except BaseException as error:
-        if session.committed and session.state is not State.COMMITTED:
+        if session.state is State.COMMITTED:  # Ctrl-C, just after: the new weights are the ones to go back to
+            session.abort()
+            record.session = None if record.session is session else record.session
+            after_commit(record, None, session)
+        elif session.committed:
             if record.vote is not None and record.vote.committed:
                 raise  # the other ranks have the new weights: see with_all_ranks
             if not undo:

@@ -409,6 +409,8 @@ class ReloadSession:
 
     def abort(self) -> None:
         """Forget the reload. The model serves what it served before. Harmless when it is over."""
+        if self.state is State.COMMITTED:
+            self._drop()  # Ctrl-C may have come before the session was done with it
         if self.state in (State.COMMITTED, State.ABORTED):
             return
         self.hide()

@@ -182,12 +182,14 @@ NUMBERS = (bool, int, float, complex)
 
 
 def digest(tensor: torch.Tensor) -> str:
-    """Hash of dtype, shape, strides and bytes; a meta tensor has no bytes and says so."""
+    """Hash of dtype, shape, strides and bytes; one without bytes (on meta, or freed) says so."""
     head = f"{tensor.dtype} {tuple(tensor.shape)} {tuple(tensor.stride())}"
     if tensor.is_meta:
         return "meta " + head
     if not tensor.numel():
         return "empty " + head
+    if not tensor.untyped_storage().nbytes():
+        return "freed " + head
     data = tensor.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
     return hashlib.sha256(head.encode() + data).hexdigest()[:16]
 
