@@ -399,6 +399,12 @@ def test_a_config_that_is_none_is_refused(tmp_path: Path, text: str) -> None:
         check_config(str(written(tmp_path / "x", "config.json", text)), None, START)
 
 
+def test_a_config_that_nests_too_deeply_is_refused(tmp_path: Path) -> None:
+    deep = json.dumps(START)[:-1] + ', "deep": ' + "[" * 700 + "]" * 700 + "}"
+    with pytest.raises(SourceError, match="nested too deeply"):
+        check_config(str(written(tmp_path / "x", "config.json", deep)), None, START)
+
+
 def test_all_differences_are_counted_and_the_first_are_shown(tmp_path: Path) -> None:
     many = START | {f"setting_{i:02}": i for i in range(20)} | {"architectures": ["Other"]}
     with pytest.raises(SourceError) as caught:
