@@ -33,9 +33,9 @@ ATTENTION = "vllm.model_executor.layers.attention"
 DUMMY = "vllm.model_executor.model_loader.dummy_loader"
 WEIGHT_UTILS = "vllm.model_executor.model_loader.weight_utils"
 TORCH_UTILS = "vllm.utils.torch_utils"
-TRANSFER = "vllm.distributed.weight_transfer"
 CONFIGS = "vllm.transformers_utils.config"
 REPOSITORIES = "vllm.transformers_utils.repo_utils"
+TRANSFER = "vllm.distributed.weight_transfer"
 
 RUNNERS = (
     ("vllm.v1.worker.gpu_model_runner", "GPUModelRunner"),
@@ -43,6 +43,9 @@ RUNNERS = (
 )
 """Both model runners, as (module, class); the CPU runners derive from them."""
 WORKER = ("vllm.v1.worker.gpu_worker", "Worker")
+PROCESSES = "vllm.v1.executor.multiproc_executor"
+EXECUTOR = (PROCESSES, "MultiprocExecutor")
+WORKER_PROCESS = (PROCESSES, "WorkerProc")
 
 SEAMS: tuple[tuple[str, str], ...] = (
     (LOADER_UTILS, "initialize_model"),
@@ -57,6 +60,8 @@ SEAMS: tuple[tuple[str, str], ...] = (
     ("vllm.config", "get_current_vllm_config_or_none"),
     ("vllm.model_executor.model_loader.default_loader", "DefaultModelLoader"),
     (DUMMY, "DummyModelLoader"),
+    EXECUTOR,
+    WORKER_PROCESS,
     (CONFIGS, "_CONFIG_REGISTRY"),
     (CONFIGS, "patch_rope_parameters"),
     (REPOSITORIES, "try_get_local_file"),

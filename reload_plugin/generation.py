@@ -366,3 +366,11 @@ def abandon_open_session(record: ModelRecord) -> None:
         record.session = None
         if record.broken is None:
             needs_attention.discard(record)
+
+
+def abandon_all_updates() -> bool:
+    """End every open weight update of this process (a draft model has its own). Says whether there was one."""
+    opened = [record for record in needs_attention if record.session is not None]
+    for record in opened:
+        abandon_open_session(record)
+    return bool(opened)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextvars
 import functools
 import logging
 import os
@@ -22,6 +23,8 @@ OFF_SWITCH = "RELOAD_PLUGIN"
 
 _patches: list[tuple[Any, str, object]] = []
 """(module or class, name, what was there before)"""
+_additions: list[tuple[type, str]] = []
+"""(class, name) of methods that were not there before"""
 _constructing = 0
 
 
@@ -65,7 +68,10 @@ def unregister() -> None:
         withdraw()
     for module, name, original in reversed(_patches):
         setattr(module, name, original)
+    for owner, name in _additions:
+        delattr(owner, name)
     _patches.clear()
+    _additions.clear()
     use_process_weights(None)
 
 
@@ -75,6 +81,7 @@ def patched() -> list[str]:
 
 
 def _patch_all() -> None:
+    from .ranks import counting, reading_own_answers
     from .session import use_process_weights
 
     process = _vllm.get(_vllm.LOADER_UTILS, "process_weights_after_loading")
@@ -84,6 +91,8 @@ def _patch_all() -> None:
     _replace(_vllm.INPLACE, "reload_weights", _reloading)
     _replace(_vllm.LAYERWISE, "initialize_layerwise_reload", _opening)
     _replace(_vllm.LAYERWISE, "finalize_layerwise_reload", _finishing)
+    _replace_method(*_vllm.EXECUTOR, "collective_rpc", reading_own_answers)
+    _replace_method(*_vllm.WORKER_PROCESS, "_execute_worker_rpc", counting)
 
 
 def _offer_transfer_engine() -> None:
@@ -167,7 +176,12 @@ def _patch_workers() -> None:
     """Patch the runners and the worker of this process, now that vLLM has imported them."""
     for module, cls in _vllm.RUNNERS:
         _replace_method(module, cls, "reload_weights", _runner_reloading)
-    _replace_method(*_vllm.WORKER, "execute_model", _guarding)
+    module, cls = _vllm.WORKER
+    _replace_method(module, cls, "execute_model", _guarding)
+    _replace_method(module, cls, "update_weights", _ending)
+    worker = getattr(sys.modules.get(module), cls, None)
+    if worker is not None:
+        _add_worker_calls(worker)
 
 
 def _replace_method(module: str, cls: str, name: str, wrap: Callable[..., Any]) -> None:
@@ -179,20 +193,67 @@ def _replace_method(module: str, cls: str, name: str, wrap: Callable[..., Any]) 
     _patches.append((owner, name, original))
 
 
+_asked: contextvars.ContextVar[dict[str, Any] | None] = contextvars.ContextVar("options", default=None)
+"""Options of ours on their way through a runner's ``reload_weights``, which does not know them."""
+
+
 def _runner_reloading(original: Callable[..., Any]) -> Callable[..., Any]:
-    """A runner's ``reload_weights`` that also takes the older name of ``is_checkpoint_format``."""
+    """A runner's ``reload_weights`` that takes our options and the older name of ``is_checkpoint_format``."""
+    from .options import OPTION_NAMES
 
     def reload_weights(self: Any, *args: Any, **kwargs: Any) -> Any:
         if "process_weights_after_loading" in kwargs:
             kwargs["is_checkpoint_format"] = kwargs.pop("process_weights_after_loading")
-        return original(self, *args, **kwargs)
+        token = _asked.set({name: kwargs.pop(name) for name in OPTION_NAMES & kwargs.keys()})
+        try:
+            return original(self, *args, **kwargs)
+        finally:
+            _asked.reset(token)
 
     return reload_weights
 
 
+def _add_worker_calls(worker: type) -> None:
+    """What ``collective_rpc`` reaches by name: the state of a worker's model, and the end of an update."""
+    from .generation import abandon_all_updates
+    from .monitor import status_of
+
+    def reload_status(self: Any, digest: bool = False) -> dict[str, Any]:
+        """The state of this worker's model, as JSON; see ``monitor.ReloadStatus``."""
+        answer = status_of(self.model_runner.get_model(), digest, int(getattr(self, "rank", 0)))
+        return answer.model_dump(mode="json")
+
+    def abort_weight_update(self: Any) -> bool:
+        """End the open weight update; says whether one was open."""
+        engine = getattr(self, "weight_transfer_engine", None)
+        if engine is not None:
+            engine.reset_weight_update_target()
+        self._weight_update_active = False
+        return abandon_all_updates()
+
+    for name, function in (("reload_status", reload_status), ("abort_weight_update", abort_weight_update)):
+        if not hasattr(worker, name):
+            setattr(worker, name, function)
+            _additions.append((worker, name))
+
+
+def _ending(original: Callable[..., Any]) -> Callable[..., Any]:
+    """The worker's ``update_weights``: a chunk that fails ends the update, whoever raised it."""
+    from .generation import abandon_all_updates
+
+    def update_weights(self: Any, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return original(self, *args, **kwargs)
+        except BaseException:
+            abandon_all_updates()
+            raise
+
+    return update_weights
+
+
 def _guarding(original: Callable[..., Any]) -> Callable[..., Any]:
     """The worker's forward pass, which never runs on half-loaded weights."""
-    from .reload import before_serving
+    from .generation import before_serving
 
     def execute_model(self: Any, *args: Any, **kwargs: Any) -> Any:
         before_serving()
@@ -218,7 +279,7 @@ def _reloading(original: Callable[..., None]) -> Callable[..., None]:
             logger.warning("%s was built before reload_plugin; vLLM's own reload runs.", type(model).__name__)
             original(vllm_config, model, weights_iterator, weights_path, is_checkpoint_format)
             return
-        report = ours(model, weights_iterator, weights_path, is_checkpoint_format)
+        report = ours(model, weights_iterator, weights_path, is_checkpoint_format, **(_asked.get() or {}))
         logger.info("Reloaded: %s", report.model_dump_json(exclude={"ignored", "kept"}))
 
     return reload_weights

@@ -219,7 +219,6 @@ def test_a_finish_that_fails_leaves_an_update_that_can_be_ended(
 
 
 @pytest.mark.usefixtures("model")
-@pytest.mark.xfail(reason="vLLM's worker counts the update as ended, and nothing tells the session")
 def test_a_chunk_that_fails_in_an_engine_of_vllms_ends_the_update(
     llm: object, folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
