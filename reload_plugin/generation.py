@@ -369,7 +369,7 @@ def abandon_open_session(record: ModelRecord) -> None:
 
 
 def abandon_all_updates() -> bool:
-    """End every open weight update of this process (a draft model has its own). Says whether there was one."""
+    """End every open weight update of this process (a draft model has its own). Says whether one was."""
     opened = [record for record in needs_attention if record.session is not None]
     for record in opened:
         abandon_open_session(record)

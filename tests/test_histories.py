@@ -143,7 +143,7 @@ def machine_for(world: World) -> type[RuleBasedStateMachine]:  # noqa: C901 - on
             self.refused(
                 lambda: world.push(faulty(world.weights[letter], at, fault), policy=policy),
                 ReloadError,
-                Fault,
+                FaultError,
             )
 
         @precondition(lambda self: not self.open and not self.broken)

@@ -1,6 +1,7 @@
 """Several ranks hold one model: all of them commit a reload, or none does."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import pytest
 import torch.distributed as dist
 
 from reload_plugin import errors, ranks
+from tests import two_ranks
 
 RANKS = 3
 
@@ -275,3 +277,33 @@ def test_a_store_that_is_gone_is_a_refusal() -> None:
     with pytest.raises(errors.RanksDisagreeError, match="connection lost"):
         ranks.Vote(Unreachable(), SEAT, "1", [])(None)
     ranks.Vote(Unreachable(), SEAT, "1", [])(ValueError("its own error is raised by the caller"))
+
+
+# --- engines on two ranks ---
+
+
+@pytest.fixture(scope="module")
+def scenarios(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], str]:
+    """What went wrong in each scenario of `two_ranks`, by model and name; all run in one process."""
+    script = "from tests import two_ranks; two_ranks.main()"
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path_factory.mktemp("two_ranks"))],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parents[1],
+        # vLLM compiles small functions of its sampler in every new process, for longer than all else takes.
+        env=os.environ | {"VLLM_WORKER_MULTIPROC_METHOD": "fork", "TORCHDYNAMO_DISABLE": "1"},
+    )
+    lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("[")]
+    found = {(kind, name): error for kind, name, _, error in lines}
+    assert done.returncode == 0, f"{list(found)}\n{done.stderr[-6000:]}"
+    return found
+
+
+EACH = [(kind, scenario.__name__) for kind, chosen in two_ranks.SCENARIOS.items() for scenario in chosen]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "scenario"), EACH)
+def test_on_two_ranks(scenarios: dict[tuple[str, str], str], kind: str, scenario: str) -> None:
+    assert scenarios[kind, scenario] == ""

@@ -58,6 +58,17 @@ def test_runners_take_what_we_translate(module: str, cls: str) -> None:
     assert list(parameters) == ["self", "weights_iterator", "weights_path", "is_checkpoint_format"]
 
 
+def test_an_executor_asks_the_ranks_and_reads_their_answers_as_we_expect() -> None:
+    executor, worker = _vllm.get(*_vllm.EXECUTOR), _vllm.get(*_vllm.WORKER_PROCESS)
+    asks = inspect.unwrap(executor.collective_rpc)
+    wanted = {"unique_reply_rank", "kv_output_aggregator", "ec_output_aggregator"}
+    assert wanted <= inspect.signature(asks).parameters.keys()
+    assert "self.response_mqs" in inspect.getsource(asks)
+    assert ".dequeue(timeout=" in inspect.getsource(asks)
+    called = inspect.unwrap(worker._execute_worker_rpc)
+    assert list(inspect.signature(called).parameters) == ["self", "rpc_request"]
+
+
 def test_register_replaces_every_binding_and_unregister_puts_all_back() -> None:
     from vllm.model_executor.model_loader import base_loader, utils
 
