@@ -1,0 +1,428 @@
+"""Engines on two ranks, and everything that can go wrong on one of them; `test_ranks` runs this file.
+
+Each scenario is a function that raises if a promise is broken. All of them share one engine a model, in a
+process of their own: the ranks are forked from it, which is much faster than starting two interpreters.
+
+    VLLM_WORKER_MULTIPROC_METHOD=fork python -c "from tests import two_ranks; two_ranks.main()" FOLDER
+"""
+
+import json
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests import oracle, zoo
+from tests.checkpoints import read_tensors
+from tests.zoo import Case
+
+# Two ranks share one key head, and the vocabulary does not divide: replicas and padding.
+DENSE = zoo.LLAMA_TIED | {"num_key_value_heads": 1, "vocab_size": 250}
+CASES = {"tied": Case("tied", DENSE), "experts": Case("experts", zoo.MIXTRAL)}
+
+Weights = Iterator[tuple[str, object]]
+State = tuple[list, list[dict[str, tuple[int, int, str]]]]
+
+
+@dataclass
+class Engine:
+    """An engine on two ranks; what it and a cold engine look like on each checkpoint."""
+
+    llm: object
+    folders: dict[str, str]
+    states: dict[str, State]
+    cold: State
+
+    def on(self, rank: int, change: Callable, letter: str = "B", other: Callable | None = None) -> list[str]:
+        """Push a checkpoint to all ranks, changed on one of them; what each rank's reload came to."""
+        folder, changes = self.folders[letter], {rank: change, 1 - rank: other or unchanged}
+        return self.llm.collective_rpc(lambda worker: push(worker, folder, changes[worker.rank]))
+
+    def assert_is(self, letter: str) -> None:
+        now = state_of(self.llm)
+        assert not oracle.differing_answers(now[0], self.states[letter][0]), f"does not answer as {letter}"
+        for rank, (found, wanted) in enumerate(zip(now[1], self.states[letter][1], strict=True)):
+            assert found.keys() == wanted.keys()
+            moved = [path for path in found if found[path] != wanted[path]]
+            assert not moved, f"rank {rank} is not on {letter}: {moved[:5]}"
+
+    def assert_refused(self, found: list[str], *says: str) -> None:
+        """Each rank raised what it should, and nothing changed."""
+        assert len(found) == len(says)
+        for rank, (text, part) in enumerate(zip(found, says, strict=True)):
+            assert part in text, f"rank {rank}: {text!r} instead of {part!r}"
+        self.assert_is("A")
+
+    def reload(self, letter: str) -> None:
+        self.llm.collective_rpc("reload_weights", kwargs={"weights_path": self.folders[letter]})
+
+
+# --- on a rank ---
+
+
+def look(worker: object) -> dict[str, tuple[int, int, str]]:
+    """Identity, address and digest of all that this rank computes with; kept, so that no id is used again."""
+    live = oracle.live_tensors(worker.get_model())
+    worker.__dict__.setdefault("looked_at", []).append(live)
+    return {path: (entry.object_id, entry.address, entry.digest) for path, entry in live.items()}
+
+
+def attempt(reload: Callable[[], object]) -> str:
+    try:
+        reload()
+    except Exception as error:  # noqa: BLE001 - any outcome is to be reported
+        return f"{type(error).__name__}: {error}"
+    return "committed"
+
+
+def push(worker: object, folder: str, change: Callable) -> str:
+    weights = change(iter(read_tensors(Path(folder)).items()))
+    return attempt(lambda: worker.model_runner.reload_weights(weights_iterator=weights))
+
+
+def state_of(llm: object) -> State:
+    return oracle.answer(llm), llm.collective_rpc(look)
+
+
+# --- what is done to the weights on one rank ---
+
+
+def unchanged(weights: Weights) -> Weights:
+    return weights
+
+
+def raising(weights: Weights) -> Weights:
+    yield from list(weights)[:5]
+    raise OSError("the line went dead")
+
+
+def without_keys(weights: Weights) -> Weights:
+    return ((name, tensor) for name, tensor in weights if "layers.1.self_attn.k_proj" not in name)
+
+
+def with_more(weights: Weights) -> Weights:
+    yield from weights
+    yield "model.nothing.weight", torch.ones(4, 4)
+
+
+def cut(weights: Weights) -> Weights:
+    return ((n, t[:-2] if "layers.0.self_attn.o_proj" in n else t) for n, t in weights)
+
+
+def slowly(weights: Weights) -> Weights:
+    time.sleep(1.5)
+    return weights
+
+
+def with_patience(seconds: float) -> Callable[[Weights], Weights]:
+    """Set on the rank where the weights are made; `Vote` reads it when the reload begins."""
+
+    def change(weights: Weights) -> Weights:
+        os.environ["RELOAD_PLUGIN_TIMEOUT"] = str(seconds)
+        return weights
+
+    return change
+
+
+def failing_in(module: str, name: str, error: Exception, after: int = 0) -> Callable[[Weights], Weights]:
+    """During this reload only, `name` of `module` raises when it is called for the ``after``-th time."""
+
+    def change(weights: Weights) -> Weights:
+        import functools
+        import importlib
+
+        *path, last = name.split(".")
+        owner = functools.reduce(getattr, path, importlib.import_module(module))
+        plain, calls = getattr(owner, last), []
+
+        def fail(*args: object, **kwargs: object) -> object:
+            calls.append(1)
+            if len(calls) <= after:
+                return plain(*args, **kwargs)
+            setattr(owner, last, plain)
+            raise error
+
+        setattr(owner, last, fail)
+        return weights
+
+    return change
+
+
+# --- scenarios ---
+
+
+def warm_equals_cold(engine: Engine) -> None:
+    """Folders and iterators, A to A to B to A to B; against an engine started on B, rank by rank."""
+    for letter in "ABAB":
+        engine.reload(letter)
+        engine.assert_is(letter)
+    for letter in "ABAB":
+        assert engine.on(0, unchanged, letter) == ["committed"] * 2
+        engine.assert_is(letter)
+    warm = state_of(engine.llm)
+    assert not oracle.differing_answers(warm[0], engine.cold[0])
+    for found, wanted in zip(warm[1], engine.cold[1], strict=True):
+        assert {p: f[2] for p, f in found.items()} == {p: f[2] for p, f in wanted.items()}
+    assert warm[1][0] != warm[1][1], "both ranks hold the same, so this engine has no shards"
+
+
+def each_rank_plans(engine: Engine) -> None:
+    """A folder is planned on every rank, and its routes are used from then on."""
+
+    def known(worker: object) -> tuple[bool, bool, str]:
+        import reload_plugin
+        from reload_plugin.record import record_of
+
+        model = worker.get_model()
+        report = reload_plugin.reload_weights(model, weights_path=engine_folder)
+        record = record_of(model)
+        return record.plan is not None, bool(record.routes and record.routes.of), report.policy
+
+    engine_folder = engine.folders["A"]
+    assert engine.llm.collective_rpc(known) == [(True, True, "staged")] * 2
+
+
+def source_raises(engine: Engine) -> None:
+    own, others = "SourceError", "RanksDisagreeError: Not every rank is ready"
+    engine.assert_refused(engine.on(1, raising), others, own)
+    engine.assert_refused(engine.on(0, raising), own, others)
+    assert "the line went dead" in engine.on(1, raising)[0], "the others are not told why"
+
+
+def names_are_missing(engine: Engine) -> None:
+    found = engine.on(1, without_keys)
+    engine.assert_refused(found, "rank 1: MissingWeightsError", "MissingWeightsError")
+    assert "layers.1.self_attn.qkv_proj" in found[1]
+
+
+def all_offenders_are_named_on_every_rank(engine: Engine) -> None:
+    """Shards, replicas and padding do not blur what is missing, unexpected or of another shape."""
+
+    def bad(weights: Weights) -> Weights:
+        return with_more(cut(without_keys(weights)))
+
+    for text in engine.on(0, bad, other=bad):
+        assert text.startswith("WeightsError")
+        assert "1 missing: model.layers.1.self_attn.qkv_proj.weight" in text
+        assert "1 unexpected: model.nothing.weight" in text
+        assert "1 misshapen: model.layers.0.self_attn.o_proj.weight" in text
+    engine.assert_is("A")
+
+
+def processing_raises(engine: Engine) -> None:
+    fails = failing_in("reload_plugin._vllm", "process_layers", RuntimeError("no kernel"), after=2)
+    engine.assert_refused(engine.on(1, fails), "rank 1: ProcessingError", "ProcessingError")
+
+
+def the_tail_raises(engine: Engine) -> None:
+    """The very last thing before the commit."""
+    fails = failing_in("reload_plugin.session", "process_tail", RuntimeError("no hook"))
+    engine.assert_refused(engine.on(0, fails), "RuntimeError: no hook", "rank 0: RuntimeError: no hook")
+
+
+def memory_runs_out(engine: Engine) -> None:
+    fails = failing_in("reload_plugin.staging", "StagedStorage.materialise", MemoryError("full"), after=3)
+    engine.assert_refused(engine.on(1, fails), "rank 1: ", "full")
+
+
+def a_slow_rank_is_waited_for(engine: Engine) -> None:
+    assert engine.on(1, slowly) == ["committed"] * 2
+    engine.assert_is("B")
+    engine.reload("A")
+
+
+def a_rank_is_too_slow(engine: Engine) -> None:
+    try:
+        engine.on(0, with_patience(0.5), "A")
+        found = engine.on(1, slowly)
+    finally:
+        engine.on(0, with_patience(600), "A")
+    engine.assert_refused(found, "rank 1: did not answer rank 0 within 0.5 s", "rank 1: did not answer")
+
+
+def a_rank_fails_before_its_reload(engine: Engine) -> None:
+    """It never votes; the next reload finds all ranks in step."""
+
+    def reload(worker: object) -> str:
+        if worker.rank == 1:
+            raise ValueError("lost on the way")
+        os.environ["RELOAD_PLUGIN_TIMEOUT"] = "0.5"
+        try:
+            return attempt(lambda: worker.model_runner.reload_weights(weights_path=folder))
+        finally:
+            os.environ["RELOAD_PLUGIN_TIMEOUT"] = "600"
+
+    folder = engine.folders["B"]
+    engine_raises(lambda: engine.llm.collective_rpc(reload), "lost on the way")
+    engine.assert_is("A")
+    assert engine.on(0, unchanged) == ["committed"] * 2
+    engine.assert_is("B")
+    engine.reload("A")
+
+
+def engine_raises(call: Callable[[], object], says: str) -> None:
+    with pytest.raises(Exception, match=says):
+        call()
+
+
+def answers_stay_in_step_after_a_failure(engine: Engine) -> None:
+    """Through the public call: what failed is reported once, and not by the calls after it."""
+    engine_raises(
+        lambda: engine.llm.collective_rpc("reload_weights", kwargs={"weights_path": "/nowhere"}), "no folder"
+    )
+    engine.reload("B")
+    engine.assert_is("B")
+    assert engine.llm.collective_rpc(lambda worker: worker.rank) == [0, 1]
+    engine.reload("A")
+
+
+def a_call_that_cannot_be_sent_is_not_answered(engine: Engine) -> None:
+    engine_raises(lambda: engine.llm.collective_rpc(type, args=(lambda: None,)), "pickle")
+    assert engine.llm.collective_rpc(lambda worker: worker.rank) == [0, 1]
+
+
+def layer_by_layer_policies_are_refused(engine: Engine) -> None:
+    def reload(worker: object) -> str:
+        import reload_plugin
+
+        return attempt(
+            lambda: reload_plugin.reload_weights(worker.get_model(), weights_path=folder, policy="streaming")
+        )
+
+    folder = engine.folders["B"]
+    engine.assert_refused(engine.llm.collective_rpc(reload), *["2 ranks can commit together"] * 2)
+
+
+def layerwise(engine: Engine) -> None:
+    """vLLM's start and finish, as transfer engines call them: first one rank lacks a weight, then none."""
+
+    def start(worker: object) -> None:
+        from vllm.model_executor.model_loader.reload import initialize_layerwise_reload
+
+        initialize_layerwise_reload(worker.get_model())
+
+    def load(worker: object, incomplete: int) -> None:
+        change = without_keys if worker.rank == incomplete else unchanged
+        worker.get_model().load_weights(change(iter(read_tensors(Path(folder)).items())))
+
+    def finish(worker: object) -> str:
+        from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
+
+        return attempt(lambda: finalize_layerwise_reload(worker.get_model(), worker.model_config))
+
+    folder = engine.folders["B"]
+    for incomplete in (0, None):
+        engine.llm.collective_rpc(start)
+        engine.llm.collective_rpc(load, args=(incomplete,))
+        found = engine.llm.collective_rpc(finish)
+        if incomplete == 0:
+            engine.assert_refused(found, "MissingWeightsError", "rank 0: MissingWeightsError")
+    assert found == ["committed"] * 2
+    engine.assert_is("B")
+    engine.reload("A")
+
+
+def block(engine: Engine) -> None:
+    """`restore_for_reloading`, left by an exception on one rank, then on none."""
+
+    def reload(worker: object, failing: int) -> str:
+        import reload_plugin
+
+        def inside() -> None:
+            with reload_plugin.restore_for_reloading(worker.get_model()):
+                worker.get_model().load_weights(iter(read_tensors(Path(folder)).items()))
+                if worker.rank == failing:
+                    raise ValueError("changed my mind")
+
+        return attempt(inside)
+
+    folder = engine.folders["B"]
+    found = engine.llm.collective_rpc(reload, args=(1,))
+    engine.assert_refused(found, "rank 1: ValueError: changed my mind", "ValueError")
+    assert engine.llm.collective_rpc(reload, args=(None,)) == ["committed"] * 2
+    engine.assert_is("B")
+    engine.reload("A")
+
+
+def a_commit_that_fails_stops_that_rank(engine: Engine) -> None:
+    """The others cannot know any more; this one must not serve until it is healed."""
+
+    def broken(worker: object) -> bool:
+        from reload_plugin.record import record_of
+
+        return record_of(worker.get_model()).broken is not None
+
+    for after in (0, 2):
+        fails = failing_in("reload_plugin.commit", "Commit.apply", RuntimeError("lost"), after)
+        found = engine.on(1, fails)
+        assert found[0] == "committed"
+        assert found[1].startswith("EngineBrokenError"), found[1]
+        assert "the other ranks committed" in found[1]
+        assert engine.llm.collective_rpc(broken) == [False, True]
+        engine.reload("B")
+        assert engine.llm.collective_rpc(broken) == [False, False]
+        engine.assert_is("B")
+        engine.reload("A")
+
+
+EVERYWHERE = (
+    warm_equals_cold,
+    each_rank_plans,
+    source_raises,
+    names_are_missing,
+    all_offenders_are_named_on_every_rank,
+    processing_raises,
+    layerwise,
+)
+ONCE = (
+    the_tail_raises,
+    memory_runs_out,
+    a_slow_rank_is_waited_for,
+    a_rank_is_too_slow,
+    a_rank_fails_before_its_reload,
+    answers_stay_in_step_after_a_failure,
+    a_call_that_cannot_be_sent_is_not_answered,
+    layer_by_layer_policies_are_refused,
+    block,
+    a_commit_that_fails_stops_that_rank,
+)
+
+
+SCENARIOS = {"tied": EVERYWHERE + ONCE, "experts": EVERYWHERE}
+
+
+def run(kind: str, root: Path, names: list[str]) -> None:
+    """One JSON line for each scenario, with the traceback if it failed."""
+    case = CASES[kind]
+    folders = oracle.write(case, root)
+    with oracle.running(case, folders["B"], tensor_parallel_size=2) as llm:
+        cold = state_of(llm)
+    with oracle.running(case, folders["A"], tensor_parallel_size=2) as llm:
+        engine = Engine(llm, {letter: str(folder) for letter, folder in folders.items()}, {}, cold)
+        engine.states["A"] = state_of(llm)
+        engine.reload("B")
+        engine.states["B"] = state_of(llm)
+        engine.reload("A")
+        for scenario in SCENARIOS[kind]:
+            if names and scenario.__name__ not in names:
+                continue
+            started, error = time.monotonic(), ""
+            try:
+                engine.reload("A")
+                scenario(engine)
+            except Exception:  # noqa: BLE001 - one scenario must not end the others
+                error = traceback.format_exc()
+            seconds = round(time.monotonic() - started, 1)
+            print(json.dumps([kind, scenario.__name__, seconds, error]), flush=True)
+
+
+def main() -> None:
+    """See the module's docstring; more arguments choose scenarios."""
+    for kind in CASES:
+        run(kind, Path(sys.argv[1]), sys.argv[2:])
