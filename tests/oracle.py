@@ -190,7 +190,7 @@ def digest(tensor: torch.Tensor) -> str:
         return "empty " + head
     if not tensor.untyped_storage().nbytes():
         return "freed " + head
-    data = tensor.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+    data = tensor.detach().contiguous().view(-1).view(torch.uint8).cpu().numpy().tobytes()
     return hashlib.sha256(head.encode() + data).hexdigest()[:16]
 
 
@@ -313,7 +313,8 @@ def effective_weight(module: torch.nn.Module) -> torch.Tensor | None:
         return None
     if isinstance(module.quant_method, UnquantizedLinearMethod) and not hasattr(module, "cpu_linear"):
         return None  # a convolution, or a layer that keeps its weight as a plain tensor
-    return module.quant_method.apply(module, torch.eye(size, dtype=torch.bfloat16))
+    device = next((p.device for p in module.parameters()), None)
+    return module.quant_method.apply(module, torch.eye(size, dtype=torch.bfloat16, device=device))
 
 
 def live_tensors(model: torch.nn.Module) -> dict[str, Live]:
