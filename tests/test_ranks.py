@@ -268,6 +268,33 @@ def test_an_interrupt_after_the_decision_waits_for_the_commit(monkeypatch: pytes
     assert isinstance(mine.postponed, KeyboardInterrupt)
 
 
+class Overtaken:
+    """A store in which the other rank gets ready just before this one writes its decision."""
+
+    def __init__(self, store: dist.Store, other: ranks.Vote) -> None:
+        self._store, self._other = store, other
+
+    def __getattr__(self, name: str) -> object:
+        plain = getattr(self._store, name)
+
+        def call(*args: object) -> object:
+            if name in ("set", "compare_set") and args[0].endswith("/decision"):
+                self._other(None)
+            return plain(*args)
+
+        return call
+
+
+def test_a_rank_that_loses_patience_too_late_commits_with_the_others() -> None:
+    shared = dist.HashStore()
+    other = ranks.Vote(shared, ranks.Seat("model/0", 1, 2), "1", [])
+    mine = ranks.Vote(Overtaken(shared, other), SEAT, "1", [])
+    mine.patience = 0.01
+    mine(None)
+    assert mine.committed
+    assert other.committed
+
+
 class Unreachable:
     def __getattr__(self, name: str) -> object:
         raise dist.DistNetworkError("connection lost")
