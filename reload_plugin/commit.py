@@ -7,12 +7,9 @@ that the old resource is released exactly once; plain values are replaced.
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import signal
-import threading
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -104,23 +101,6 @@ class Commit:
             for tensor, cls, attributes in self.looks:
                 tensor.__class__ = cls
                 tensor.__dict__ = attributes
-
-
-@contextlib.contextmanager
-def uninterrupted() -> Iterator[None]:
-    """Ctrl-C waits until the block is over (in the main thread; other threads never get it)."""
-    handler = signal.getsignal(signal.SIGINT)
-    if threading.current_thread() is not threading.main_thread() or not callable(handler):
-        yield
-        return
-    late: list[tuple[int, types.FrameType | None]] = []
-    signal.signal(signal.SIGINT, lambda number, frame: late.append((number, frame)))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, handler)
-        if late:
-            handler(*late[0])
 
 
 def plan_commit(stage: Stage) -> Commit:

@@ -15,6 +15,7 @@ from torch import nn
 
 from . import _vllm
 from .errors import EngineBrokenError, ReloadError, SessionError, SourceError
+from .interrupts import held
 from .ledger import Expected
 from .memory import HostPool
 from .overflow import Overflow
@@ -22,7 +23,7 @@ from .plan import Plan, PlanUnavailableError, make_plan
 from .ranks import vote_for
 from .record import ModelRecord
 from .routes import Routes
-from .session import Policy, ReloadSession, State, complete_record_of, placement
+from .session import SERVES_OLD, Policy, ReloadSession, State, complete_record_of, placement
 from .sources import Source, TensorInfo, open_folder
 from .verify import ReloadReport
 
@@ -227,7 +228,7 @@ def _bring_back(model: nn.Module, record: ModelRecord) -> None:
                     _vllm.load_dummy(record.vllm_config, record.model_config, model)
                 session.finish(check=False)
             else:
-                session.load(good.read())
+                session.load(good.read(), contextlib.nullcontext)
                 session.finish()
     except BaseException as error:
         reason = f"a reload failed half way and the weights served before could not be read: {error}"
@@ -291,7 +292,8 @@ def before_serving() -> None:
     """
     for record in list(needs_attention):
         if record.session is not None:
-            record.session.hide()
+            with held():
+                record.session.hide()
         if record.broken is not None:
             raise EngineBrokenError(
                 f"The engine does not serve: {record.broken}. Reload a complete checkpoint to heal it."
@@ -307,13 +309,27 @@ def noting_failures(model: nn.Module) -> Iterator[ModelRecord]:
 
     """
     record = complete_record_of(model)
+    with held():
+        try:
+            with with_all_ranks(record):
+                refuse_while_open(record)
+                yield record
+        except BaseException as error:
+            record.last_error = f"{type(error).__name__}: {error}"
+            raise
+
+
+@contextlib.contextmanager
+def as_reload_errors(record: ModelRecord) -> Iterator[None]:
+    """Whatever goes wrong in code of ours or of vLLM's says what is served now."""
+    before = record.serving
     try:
-        with with_all_ranks(record):
-            refuse_while_open(record)
-            yield record
-    except BaseException as error:
-        record.last_error = f"{type(error).__name__}: {error}"
+        yield
+    except ReloadError:
         raise
+    except Exception as error:
+        now = SERVES_OLD if record.serving is before else "The new weights are served."
+        raise ReloadError(f"The reload failed with {type(error).__name__}: {error}. {now}") from error
 
 
 @contextlib.contextmanager

@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,6 +23,7 @@ from torch.utils._python_dispatch import (
 
 from .errors import ReloadError, SourceError
 from .formats import Box, Geometry
+from .interrupts import let_through
 from .routes import Route, Write
 from .staging import StagedStorage
 
@@ -30,6 +32,10 @@ _OUR_REFERENCES = 2
 """References to the weight being loaded when no loader holds it: ours and the counter's argument."""
 _LIMIT = 10_000
 """Offenders after which a stream is not read any further."""
+
+
+Fetching = Callable[[], AbstractContextManager[None]]
+"""What surrounds the request for the next weight: whether Ctrl-C may come then."""
 
 
 class LateWriteError(ReloadError):
@@ -334,6 +340,7 @@ class Feed:
         trace: LoadTrace,
         between: Callable[[], None],
         aside: Callable[[str, torch.Tensor], bool] | None = None,
+        fetching: Fetching = let_through,
     ) -> None:
         try:
             self._weights = iter(weights)
@@ -346,6 +353,7 @@ class Feed:
         self._between = between
         self._aside = aside
         """Says of a weight that it was dealt with and is not to be loaded now."""
+        self._fetching = fetching
         self.exhausted = False
 
     def __iter__(self) -> Feed:
@@ -384,7 +392,7 @@ class Feed:
             self.exhausted = True
             raise StopIteration
         try:
-            with _disable_current_modes():
+            with _disable_current_modes(), self._fetching():
                 return next(self._weights)
         except StopIteration:
             self.exhausted = True

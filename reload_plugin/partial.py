@@ -14,6 +14,7 @@ from torch import nn
 
 from .errors import PartialUpdateError, SourceError, weights_error
 from .generation import can_bring_back, expected, plan_for, session_for, whole_or_broken
+from .interrupts import between
 from .ledger import Expected
 from .memory import HostPool
 from .options import ReloadOptions
@@ -135,7 +136,7 @@ def _finish(
     session.weight_version, session.digest = options.weight_version, options.digest
     with whole_or_broken(model, record, session):
         with contextlib.closing(source.read(order, None, session.room_for)) as weights:
-            session.load(weights)
+            session.load(weights, between)
         if session.problems:
             session.check()
         return session.finish(check).model_copy(update={"partial": True, "old_generation": "host"})

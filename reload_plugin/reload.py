@@ -19,6 +19,7 @@ from .errors import ReloadError, SourceError, weights_error
 from .generation import (
     abandon_open_session,
     after_commit,
+    as_reload_errors,
     before_serving,
     can_bring_back,
     expected,
@@ -30,6 +31,7 @@ from .generation import (
     session_for,
     whole_or_broken,
 )
+from .interrupts import between
 from .kernel_format import copy_kernel_format
 from .ledger import Expected
 from .load import Feed, LoadTrace, Problems
@@ -113,7 +115,7 @@ def reload_weights(
             could not be brought back; the engine refuses to serve until a reload succeeds.
 
     """
-    with noting_failures(model) as record:
+    with noting_failures(model) as record, as_reload_errors(record):
         chosen = options(**how)
         _require_one_rank(record, chosen.policy)
         if weights_iterator is not None and weights_path is not None:
@@ -327,7 +329,7 @@ def _from_source(
         with whole_or_broken(model, record, session, undo=way_back != "none"), session:
             order = plan.order if plan is not None else None
             with contextlib.closing(source.read(order, pool, session.room_for)) as weights:
-                session.load(weights)
+                session.load(weights, between)
             report = session.finish()
     found = plan.kept | report.kept if plan is not None else report.kept
     report = report.model_copy(update={"kept": found, "old_generation": way_back})

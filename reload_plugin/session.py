@@ -24,10 +24,11 @@ import torch
 from torch import nn
 
 from . import _vllm
-from .commit import Commit, plan_commit, uninterrupted
+from .commit import Commit, plan_commit
 from .errors import NotRecordedError, SessionError, SourceError, weights_error
+from .interrupts import between, deliver, held, let_through
 from .ledger import Expected, Ledger
-from .load import Feed, Loaded, LoadTrace, Problems, load_all, load_by_routes
+from .load import Feed, Fetching, Loaded, LoadTrace, Problems, load_all, load_by_routes
 from .memory import SMALL, Gauge, HostPool, resident, trim_heap
 from .overflow import OPEN_BUDGET, Overflow
 from .process import ProcessWeights, process_stage, process_tail
@@ -170,16 +171,21 @@ class ReloadSession:
         self._largest = max((group.nbytes for group in self._record.groups), default=0)
         self.state = State.OPEN
 
-    def load(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str] | None:
-        """Load some of the weights. Returns what the model's ``load_weights`` returned."""
+    def load(
+        self, weights: Iterable[tuple[str, torch.Tensor]], fetching: Fetching = let_through
+    ) -> set[str] | None:
+        """Load some of the weights. Returns what the model's ``load_weights`` returned.
+
+        ``fetching`` surrounds the request for the next weight; as it is, Ctrl-C gets through to an iterator.
+        """
         returned: list[Any] = []
 
         def loader(feed: Iterable[tuple[str, torch.Tensor]]) -> None:
             returned.append(self._load_weights(feed))
 
         self.problems.missing.clear()  # of a finish that was too early
-        feed = Feed(weights, self._trace, self._close_complete, self._put_aside)
-        with self._noting_failure(), self.loading(), self._timed("load"):
+        feed = Feed(weights, self._trace, self._close_complete, self._put_aside, fetching)
+        with held(), self._noting_failure(), self.loading(), self._timed("load"):
             if self.ledger.routes is None:
                 load_all(loader, feed, self._trace)
             else:
@@ -216,7 +222,7 @@ class ReloadSession:
         self._replaying = True
         try:
             with contextlib.closing(self._overflow.replay(self.room_for)) as weights:
-                self.load(weights)
+                self.load(weights, between)
         finally:
             self._replaying = False
         self._spilled = self._overflow.nbytes
@@ -276,16 +282,17 @@ class ReloadSession:
         self._require(State.OPEN)
         shown = self._shown
         self.state = State.LOADING
-        try:
-            with self._context():
-                self.show()
-                with self._trace:
-                    yield
-        finally:
-            if not shown:
-                self.hide()
-            if self.state is State.LOADING:
-                self.state = State.OPEN
+        with held():
+            try:
+                with self._context():
+                    self.show()
+                    with self._trace:
+                        yield
+            finally:
+                if not shown:
+                    self.hide()
+                if self.state is State.LOADING:
+                    self.state = State.OPEN
 
     def show(self) -> None:
         """Put the model into load format. It cannot serve until ``hide``."""
@@ -325,7 +332,7 @@ class ReloadSession:
             ProcessingError: vLLM's processing raised.
 
         """
-        with self._noting_failure():
+        with held(), self._noting_failure():
             return self._finish(check)
 
     def _finish(self, check: bool) -> ReloadReport:
@@ -340,8 +347,9 @@ class ReloadSession:
                 self.show()
                 self._process_rest()
                 self._process_tail()
+            deliver()
             self._wait_for_all_ranks()
-            with self._timed("commit"), uninterrupted():
+            with self._timed("commit"):
                 for _, commit in self._staged:
                     self._apply(commit)
                 self.state = State.COMMITTED
@@ -407,6 +415,7 @@ class ReloadSession:
             return None
         return Routes(placement(self._record), dict(self.loaded.routes))
 
+    @held()
     def abort(self) -> None:
         """Forget the reload. The model serves what it served before. Harmless when it is over."""
         if self.state is State.COMMITTED:

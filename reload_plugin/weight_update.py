@@ -11,6 +11,7 @@ from .errors import SessionError
 from .generation import (
     abandon_open_session,
     after_commit,
+    as_reload_errors,
     expected,
     needs_attention,
     note_report,
@@ -20,6 +21,7 @@ from .generation import (
     whole_or_broken,
     with_all_ranks,
 )
+from .interrupts import held, let_through
 from .memory import trim_heap
 from .session import SERVES_OLD, ReloadSession, complete_record_of
 from .verify import ReloadReport
@@ -42,7 +44,7 @@ def restore_for_reloading(model: nn.Module) -> Iterator[ReloadSession]:
         session = session_for(model, record, "model.load_weights", "staged", expected(model, record))
         with whole_or_broken(model, record, session), session:
             session.take_over()
-            with session.loading():
+            with session.loading(), let_through():
                 yield session
             report = session.finish()
         after_commit(record, None, session)
@@ -50,6 +52,7 @@ def restore_for_reloading(model: nn.Module) -> Iterator[ReloadSession]:
         trim_heap()
 
 
+@held()
 def open_layerwise(model: nn.Module) -> None:
     """vLLM's ``initialize_layerwise_reload``: from now on ``model.load_weights`` stages a reload.
 
@@ -66,6 +69,7 @@ def open_layerwise(model: nn.Module) -> None:
     needs_attention.add(record)
 
 
+@held()
 def finish_layerwise(model: nn.Module) -> ReloadReport:
     """vLLM's ``finalize_layerwise_reload``: check, process, commit.
 
@@ -80,7 +84,7 @@ def finish_layerwise(model: nn.Module) -> ReloadReport:
             if session is None:
                 raise SessionError(f"No weight update is open: none was started, or it failed. {SERVES_OLD}")
             session.agree = record.vote
-            with whole_or_broken(model, record, session):
+            with as_reload_errors(record), whole_or_broken(model, record, session):
                 report = session.finish()
     except BaseException as error:
         record.last_error = f"{type(error).__name__}: {error}"
@@ -93,6 +97,7 @@ def finish_layerwise(model: nn.Module) -> ReloadReport:
     return report
 
 
+@held()
 def abort_weight_update(model: nn.Module) -> bool:
     """End the open weight update; the engine serves what it served before. Says whether one was open."""
     record = complete_record_of(model)

@@ -588,6 +588,15 @@ def trapped(
     return Kind(name, places, reload, **fields)
 
 
+LINES = 120
+"""Lines of the package at which Ctrl-C is pressed, of some fifty thousand that a reload runs through."""
+
+
+def thinned(kind: Kind) -> Kind:
+    """A kind with so many places that only some of them are tried, evenly spread."""
+    return dataclasses.replace(kind, places=lambda lab: spread(list(kind.places(lab)), LINES))
+
+
 @contextlib.contextmanager
 def interruptible() -> Iterator[None]:
     """Python's own handler of Ctrl-C; processes that were started in the background have none."""
@@ -885,6 +894,10 @@ KINDS = (
     trapped("block: processing raises at step k", processing, from_block, raise_value_error, own=False),
     trapped("block: commit raises at step k", committing, from_block, raise_value_error, own=False, **ANY),
     trapped("block: Ctrl-C at step k of the commit", committing, from_block, press_ctrl_c, **DEFERRED),
+    *(
+        thinned(trapped(f"{face}: Ctrl-C at line k of the package", lines, reload, press_ctrl_c, **ANYWHERE))
+        for face, reload in (("iterator", from_stream), ("folder", from_folder), ("block", from_block))
+    ),
 )
 
 

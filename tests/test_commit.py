@@ -413,4 +413,4 @@ def test_only_what_is_served_afterwards_needs_the_new_memory() -> None:
     keys = {storage_id(t) for t in (copied, moved, written)}
     assert planned.kept_storages(applied=False) == keys
     assert planned.kept_storages(applied=True) == keys - {storage_id(copied)}
-    assert planned.nbytes == copied.nbytes
+    assert planned.nbytes_beside(types.SimpleNamespace(storages=[])) == copied.nbytes

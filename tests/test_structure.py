@@ -14,6 +14,7 @@ LINE = (
     "errors",
     "formats",
     "holders",
+    "interrupts",
     "_vllm",
     "memory",
     "serving",
