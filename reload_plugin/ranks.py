@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .errors import RanksDisagreeError, ReloadError
+from .interrupts import deliver
 from .record import ModelRecord
 
 logger = logging.getLogger("vllm.reload_plugin")
@@ -128,6 +129,7 @@ class Vote:
         while not self._store.check([self._prefix + "decision"]):
             if time.monotonic() > deadline:
                 return False
+            deliver()
             time.sleep(pause)
             pause = min(2 * pause, 0.02)
         return True
