@@ -1,37 +1,51 @@
 """Partial updates: only the weights that come change, everything else keeps its exact value.
 
-Layers are processed as a whole, so a layer that changes needs all its weights. Those that do not come are
-read again from the source of the served generation, where it can still be read. Without one, a layer can
-only take part if its served values are its load format: processing them once more has to change nothing.
+Layers are processed as a whole, and processing one layer may touch others, so the weights that do not come
+are read again from the source of the served generation, where it can still be read: such an update is a
+reload from two sources, one laid over the other. Without one, a layer can only take part if processing leaves
+it as it is: starting from the served values, it has to come out as it was.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 from torch import nn
 
 from .errors import PartialUpdateError, SourceError, weights_error
-from .generation import can_bring_back, expected, plan_for, session_for, whole_or_broken
+from .generation import can_bring_back, expected, session_for, whole_or_broken
 from .interrupts import between
 from .ledger import Expected
-from .memory import HostPool
 from .options import ReloadOptions
 from .plan import Plan, PlanUnavailableError, make_plan
-from .record import ModelRecord
-from .session import SERVES_OLD, ReloadSession
-from .sources import HostCopy, Overlay, Room, Source, SpillFile, Stream, TensorInfo
+from .record import LayerRecord, ModelRecord
+from .session import SERVES_OLD
+from .sources import HostCopy, Overlay, Source, SpillFile
 from .verify import ReloadReport
 
 
-def reload_partially(
-    model: nn.Module, record: ModelRecord, top: Source, options: ReloadOptions
-) -> tuple[ReloadReport, Source | None]:
-    """Change the weights that ``top`` holds and no others. All or nothing.
+def base_of(model: nn.Module, record: ModelRecord) -> Source | None:
+    """Where the weights that do not come can be read again, if anywhere."""
+    base = record.last_good if can_bring_back(model, record) else None
+    return base if getattr(base, "infos", None) is not None else None
 
-    Returns:
-        The report, and the source that gives all of the served weights from now on, if there is one.
+
+def laid_over(model: nn.Module, record: ModelRecord, base: Source, top: Source) -> Overlay:
+    """``base`` with the weights of ``top``, all of which the model has a use for.
+
+    Raises:
+        WeightsError: some of ``top`` do not fit.
+
+    """
+    _plan_of(model, record, top)
+    return Overlay(base, top)
+
+
+def update_in_place(
+    model: nn.Module, record: ModelRecord, top: Source, options: ReloadOptions
+) -> ReloadReport:
+    """Change layers that processing leaves as they are, starting from the values they serve.
 
     Raises:
         PartialUpdateError: other weights of the same layers are needed and nobody has them; lists them.
@@ -40,13 +54,42 @@ def reload_partially(
     """
     plan = _plan_of(model, record, top)
     touched = frozenset(plan.names_of_group)
-    if not touched:
-        raise SourceError(f"{top.description} holds no weight that the model uses. {SERVES_OLD}")
     tail = frozenset(group.name for group in record.groups if group.deferred or group.late)
-    base = record.last_good if can_bring_back(model, record) else None
-    if base is not None and getattr(base, "infos", None) is not None:
-        return _over_base(model, record, base, top, touched | tail, options)
-    return _over_served(model, record, top, plan, touched, tail, options), None
+    unfit = _changed_by_processing(record, touched)
+    if not unfit:
+        known = Expected(groups=touched | tail)
+        with session_for(model, record, top.description, "staged", known, from_served=True) as rehearsal:
+            unfit = rehearsal.rehearse()
+    if unfit:
+        _refuse(record, top, unfit)
+    known = expected(model, record)
+    chosen = Expected(
+        plan.names_of_group, False, plan.routes, known.was_written, known.start_shapes, touched | tail
+    )
+    with session_for(model, record, top.description, "staged", chosen, from_served=True) as session:
+        session.agree = record.vote
+        session.weight_version, session.digest = options.weight_version, options.digest
+        with whole_or_broken(model, record, session):
+            with contextlib.closing(top.read(None, None, session.room_for)) as weights:
+                session.load(weights, between)
+            if session.problems:
+                session.check()
+            report = session.finish(check=False)
+    return report.model_copy(update={"partial": True, "old_generation": "host"})
+
+
+def _changed_by_processing(record: ModelRecord, groups: frozenset[str]) -> list[str]:
+    """Those of ``groups`` with tensors that processing changes, or with a quant method that it changes."""
+    changed = [layer.name for group in record.groups for layer in group.layers if layer.effect]
+
+    def is_changed(layer: LayerRecord) -> bool:
+        return any(name == layer.name or name.startswith(layer.name + ".") for name in changed)
+
+    return [
+        group.name
+        for group in record.groups
+        if group.name in groups and any(layer.tensors and is_changed(layer) for layer in group.layers)
+    ]
 
 
 def _plan_of(model: nn.Module, record: ModelRecord, top: Source) -> Plan:
@@ -69,77 +112,9 @@ def _plan_of(model: nn.Module, record: ModelRecord, top: Source) -> Plan:
     found = {kind: names for kind, names in vars(plan.problems).items() if kind != "missing" and names}
     if found:
         raise weights_error(top.description, SERVES_OLD, **found)
+    if not plan.names_of_group:
+        raise SourceError(f"{top.description} holds no weight that the model uses. {SERVES_OLD}")
     return plan
-
-
-def _over_base(
-    model: nn.Module,
-    record: ModelRecord,
-    base: Source,
-    top: Source,
-    groups: frozenset[str],
-    options: ReloadOptions,
-) -> tuple[ReloadReport, Source | None]:
-    """The layers that change, loaded from ``top`` and, for the rest of them, from ``base``."""
-    whole = plan_for(model, record, base)
-    if whole is None:
-        raise PartialUpdateError(f"{base.description} cannot be planned. {SERVES_OLD} Send all weights.")
-    sent = {info.name for info in top.infos() or ()}
-    needed = frozenset().union(*(whole.names_of_group.get(group, frozenset()) for group in groups))
-    companions = [name for name in whole.order if name in needed and name not in sent]
-    merged = Overlay(Selected(base, companions), top)
-    known = expected(model, record)
-    limited = Expected(was_written=known.was_written, start_shapes=known.start_shapes, groups=groups)
-    plan = make_plan(model, merged.infos(), merged.description, limited)
-    plan.raise_problems(merged.description)
-    chosen = Expected(plan.names_of_group, True, plan.routes, known.was_written, known.start_shapes, groups)
-    with session_for(
-        model, record, top.description, "staged", chosen, spill_dir=options.spill_dir
-    ) as session:
-        report = _finish(model, record, session, merged, plan.order, options)
-    report = report.model_copy(update={"companions": len(companions)})
-    return report, _absorbed(base, top)
-
-
-def _over_served(
-    model: nn.Module,
-    record: ModelRecord,
-    top: Source,
-    plan: Plan,
-    touched: frozenset[str],
-    tail: frozenset[str],
-    options: ReloadOptions,
-) -> ReloadReport:
-    """The layers that change, starting from the values they serve."""
-    groups = touched | tail
-    with session_for(
-        model, record, top.description, "staged", Expected(groups=groups), from_served=True
-    ) as rehearsal:
-        unfit = rehearsal.rehearse()
-    if unfit:
-        _refuse(record, top, unfit)
-    known = expected(model, record)
-    chosen = Expected(plan.names_of_group, False, plan.routes, known.was_written, known.start_shapes, groups)
-    with session_for(model, record, top.description, "staged", chosen, from_served=True) as session:
-        return _finish(model, record, session, top, None, options, check=False)
-
-
-def _finish(
-    model: nn.Module,
-    record: ModelRecord,
-    session: ReloadSession,
-    source: Source,
-    order: Sequence[str] | None,
-    options: ReloadOptions,
-    check: bool = True,
-) -> ReloadReport:
-    session.weight_version, session.digest = options.weight_version, options.digest
-    with whole_or_broken(model, record, session):
-        with contextlib.closing(source.read(order, None, session.room_for)) as weights:
-            session.load(weights, between)
-        if session.problems:
-            session.check()
-        return session.finish(check).model_copy(update={"partial": True, "old_generation": "host"})
 
 
 def _refuse(record: ModelRecord, top: Source, unfit: Iterable[str]) -> None:
@@ -159,28 +134,7 @@ def _refuse(record: ModelRecord, top: Source, unfit: Iterable[str]) -> None:
     )
 
 
-class Selected:
-    """Some of a source's weights."""
-
-    def __init__(self, source: Source, names: Iterable[str]) -> None:
-        self.description = source.description
-        self._source = source
-        self._names = list(names)
-
-    def infos(self) -> Sequence[TensorInfo]:
-        wanted = set(self._names)
-        return [info for info in self._source.infos() or () if info.name in wanted]
-
-    def read(
-        self, order: Sequence[str] | None = None, pool: HostPool | None = None, room: Room | None = None
-    ) -> Stream:
-        yield from self._source.read(self._names if order is None else order, pool, room)
-
-    def unchanged(self) -> bool:
-        return self._source.unchanged()
-
-
-def _absorbed(base: Source, top: Source) -> Source:
+def absorbed(base: Source, top: Source) -> Source:
     """A source of the served weights after ``top`` went over ``base``; as few layers as possible."""
     if isinstance(base, Overlay) and isinstance(base.top, (HostCopy, SpillFile)):
         _add_all(base.top, top)

@@ -37,7 +37,7 @@ from .ledger import Expected
 from .load import Feed, LoadTrace, Problems
 from .memory import HostPool, available, trim_heap
 from .options import ReloadOptions, options
-from .partial import reload_partially
+from .partial import absorbed, base_of, laid_over, update_in_place
 from .plan import Plan
 from .ranks import ranks_of
 from .record import ModelRecord, record_constructed
@@ -94,7 +94,7 @@ def reload_weights(
 
             * ``policy``: ``auto``, ``host``, ``spill``, ``reread`` or ``streaming``: where the way back is
               and what it costs; see ``options.ReloadPolicy``.
-            * ``partial``: only the weights that come change; see ``partial.reload_partially``.
+            * ``partial``: only the weights that come change; see ``partial``.
             * ``manifest``: checkpoint name -> (shape, dtype) of everything the iterator will bring: it is
               checked before anything is touched, and the iterator is held to it.
             * ``check_finite``: refuse weights with NaN or infinite values.
@@ -378,17 +378,25 @@ def _require_one_rank(record: ModelRecord, policy: str) -> None:
 
 
 def _partially(model: nn.Module, record: ModelRecord, top: Source, chosen: ReloadOptions) -> ReloadReport:
-    close = getattr(top, "close", None)
+    """Change the weights that ``top`` holds and no others. All or nothing."""
+    close = getattr(top, "close", lambda: None)
+    sent = len(top.infos() or ())
     try:
-        report, whole = reload_partially(model, record, top, chosen)
-    except BaseException:
-        if close is not None:
+        base = base_of(model, record)
+        if base is None:
+            report = update_in_place(model, record, top, chosen)
+            replace_last_good(record, None)
             close()
-        raise
-    if whole is None and close is not None:
+            return report
+        whole = laid_over(model, record, base, top)
+        asked = chosen.model_copy(update={"partial": False, "keep_load_format": None})
+        report = _from_source(model, record, whole, asked)
+    except BaseException:
         close()
-    replace_last_good(record, whole)
-    return report
+        raise
+    with contextlib.suppress(SourceError):  # else both stay, one over the other
+        record.last_good = absorbed(base, top)
+    return report.model_copy(update={"partial": True, "companions": report.tensors - sent})
 
 
 def _session(

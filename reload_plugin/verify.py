@@ -70,8 +70,8 @@ def digest_of(record: ModelRecord) -> str:
         module = layer.ref()
         for name, tensor in () if module is None else _own_tensors(module):
             total.update(f"{layer.name}.{name} {tensor.dtype} {list(tensor.shape)}".encode())
-            if id(tensor) not in seen and not tensor.is_meta:
-                seen.add(id(tensor))
+            if not tensor.is_meta and tensor.untyped_storage().nbytes() and tensor.data_ptr() not in seen:
+                seen.add(tensor.data_ptr())
                 _update(total, tensor)
     return total.hexdigest()
 

@@ -671,7 +671,7 @@ def test_a_full_spill_disk_is_named_and_changes_nothing(
     import os
 
     write = os.pwrite
-    left = [20]
+    left = [7]
 
     def pwrite(*arguments: object) -> int:
         left[0] -= 1

@@ -273,9 +273,13 @@ def served_tokens(port: int) -> list:
 
 def test_over_http_with_curl(server: int, folders: dict[str, Path], cold_b: list) -> None:
     on_a = served_tokens(server)
-    body = {"method": "reload_weights", "kwargs": {"weights_path": str(folders["B"])}}
-    curl(server, "/collective_rpc", body)
+    options = {"weights_path": str(folders["B"]), "weight_version": "step 12", "digest": True}
+    curl(server, "/collective_rpc", {"method": "reload_weights", "kwargs": options})
     warm = served_tokens(server)
+    (state,) = curl(server, "/collective_rpc", {"method": "reload_status"})["results"]
+    assert (state["state"], state["version"], state["weight_version"]) == ("serving", 1, "step 12")
+    assert len(state["digest"]) == 32
+    assert state["report"]["source"] == state["source"] == str(folders["B"])
     assert warm != on_a
     assert warm[0] == [f"t{token}" for token in cold_tokens(cold_b)]
     curl(server, "/collective_rpc", {"method": "reload_weights"})
