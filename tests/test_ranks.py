@@ -19,12 +19,13 @@ from tests import two_ranks
 RANKS = 3
 
 VOTER = """
-import json, random, sys, time
+import json, random, signal, sys, time
 import torch.distributed as dist
 from reload_plugin import errors, ranks
 
 rank, count, port, file = int(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
 stores = {"tcp": dist.TCPStore("127.0.0.1", port), "file": dist.FileStore(file, count)}
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a process started in the background has none
 ballots = {name: ranks.Ballots() for name in stores}
 
 def vote(store, fails="", delay=0, patience=30, calls=0):
