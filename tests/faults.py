@@ -158,7 +158,8 @@ class Lab:
     def try_kind(self, kind: "Kind") -> "Result":
         """Every place of one kind, or `most` of them."""
         result = Result(kind.name)
-        for place in spread(self.apart(lambda: list(kind.places(self))), self.most):
+        most = None if self.most is None else self.most // kind.cost
+        for place in spread(self.apart(lambda: list(kind.places(self))), most):
             reason = self.apart(lambda place=place: self.trial(kind, place))
             result.note(place, reason)
         return result
@@ -556,6 +557,8 @@ class Kind:
     raises: type[BaseException] = ReloadError
     own: bool = True
     """Whether vLLM's own reload has such a place as well."""
+    cost: int = 1
+    """How many places of other kinds take as long as one of this."""
 
 
 def trapped(
@@ -594,7 +597,7 @@ LINES = 120
 
 def thinned(kind: Kind) -> Kind:
     """A kind with so many places that only some of them are tried, evenly spread."""
-    return dataclasses.replace(kind, places=lambda lab: spread(list(kind.places(lab)), LINES))
+    return dataclasses.replace(kind, places=lambda lab: spread(list(kind.places(lab)), LINES), cost=4)
 
 
 @contextlib.contextmanager
