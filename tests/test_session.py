@@ -610,7 +610,7 @@ def test_a_commit_that_cannot_begin_changes_nothing(monkeypatch: pytest.MonkeyPa
 
     with monkeypatch.context() as patch:
         patch.setattr(Commit, "apply", failing)
-        with pytest.raises(MemoryError):
+        with pytest.raises(ReloadError, match="MemoryError: no memory"):
             reload(model, B)
     check_unharmed(model, Model, before, ids)
 

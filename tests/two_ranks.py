@@ -223,7 +223,8 @@ def processing_raises(engine: Engine) -> None:
 def the_tail_raises(engine: Engine) -> None:
     """The very last thing before the commit."""
     fails = failing_in("reload_plugin.session", "process_tail", RuntimeError("no hook"))
-    engine.assert_refused(engine.on(0, fails), "RuntimeError: no hook", "rank 0: RuntimeError: no hook")
+    says = "ReloadError: The reload failed with RuntimeError: no hook"
+    engine.assert_refused(engine.on(0, fails), says, f"rank 0: {says}")
 
 
 def memory_runs_out(engine: Engine) -> None:
