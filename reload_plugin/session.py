@@ -41,7 +41,7 @@ from .verify import ReloadReport, check_slots, digest_of, ignorable
 
 Policy = Literal["staged", "streaming"]
 
-BUDGET = 96 << 20
+BUDGET = 72 << 20
 """Bytes that the process may grow by, beyond its largest layer, before freed pages of the heap go back:
 kernels pack into the heap, and not all that the old generation leaves there is used again by itself."""
 

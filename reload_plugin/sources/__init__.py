@@ -1,7 +1,17 @@
 """Readers of checkpoints: each gives names, shapes and dtypes first, and (name, tensor) pairs later."""
 
 from .base import Room, Source, Stream, TensorInfo
-from .folder import open_folder
+from .folder import open_folder, open_source
 from .kept import HostCopy, Overlay, SpillFile
 
-__all__ = ["HostCopy", "Overlay", "Room", "Source", "SpillFile", "Stream", "TensorInfo", "open_folder"]
+__all__ = [
+    "HostCopy",
+    "Overlay",
+    "Room",
+    "Source",
+    "SpillFile",
+    "Stream",
+    "TensorInfo",
+    "open_folder",
+    "open_source",
+]

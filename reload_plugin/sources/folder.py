@@ -79,6 +79,23 @@ def open_folder(path: str, vllm_config: Any, model_config: Any, model: nn.Module
     return source
 
 
+def open_source(path: str | Path) -> Source:
+    """The checkpoint at ``path``, for use without an engine.
+
+    Args:
+        path: a safetensors file, or a folder of them.
+
+    Raises:
+        SourceError: nothing is there, or it is not whole, or no format that is known.
+
+    """
+    place = Path(path)
+    files = sorted(map(str, place.glob("*.safetensors"))) if place.is_dir() else [str(place)]
+    if not files:
+        raise SourceError(f"{path} holds no safetensors files. {NEXT}")
+    return SafetensorsSource(files, str(path))
+
+
 def _index_of(folder: Path, vllm_config: Any) -> tuple[Path, dict[str, str]] | None:
     """The index of a folder and its table (tensor -> file name), if it has one.
 
