@@ -451,6 +451,7 @@ def load_by_routes(
         if not follow_route(name, tensor):
             with trace:
                 load_all(load_weights, Feed([(name, tensor)], trace, lambda: None), trace)
+        del tensor  # a layer that is complete now gives its memory back
         between()
 
 

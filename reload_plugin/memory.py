@@ -84,7 +84,8 @@ def uses(storage: torch.UntypedStorage) -> int:
 def resident() -> int:
     """Bytes of this process in memory, as far as the system tells (Linux)."""
     try:
-        return int(_STATM.read_bytes().split()[1]) * mmap.PAGESIZE
+        with _STATM.open("rb", buffering=0) as statm:
+            return int(statm.read(200).split()[1]) * mmap.PAGESIZE
     except OSError:
         return 0
 

@@ -19,6 +19,7 @@ import reload_plugin
 from reload_plugin import _vllm, errors, memory, staging
 from reload_plugin.record import record_of
 from reload_plugin.reload import before_serving
+from reload_plugin.sources import reading
 from tests import oracle
 from tests.checkpoints import read_tensors
 from tests.zoo import case_named
@@ -774,6 +775,24 @@ def test_when_the_old_weights_are_gone_the_engine_refuses_until_healed(
     with pytest.raises(reload_plugin.EngineBrokenError, match="does not serve"):
         before_serving()
     on_a.reload(on_a.folders["B"])
+    on_a.assert_is("B")
+
+
+def test_staging_memory_is_used_again_from_layer_to_layer(
+    on_a: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing may hold on to a layer that is done, or each would need pages of its own."""
+    monkeypatch.setattr(memory, "SMALL", 1)
+    monkeypatch.setattr(staging, "SMALL", 1)
+    monkeypatch.setattr(reading, "BATCH", 1)
+    taken, fresh = [], []
+    take, private = memory.HostPool.take, memory._private
+    monkeypatch.setattr(memory.HostPool, "take", lambda pool, size: taken.append(size) or take(pool, size))
+    monkeypatch.setattr(memory, "_private", lambda size: fresh.append(size) or private(size))
+    on_a.reload(on_a.folders["B"])
+    assert record_of(on_a.model).last_report.old_generation == "reread"
+    assert len(fresh) < len(taken) / 2, f"{len(fresh)} blocks for {len(taken)} tensors"
+    monkeypatch.undo()
     on_a.assert_is("B")
 
 

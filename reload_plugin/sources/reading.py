@@ -61,8 +61,7 @@ class _Reading:
             while following or waiting:
                 while following and (not waiting or (reader.threaded and ahead < AHEAD)):
                     tensors = [self._memory(place) for place in following]
-                    pieces = [self._piece(*pair) for pair in zip(following, tensors, strict=True)]
-                    waiting.append((following, tensors, reader.submit(pieces)))
+                    waiting.append((following, tensors, reader.submit(self._pieces(following, tensors))))
                     ahead += sum(place.nbytes for place in following)
                     following = next(batches, None)
                 batch, tensors, read = waiting.popleft()
@@ -74,8 +73,11 @@ class _Reading:
                     yield place.info.name, tensors.pop()
                 self._take_back()
 
-    def _piece(self, place: Place, tensor: torch.Tensor) -> Piece:
-        return Piece(self._handles[place.file], place.start, tensor, place.file, place.info.name)
+    def _pieces(self, places: Sequence[Place], tensors: Sequence[torch.Tensor]) -> list[Piece]:
+        return [
+            Piece(self._handles[place.file], place.start, tensor, place.file, place.info.name)
+            for place, tensor in zip(places, tensors, strict=True)
+        ]
 
     def _memory(self, place: Place) -> torch.Tensor:
         """Where a tensor is read to: the room it will end up in, or memory of the pool."""
