@@ -1,10 +1,13 @@
 """Readers of checkpoints: each gives names, shapes and dtypes first, and (name, tensor) pairs later."""
 
 from .base import Room, Source, Stream, TensorInfo
-from .folder import open_folder, open_source
+from .checkpoint import Checkpoint
+from .detect import open_source
+from .folder import open_folder
 from .kept import HostCopy, Overlay, SpillFile
 
 __all__ = [
+    "Checkpoint",
     "HostCopy",
     "Overlay",
     "Room",
