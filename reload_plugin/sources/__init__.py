@@ -5,6 +5,7 @@ from .checkpoint import Checkpoint
 from .detect import open_source
 from .folder import open_folder
 from .kept import HostCopy, Overlay, SpillFile
+from .transformers_model import from_transformers
 
 __all__ = [
     "Checkpoint",
@@ -15,6 +16,7 @@ __all__ = [
     "SpillFile",
     "Stream",
     "TensorInfo",
+    "from_transformers",
     "open_folder",
     "open_source",
 ]

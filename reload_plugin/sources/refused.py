@@ -88,7 +88,7 @@ def refuse_text(file: Path) -> None:
     if inside[:1] == b"\x80" or inside[:4] == b"PK\x03\x04" or inside[8:9] == b"{":
         raise SourceError(
             f"{file} is a pickle or safetensors file in base64, as it travels in text messages. It is "
-            f"not unpickled here. Decode it (base64 -d {file} > <file>) and give the result, if it is "
-            "safetensors or a file of torch.save; or decode it where it came from and pass the (name, tensor) pairs as "
-            "weights_iterator."
+            f"not unpickled here. Decode it (base64 -d {file} > <file>) and give the result, if that is "
+            "safetensors or a file of torch.save; or decode it where it came from and pass the "
+            "(name, tensor) pairs as weights_iterator."
         )
