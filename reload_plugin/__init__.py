@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from .monitor import ReloadStatus, reload_engine, status
     from .reload import record_for_reloading, reload_weights
     from .session import ReloadSession
+    from .sources import open_source
     from .verify import ReloadReport
     from .weight_update import abort_weight_update, restore_for_reloading
 
@@ -54,6 +55,7 @@ _HOME = {
     "UnsupportedError": "errors",
     "WeightsError": "errors",
     "abort_weight_update": "weight_update",
+    "open_source": "sources",
     "record_for_reloading": "reload",
     "reload_engine": "monitor",
     "reload_weights": "reload",
@@ -82,6 +84,7 @@ __all__ = [
     "UnsupportedError",
     "WeightsError",
     "abort_weight_update",
+    "open_source",
     "record_for_reloading",
     "reload_engine",
     "reload_weights",

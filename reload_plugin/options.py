@@ -41,6 +41,7 @@ class ReloadOptions(BaseModel):
     keep_load_format: Literal["host", "spill"] | None = None
     spill_dir: str | None = None
     digest: bool = False
+    require_marker: str | None = None
 
 
 OPTION_NAMES = frozenset(ReloadOptions.model_fields)

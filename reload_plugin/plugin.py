@@ -161,7 +161,7 @@ def _recording_processing(original: Callable[..., None]) -> Callable[..., None]:
 def _stamps(vllm_config: Any, model_config: Any) -> dict[str, tuple[int, int, int]] | None:
     """Size, time and inode of the weight files this engine has just started from."""
     from .errors import SourceError
-    from .sources.safetensors_files import stamp_of
+    from .sources.stamps import stamp_of
 
     folder = Path(getattr(model_config, "model", ""))
     if not _vllm.starts_from_files(vllm_config) or not folder.is_dir():

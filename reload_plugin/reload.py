@@ -86,8 +86,8 @@ def reload_weights(
         model: a model of a running engine, recorded by the plugin.
         weights_iterator: (checkpoint name, tensor) pairs. A tensor may be reused by the caller as
             soon as the next pair is asked for.
-        weights_path: folder to read instead; with neither, the engine's own model path. It is not
-            remembered.
+        weights_path: folder or file to read instead, in any format that ``open_source`` reads; with
+            neither, the engine's own model path. It is not remembered.
         is_checkpoint_format: False for tensors that are in kernel format already: exact names,
             shapes and dtypes of the served parameters and buffers.
         **how: options, all of them optional:
@@ -102,6 +102,7 @@ def reload_weights(
               partial updates find the other weights of a layer, and failed reloads the old generation.
             * ``spill_dir``: folder for temporary files.
             * ``weight_version``: a name for these weights, for ``status``.
+            * ``require_marker``: name of a file that the trainer writes last; a folder without it is refused.
             * ``digest``: hash what the kernels read, in the step that commits.
             * ``whole_model``: load everything before anything is processed; for models whose loader comes
               back to layers it has finished.
@@ -127,7 +128,7 @@ def reload_weights(
                 report = _from_iterator(model, record, weights_iterator, chosen)
         else:
             path = record.model_config.model if weights_path is None else str(weights_path)
-            source = _opened(path, model, record)
+            source = _opened(path, model, record, chosen.require_marker)
             if not is_checkpoint_format:
                 report = copy_kernel_format(model, source.read(), path)
             else:
@@ -148,10 +149,10 @@ def record_for_reloading(model: nn.Module, vllm_config: Any = None) -> None:
     record_constructed(model, None, config)
 
 
-def _opened(path: str, model: nn.Module, record: ModelRecord) -> Source:
+def _opened(path: str, model: nn.Module, record: ModelRecord, marker: str | None) -> Source:
     try:
         check_config(path, record.model_config, record.start_config)
-        return open_folder(path, record.vllm_config, record.model_config, model)
+        return open_folder(path, record.vllm_config, record.model_config, model, marker)
     except SourceError as error:
         raise SourceError(f"{error} {SERVES_OLD}") from error.__cause__
 

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 
 from reload_plugin.errors import SourceError
 from reload_plugin.record import record_of
-from reload_plugin.sources import open_folder, safetensors_files
+from reload_plugin.sources import checkpoint, open_folder, safetensors_files
 from reload_plugin.sources.config import check_config, differences, start_config
 from reload_plugin.sources.safetensors_files import SafetensorsSource
 from tests import checkpoints, oracle
@@ -166,7 +166,7 @@ def test_a_header_that_cannot_be_is_refused_by_name(tmp_path: Path, content: obj
         ('{"a": 1}'.encode("utf-16"), "utf-8"),
         (b"[" * 100_000, "nested too deeply"),
         (b" {}", "not a JSON object"),
-        (b'{"a": ' + b"9" * 10_000 + b"}", "a has no description"),
+        (b'{"a": ' + b"9" * 10_000 + b"}", "a has no description|too large"),
     ],
     ids=lambda part: str(part)[:30],
 )
@@ -482,7 +482,7 @@ def test_an_engine_refuses_before_it_reads(
     engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make: Callable[[Engine, Path], None]
 ) -> None:
     make(engine, tmp_path)
-    monkeypatch.setattr(safetensors_files, "read_places", lambda *_: pytest.fail("a weight was read"))
+    monkeypatch.setattr(checkpoint, "read_places", lambda *_: pytest.fail("a weight was read"))
     with pytest.raises(SourceError, match=REFUSED[make]) as caught:
         engine.reload(tmp_path)
     assert str(tmp_path) in str(caught.value)
@@ -528,15 +528,15 @@ def test_a_file_that_is_replaced_during_a_reload_leaves_the_engine_as_it_was(
     engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shutil.copytree(engine.folders["B"], tmp_path, dirs_exist_ok=True)
-    read = safetensors_files.read_places
+    read = checkpoint.read_places
 
     def replacing(*arguments: object) -> Iterator[tuple[str, torch.Tensor]]:
         for number, pair in enumerate(read(*arguments)):
-            if number == 5 and any(str(tmp_path) in place.file for place in arguments[0]):
+            if number == 5 and any(str(tmp_path) in file for place in arguments[0] for file in place.files):
                 replaced(tmp_path / "model.safetensors")
             yield pair
 
-    monkeypatch.setattr(safetensors_files, "read_places", replacing)
+    monkeypatch.setattr(checkpoint, "read_places", replacing)
     with pytest.raises(SourceError, match="changed while it was read"):
         engine.reload(tmp_path)
     engine.assert_on_a()

@@ -64,6 +64,7 @@ PUBLIC = [
     "UnsupportedError",
     "WeightsError",
     "abort_weight_update",
+    "open_source",
     "record_for_reloading",
     "reload_engine",
     "reload_weights",

@@ -1,10 +1,14 @@
 """Readers of checkpoints: each gives names, shapes and dtypes first, and (name, tensor) pairs later."""
 
 from .base import Room, Source, Stream, TensorInfo
-from .folder import open_folder, open_source
+from .checkpoint import Checkpoint
+from .detect import open_source
+from .folder import open_folder
 from .kept import HostCopy, Overlay, SpillFile
+from .transformers_model import from_transformers
 
 __all__ = [
+    "Checkpoint",
     "HostCopy",
     "Overlay",
     "Room",
@@ -12,6 +16,7 @@ __all__ = [
     "SpillFile",
     "Stream",
     "TensorInfo",
+    "from_transformers",
     "open_folder",
     "open_source",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -22,6 +23,11 @@ class TensorInfo:
     def meta(self) -> torch.Tensor:
         """A tensor of this shape and dtype without memory."""
         return torch.empty(self.shape, dtype=self.dtype, device="meta")
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its elements."""
+        return self.meta().nbytes
 
 
 Stream = Generator[tuple[str, torch.Tensor], None, None]
@@ -50,3 +56,15 @@ class Source(Protocol):
 
     def unchanged(self) -> bool:
         """Whether reading again would give the same bytes, as far as sizes and times tell."""
+
+
+_NUMBER = re.compile(r"(\d+)")
+
+
+def layer_order(name: str) -> tuple[int, list[tuple[int, int, str]]]:
+    """Sorts names by layer number (names without one first), then by name with numbers counted as numbers."""
+    pieces = name.split(".")
+    layer = next((int(piece) for piece in pieces if piece.isascii() and piece.isdigit()), -1)
+    found = [p for p in _NUMBER.split(name) if p]
+    natural = [(0, int(p), p) if p.isascii() and p.isdigit() else (1, 0, p) for p in found]
+    return layer, natural

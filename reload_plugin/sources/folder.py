@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +12,10 @@ from .. import _vllm
 from ..errors import ReloadError, SourceError
 from ..memory import HostPool
 from .base import Room, Source, Stream, TensorInfo
-from .json_files import open_regular, strict_json
+from .detect import NEXT, check_marker, check_numbers, is_plain, open_source, plain_safetensors
 from .safetensors_files import SafetensorsSource
-
-NEXT = "Give a folder of safetensors files (model.safetensors, or files with an index)."
-TWO_SAVES = (
-    "The folder is half written or holds files of two saves. "
-    "Save or copy it again; reload when that is finished."
-)
+from .safetensors_index import check_index, read_index
+from .torch_source import TorchSource
 
 
 class EngineReaderSource:
@@ -43,108 +39,80 @@ class EngineReaderSource:
         return False
 
 
-def open_folder(path: str, vllm_config: Any, model_config: Any, model: nn.Module) -> Source:
-    """The weights a cold start on ``path`` would load.
+def open_folder(
+    path: str, vllm_config: Any, model_config: Any, model: nn.Module, require_marker: str | None = None
+) -> Source:
+    """The weights a cold start on ``path`` would load, or what else ``open_source`` finds there.
 
     Args:
-        path: local folder, single safetensors file, or the name of a repository that vLLM resolves.
-        vllm_config: config of the engine; its load config says which files count.
+        path: local folder, single file, or the name of a repository that vLLM resolves.
+        vllm_config: config of the engine; its load config says which safetensors files count.
         model_config: config of the model being reloaded.
         model: the model; some name patterns of their own.
+        require_marker: name of a file that the trainer writes last; without it the folder is refused.
 
     Raises:
         SourceError: nothing is there, or not whole, or the index and the files disagree.
 
     """
     place = Path(path)
-    index = None
-    if place.is_file() and place.suffix == ".safetensors":
-        return SafetensorsSource([path], path)
+    if place.is_file():
+        return open_source(path, require_marker=require_marker)
     if place.is_dir():
-        index = _index_of(place, vllm_config)
-    elif place.is_absolute() or path.startswith(".") or place.exists() or path.count("/") != 1:
+        if require_marker is not None:
+            check_marker(place, require_marker)
+        return _of_folder(place, vllm_config, model_config, model)
+    if place.is_absolute() or path.startswith(".") or place.exists() or path.count("/") != 1:
         raise SourceError(f"There is no folder {path}. {NEXT}")
+    files = _weight_files(path, vllm_config, model)
+    return _of_files(path, files, vllm_config, model_config, model)
+
+
+def _of_folder(folder: Path, vllm_config: Any, model_config: Any, model: nn.Module) -> Source:
+    index = _index_of(folder, vllm_config)
+    held = [name for name in _names(folder) if name.endswith(".safetensors")]
+    if not any(map(is_plain, held)) and not getattr(model, "secondary_weights", ()):
+        return open_source(folder)
+    files = _weight_files(str(folder), vllm_config, model)
+    if index is None:
+        check_numbers(folder, [Path(file).name for file in files])
+    source = _of_files(str(folder), files, vllm_config, model_config, model)
+    if index is not None and isinstance(source, SafetensorsSource):
+        check_index(*index, source.file_of, [Path(file).name for file in files])
+    return source
+
+
+def _of_files(
+    path: str, files: Sequence[str], vllm_config: Any, model_config: Any, model: nn.Module
+) -> Source:
+    """What vLLM would read: by us if we can."""
+    if getattr(model, "secondary_weights", ()):
+        return EngineReaderSource(vllm_config, model_config, model, path)
+    if all(file.endswith(".safetensors") for file in files):
+        return plain_safetensors(files, path)
+    if all(file.endswith((".bin", ".pt", ".pth")) for file in files):
+        return TorchSource(files, path)
+    return EngineReaderSource(vllm_config, model_config, model, path)
+
+
+def _weight_files(path: str, vllm_config: Any, model: nn.Module) -> list[str]:
     try:
-        files = _vllm.weight_files(vllm_config, model, path)
+        return _vllm.weight_files(vllm_config, model, path)
     except ReloadError:
         raise
     except Exception as error:
         raise SourceError(f"{path} holds no weights that vLLM finds: {error}. {NEXT}") from error
-    special = bool(getattr(model, "secondary_weights", ()))
-    if special or not all(file.endswith(".safetensors") for file in files):
-        return EngineReaderSource(vllm_config, model_config, model, path)
-    source = SafetensorsSource(files, path)
-    if index is not None:
-        _check_index(*index, source.file_of, [Path(file).name for file in files])
-    return source
 
 
-def open_source(path: str | Path) -> Source:
-    """The checkpoint at ``path``, for use without an engine.
-
-    Args:
-        path: a safetensors file, or a folder of them.
-
-    Raises:
-        SourceError: nothing is there, or it is not whole, or no format that is known.
-
-    """
-    place = Path(path)
-    files = sorted(map(str, place.glob("*.safetensors"))) if place.is_dir() else [str(place)]
-    if not files:
-        raise SourceError(f"{path} holds no safetensors files. {NEXT}")
-    return SafetensorsSource(files, str(path))
+def _names(folder: Path) -> list[str]:
+    return [file.name for file in folder.iterdir()]
 
 
 def _index_of(folder: Path, vllm_config: Any) -> tuple[Path, dict[str, str]] | None:
-    """The index of a folder and its table (tensor -> file name), if it has one.
-
-    Raises:
-        SourceError: the index is something else, or names files that are not there.
-
-    """
+    """The index that a cold start on a folder obeys, if it has one."""
     try:
         present = {file.name for file in folder.iterdir()}
     except OSError as error:
         raise SourceError(f"The folder {folder} cannot be read: {error}. {NEXT}") from error
     name = _vllm.index_name(vllm_config, present)
-    if name is None or name not in present:
-        return None
-    index = folder / name
-    try:
-        with open_regular(index) as handle:
-            table = strict_json(handle.read())["weight_map"]
-        files = set(table.values())
-        if not all(type(file) is str for file in files):
-            raise ValueError("its weight_map is not a table of file names")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        reason = f"{type(error).__name__}: {error}"
-        raise SourceError(f"{index} is not a safetensors index: {reason}. {TWO_SAVES}") from error
-    missing = sorted(files - present)
-    if missing:
-        raise SourceError(f"{index} names {_some(missing, 'files')} that are not there. {TWO_SAVES}")
-    return index, table
-
-
-def _check_index(index: Path, table: Mapping[str, str], held: Mapping[str, str], read: Sequence[str]) -> None:
-    """Every tensor in the file that the index says, and no other. Files that are not read do not count.
-
-    A cold start takes whatever the files hold; where the index says otherwise they are not of one save.
-    """
-    listed = {name: file for name, file in table.items() if file in read}
-    elsewhere = sorted(n for n, file in listed.items() if n not in held or Path(held[n]).name != file)
-    if elsewhere:
-        raise SourceError(
-            f"{index} says that {listed[elsewhere[0]]} holds {_some(elsewhere, 'tensors')}; it does not. "
-            f"{TWO_SAVES}"
-        )
-    unlisted = sorted(held.keys() - listed.keys())
-    if unlisted:
-        raise SourceError(
-            f"{held[unlisted[0]]} holds {_some(unlisted, 'tensors')} that {index.name} does not list. "
-            f"{TWO_SAVES}"
-        )
-
-
-def _some(names: Sequence[str], kind: str) -> str:
-    return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more {kind}"
+    return None if name is None else read_index(folder, name, present)

@@ -66,6 +66,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _natural(text: str) -> int | NotNatural:
+    _finite(text)
     if text[0] == "-" or len(text) > LONGEST_NUMBER or int(text) >= 1 << 63:
         return NotNatural(text)
     return int(text)

@@ -7,20 +7,20 @@ not by the safetensors library, which maps the file; the tests hold the two pars
 
 from __future__ import annotations
 
-import contextlib
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any, TypeGuard
 
 import torch
 
 from ..errors import SourceError
-from ..memory import HostPool
-from .base import Room, Stream, TensorInfo
+from .base import TensorInfo
+from .checkpoint import Checkpoint
 from .json_files import open_regular, strict_json
-from .reading import Place, read_places
+from .reading import Place
+from .stamps import WRITE_AGAIN, Stamp, stamped
 
 _DTYPES: dict[str, torch.dtype] = {
     "BOOL": torch.bool,
@@ -48,13 +48,8 @@ _DTYPES: dict[str, torch.dtype] = {
 LONGEST_HEADER = 100_000_000
 """Bytes; the safetensors library refuses longer ones too."""
 
-WRITE_AGAIN = "Write or copy the file again; reload when that is finished."
 
-Stamp = tuple[int, int, int]
-"""Size, modification time (ns) and inode of a file: what tells that it was rewritten."""
-
-
-class SafetensorsSource:
+class SafetensorsSource(Checkpoint):
     """One or many safetensors files as one checkpoint.
 
     Raises:
@@ -63,15 +58,13 @@ class SafetensorsSource:
     """
 
     def __init__(self, files: Sequence[str], description: str) -> None:
-        self.description = description
-        self._places: dict[str, Place] = {}
-        self.stamps: dict[str, Stamp] = {}
-        """File -> size, time and inode when its header was read."""
+        super().__init__(description, "safetensors")
         for file in files:
-            self.stamps[file], places = _header(file)
-            for place in places:
+            header = read_header(file)
+            self.stamps[file] = header.stamp
+            for place in header.places:
                 if place.info.name in self._places:
-                    other = self._places[place.info.name].file
+                    other = self.file_of[place.info.name]
                     raise SourceError(
                         f"{place.info.name} is in two files of one checkpoint, {other} and {file}. Take away "
                         "the file that belongs to another save, or add an index that names the right ones."
@@ -79,88 +72,60 @@ class SafetensorsSource:
                 self._places[place.info.name] = place
 
     @property
+    def places(self) -> Sequence[Place]:
+        """Where each tensor lies, in stored order."""
+        return [place for place in self._places.values() if isinstance(place, Place)]
+
+    @property
     def file_of(self) -> Mapping[str, str]:
         """Name -> the file that holds the tensor."""
-        return {name: place.file for name, place in self._places.items()}
-
-    def infos(self) -> Sequence[TensorInfo]:
-        return [place.info for place in self._places.values()]
-
-    def read(
-        self, order: Sequence[str] | None = None, pool: HostPool | None = None, room: Room | None = None
-    ) -> Stream:
-        """Read ahead by up to 32 MiB on a thread of its own; close the iterator before memory that ``room``
-        gave goes away. Memory that the caller has let go of is used again for later tensors.
-        """
-        places = [self._places[name] for name in (self._places if order is None else order)]
-        with contextlib.ExitStack() as stack:
-            try:
-                handles = {file: self._open(file, stack) for file in dict.fromkeys(p.file for p in places)}
-                yield from read_places(places, handles, HostPool() if pool is None else pool, room)
-                self._check_unchanged()
-            except OSError as error:
-                raise SourceError(f"{self.description} could not be read: {error}.") from error
-
-    def unchanged(self) -> bool:
-        try:
-            return all(stamp_of(file) == stamp for file, stamp in self.stamps.items())
-        except SourceError:
-            return False
-
-    def _open(self, file: str, stack: contextlib.ExitStack) -> int:
-        """A descriptor of the very file whose header was parsed."""
-        handle = os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-        stack.callback(os.close, handle)
-        if _stamp(os.fstat(handle)) != self.stamps[file]:
-            raise SourceError(_changed(file))
-        return handle
-
-    def _check_unchanged(self) -> None:
-        for file, stamp in self.stamps.items():
-            if stamp_of(file) != stamp:
-                raise SourceError(_changed(file))
+        return {name: place.files[0] for name, place in self._places.items()}
 
 
-def _changed(file: str) -> str:
-    return f"{file} changed while it was read. Reload when the trainer has finished writing."
+@dataclass(frozen=True)
+class Header:
+    """What a safetensors file says before its data."""
+
+    stamp: Stamp
+    metadata: Mapping[str, str]
+    places: Sequence[Place]
+    """In the order of the header."""
 
 
-def stamp_of(file: str) -> Stamp:
-    """The stamp of the file that is there now."""
-    try:
-        return _stamp(Path(file).stat())
-    except (OSError, ValueError) as error:
-        raise SourceError(f"{file} cannot be read: {error}. {WRITE_AGAIN}") from error
+def read_header(file: str) -> Header:
+    """The header of a safetensors file.
 
+    Raises:
+        SourceError: the file is missing, truncated or something else.
 
-def _stamp(found: os.stat_result) -> Stamp:
-    return found.st_size, found.st_mtime_ns, found.st_ino
-
-
-def _header(file: str) -> tuple[Stamp, list[Place]]:
-    """The file's stamp and where each tensor lies in it, in the order of the header."""
+    """
     try:
         with open_regular(file) as handle:
-            stamp = _stamp(os.fstat(handle.fileno()))
+            stamp = stamped(os.fstat(handle.fileno()))
             length = int.from_bytes(handle.read(8), "little")
             if length > min(LONGEST_HEADER, stamp[0] - 8):
                 raise ValueError(f"its header claims {length:,} bytes and the file has {stamp[0]:,}")
-            places = list(_parse(file, handle.read(length), 8 + length, stamp[0]))
+            metadata, entries = _parse(handle.read(length))
+            return Header(stamp, metadata, list(_places(file, entries, 8 + length, stamp[0])))
     except (OSError, ValueError) as error:
         raise SourceError(f"{file} is not a whole safetensors file: {error}. {WRITE_AGAIN}") from error
-    return stamp, places
 
 
-def _parse(file: str, text: bytes, base: int, size: int) -> Iterator[Place]:
-    """Tensors lie one behind the other from ``base`` to the end of the file (format description of the
-    safetensors project). Raises ValueError, or SourceError where torch is what cannot follow.
-    """
+def _parse(text: bytes) -> tuple[dict[str, str], dict[str, Any]]:
+    """The metadata and the description of each tensor. Raises ValueError."""
     header = strict_json(text)
     if text[:1] != b"{":
         raise ValueError("its header is not a JSON object")
     metadata = header.pop("__metadata__", None)
     if not (metadata is None or (type(metadata) is dict and all(type(v) is str for v in metadata.values()))):
         raise ValueError("its __metadata__ is not a table of strings")
+    return metadata or {}, header
+
+
+def _places(file: str, header: dict[str, Any], base: int, size: int) -> Iterator[Place]:
+    """Tensors lie one behind the other from ``base`` to the end of the file (format description of the
+    safetensors project). Raises ValueError, or SourceError where torch is what cannot follow.
+    """
     ends = 0
     for start, end, name in sorted((*_offsets(name, entry), name) for name, entry in header.items()):
         if start != ends:

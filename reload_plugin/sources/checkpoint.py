@@ -1,0 +1,84 @@
+"""A checkpoint in files, of any format: the part that is the same for all."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+
+import torch
+
+from ..errors import SourceError
+from ..memory import HostPool
+from .base import Room, Stream, TensorInfo, layer_order
+from .reading import Placed, read_places
+from .stamps import Stamp, are_same, check_same, open_same
+
+
+class Checkpoint:
+    """Tensors in files: listed without reading them, read one after the other with plain reads.
+
+    Iterating gives (name, tensor) pairs in the order of the layers. At most one tensor, what is being read
+    ahead (32 MiB) and a buffer of 8 MiB are in memory beside what the caller holds.
+
+    Attributes:
+        description: what messages call it; the path.
+        format: one word: ``safetensors``, ``torch``, ``fsdp``, ``dcp``, ``olmo`` or ``transformers``.
+        stamps: file -> size, time and inode when its listing was read.
+
+    """
+
+    def __init__(self, description: str, kind: str) -> None:
+        self.description = description
+        self.format = kind
+        self.stamps: dict[str, Stamp] = {}
+        self._places: dict[str, Placed] = {}
+
+    @property
+    def files(self) -> Sequence[str]:
+        """Every file that belongs to it."""
+        return list(self.stamps)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all its tensors."""
+        return sum(info.nbytes for info in self.infos())
+
+    def names(self) -> Sequence[str]:
+        """Every name, by the number of the layer and then by name."""
+        return sorted((info.name for info in self.infos()), key=layer_order)
+
+    def in_layer_order(self) -> None:
+        """Make the order of the layers the stored order."""
+        self._places = {name: self._places[name] for name in self.names()}
+
+    def infos(self) -> Sequence[TensorInfo]:
+        """Every tensor, in stored order."""
+        return [place.info for place in self._places.values()]
+
+    def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
+        return self.read(self.names())
+
+    def read(
+        self, order: Sequence[str] | None = None, pool: HostPool | None = None, room: Room | None = None
+    ) -> Stream:
+        """Read ahead by up to 32 MiB on a thread of its own; close the iterator before memory that ``room``
+        gave goes away. Memory that the caller has let go of is used again for later tensors.
+
+        Raises:
+            SourceError: a file cannot be read, or changed since it was listed; also at the end, so that
+                what came before is not to be trusted until the iterator is through.
+
+        """
+        places = [self._places[name] for name in (self._places if order is None else order)]
+        with contextlib.ExitStack() as stack:
+            try:
+                files = dict.fromkeys(file for place in places for file in place.files)
+                handles = open_same(files, self.stamps, stack)
+                yield from read_places(places, handles, HostPool() if pool is None else pool, room)
+                check_same(self.stamps)
+            except OSError as error:
+                raise SourceError(f"{self.description} could not be read: {error}.") from error
+
+    def unchanged(self) -> bool:
+        """Whether its files are the ones that were listed, as far as sizes and times tell."""
+        return are_same(self.stamps)

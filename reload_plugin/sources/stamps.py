@@ -1,0 +1,68 @@
+"""What tells that a file was rewritten: its size, its time and its inode, before and after it is read."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from ..errors import SourceError
+
+Stamp = tuple[int, int, int]
+"""Size, modification time (ns) and inode of a file."""
+
+WRITE_AGAIN = "Write or copy the file again; reload when that is finished."
+
+
+def stamp_of(file: str) -> Stamp:
+    """The stamp of the file that is there now."""
+    try:
+        return stamped(Path(file).stat())
+    except (OSError, ValueError) as error:
+        raise SourceError(f"{file} cannot be read: {error}. {WRITE_AGAIN}") from error
+
+
+def stamped(found: os.stat_result) -> Stamp:
+    """The stamp in a stat result."""
+    return found.st_size, found.st_mtime_ns, found.st_ino
+
+
+def open_same(
+    files: Iterable[str], stamps: Mapping[str, Stamp], stack: contextlib.ExitStack
+) -> dict[str, int]:
+    """Descriptors of the very files that were stamped, closed when ``stack`` is left.
+
+    Raises:
+        OSError: a file is not there any more.
+        SourceError: a file is another one than before.
+
+    """
+    handles = {}
+    for file in files:
+        handle = os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        stack.callback(os.close, handle)
+        if stamped(os.fstat(handle)) != stamps[file]:
+            raise SourceError(_changed(file))
+        handles[file] = handle
+    return handles
+
+
+def check_same(stamps: Mapping[str, Stamp]) -> None:
+    """Raise SourceError when a file has changed or is gone."""
+    for file, stamp in stamps.items():
+        if stamp_of(file) != stamp:
+            raise SourceError(_changed(file))
+
+
+def are_same(stamps: Mapping[str, Stamp]) -> bool:
+    """Whether no file has changed."""
+    try:
+        check_same(stamps)
+    except SourceError:
+        return False
+    return True
+
+
+def _changed(file: str) -> str:
+    return f"{file} changed while it was read. Reload when the trainer has finished writing."
