@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -96,6 +96,13 @@ class Ledger:
         self._routed.append(name)
         self._routed_names.add(name)
 
+    def note_landed(self, names: Sequence[str]) -> None:
+        """Weights were read to where their routes lead."""
+        assert self.routes is not None, "only routes tell where weights go"
+        self.loaded.routes.update((name, self.routes.of[name]) for name in names)
+        self._routed += names
+        self._routed_names.update(names)
+
     @property
     def took_loader(self) -> bool:
         """Whether any weight went through the model's loader, so that there is something to learn."""
@@ -113,6 +120,16 @@ class Ledger:
         arrived = [group for group in self._groups_of.get(name, ()) if self._arrived(group, name)]
         complete = [stage for group in arrived if self._is_trusted(stage := self._stages[group])]
         return complete + self._covered_before(recent) if recent else complete
+
+    def complete_after_all(self, names: Sequence[str]) -> list[Stage]:
+        """Groups that have everything now that ``names`` came, all of them by routes."""
+        touched: dict[str, None] = {}
+        for name in names:
+            for group in self._groups_of.get(name, ()):
+                self._waiting[group].discard(name)
+                touched[group] = None
+        full = [self._stages[group] for group in touched if not self._waiting[group]]
+        return [stage for stage in full if self._is_trusted(stage)]
 
     def _arrived(self, group: str, name: str) -> bool:
         self._unrouted_of[group] += name not in self._routed_names

@@ -7,12 +7,13 @@ first touch, completeness by identity, and a guard over the served tensors in on
 
 from __future__ import annotations
 
+import math
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch.utils._python_dispatch import (
@@ -25,6 +26,7 @@ from .errors import ReloadError, SourceError
 from .formats import Box, Geometry
 from .interrupts import let_through
 from .routes import Route, Write
+from .sources import Landed, TensorInfo
 from .staging import StagedStorage
 
 _SCALE = re.compile(r"scale|zero|alpha|shape")
@@ -161,6 +163,12 @@ class LoadTrace(TorchDispatchMode):
         """Account for a weight, however it is loaded."""
         self.loaded.shapes[name] = tuple(tensor.shape)
         self.loaded.nbytes += tensor.numel() * tensor.element_size()
+
+    def note_landed(self, infos: Sequence[TensorInfo]) -> None:
+        """Account for weights that were read to where they go."""
+        self.loaded.shapes.update((info.name, info.shape) for info in infos)
+        self.loaded.nbytes += sum(math.prod(info.shape) * info.dtype.itemsize for info in infos)
+        self.current = infos[-1].name
 
     def end(self) -> None:
         """The loader is done with the current weight; nothing of the caller's is kept.
@@ -382,7 +390,15 @@ class Feed:
 
     def fetch(self) -> tuple[str, torch.Tensor | None]:
         """The next pair as the caller sent it, or its name and None when it is not to be loaded."""
-        name, tensor = self._checked(self._fetch())
+        return self._pair(self._fetch())
+
+    def fetch_item(self) -> Landed | tuple[str, torch.Tensor | None]:
+        """The same, where tensors may also be read to where they go."""
+        item = self._fetch()
+        return item if isinstance(item, Landed) else self._pair(item)
+
+    def _pair(self, item: object) -> tuple[str, torch.Tensor | None]:
+        name, tensor = self._checked(item)
         if tensor is not None and self._aside is not None and self._aside(name, tensor):
             return name, None
         return name, tensor
@@ -430,29 +446,41 @@ def _describe(item: object) -> str:
     return f"a {type(item).__name__}"
 
 
-def load_by_routes(
-    load_weights: Callable[[Any], Any],
-    feed: Feed,
-    trace: LoadTrace,
-    follow_route: Callable[[str, torch.Tensor], bool],
-    between: Callable[[], None],
-) -> None:
+class Router(Protocol):
+    """Loads weights without the model's loader."""
+
+    def follow(self, name: str, tensor: torch.Tensor) -> bool:
+        """Load a weight by its route; False if it has none that fits."""
+
+    def take_landed(self, landed: Landed) -> None:
+        """Account for weights that are where they go already."""
+
+    def close_complete(self) -> None:
+        """After a weight: deal with the layers that have everything."""
+
+
+def load_by_routes(load_weights: Callable[[Any], Any], feed: Feed, trace: LoadTrace, router: Router) -> None:
     """Load by known routes; only weights without one go through the model's loader, one at a time.
 
-    Runs outside the trace; ``follow_route`` says whether it took the weight.
+    Runs outside the trace.
     """
     while True:
         try:
-            name, tensor = feed.fetch()
+            item = feed.fetch_item()
         except StopIteration:
             return
+        if isinstance(item, Landed):
+            router.take_landed(item)
+            continue
+        name, tensor = item
+        del item
         if tensor is None:
             continue
-        if not follow_route(name, tensor):
+        if not router.follow(name, tensor):
             with trace:
                 load_all(load_weights, Feed([(name, tensor)], trace, lambda: None), trace)
         del tensor  # a layer that is complete now gives its memory back
-        between()
+        router.close_complete()
 
 
 def load_all(load_weights: Callable[[Any], Any], feed: Feed, trace: LoadTrace) -> None:

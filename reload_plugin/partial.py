@@ -70,7 +70,7 @@ def update_in_place(
         session.agree = record.vote
         session.weight_version, session.digest = options.weight_version, options.digest
         with whole_or_broken(model, record, session):
-            with contextlib.closing(top.read(None, None, session.room_for)) as weights:
+            with contextlib.closing(top.read(None, None, session.room)) as weights:
                 session.load(weights, between)
             if session.problems:
                 session.check()

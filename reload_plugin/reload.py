@@ -329,7 +329,7 @@ def _from_source(
         session = _session(model, record, source.description, policy, known, chosen, kept, pool)
         with whole_or_broken(model, record, session, undo=way_back != "none"), session:
             order = plan.order if plan is not None else None
-            with contextlib.closing(source.read(order, pool, session.room_for)) as weights:
+            with contextlib.closing(source.read(order, pool, session.room)) as weights:
                 session.load(weights, between)
             report = session.finish()
     found = plan.kept | report.kept if plan is not None else report.kept

@@ -7,6 +7,7 @@ valid for as long as names, shapes, dtypes and the placement of experts stay the
 from __future__ import annotations
 
 import ctypes
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -39,7 +40,7 @@ class Route:
     dtype: torch.dtype
     writes: tuple[Write, ...] | None
 
-    @property
+    @functools.cached_property
     def plain(self) -> Write | None:
         """The one write, if all of the weight goes as it is into contiguous elements."""
         if self.writes is None or len(self.writes) != 1:

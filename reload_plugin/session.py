@@ -33,9 +33,10 @@ from .memory import SMALL, Gauge, HostPool, resident, trim_heap
 from .overflow import OPEN_BUDGET, Overflow
 from .process import ProcessWeights, process_stage, process_tail
 from .record import ModelRecord, record_of, storage_id
+from .room import StagingRoom
 from .routes import Routes, follow
 from .serving import Serving
-from .sources import TensorInfo
+from .sources import Landed
 from .staging import Stage, StagedStorage, WrappedTree, rewrap_tree, unwrap_tree
 from .verify import ReloadReport, check_slots, digest_of, ignorable
 
@@ -116,13 +117,15 @@ class ReloadSession:
         self._spilled = 0
         self._resident = resident()
         self._largest = 0
-        self._pool = pool if policy == "streaming" else None
+        self._pool = HostPool() if pool is None else pool
         self._expected = expected or Expected()
         self._overflow = overflow
         self._inspect = inspect
         self._replaying = False
         self._results = 0
         """Bytes of staging that belong to layers which are done."""
+        self._prepared = 0
+        """Bytes of the layers that wait for the commit, about as much as their new values take."""
         self._from_served = from_served
         self.agree = agree
         self._spoiled: str | None = None
@@ -141,8 +144,8 @@ class ReloadSession:
         self._tree: WrappedTree = []
         self._gauge = Gauge()
         self._moved: list[str] = []
-        self._placed: dict[str, torch.Tensor] = {}
-        """Weights that are read to where they go."""
+        by_hand = inspect is not None or (overflow is not None and not self._expected.planned)
+        self.room = StagingRoom(self.ledger, self._memory, by_hand)
 
     # -- life -------------------------------------------------------------------------------------
 
@@ -184,13 +187,13 @@ class ReloadSession:
             returned.append(self._load_weights(feed))
 
         self.problems.missing.clear()  # of a finish that was too early
-        feed = Feed(weights, self._trace, self._close_complete, self._put_aside, fetching)
+        feed = Feed(weights, self._trace, self.close_complete, self._put_aside, fetching)
         with held(), self._noting_failure(), self.loading(), self._timed("load"):
             if self.ledger.routes is None:
                 load_all(loader, feed, self._trace)
             else:
                 with self._untraced():
-                    load_by_routes(loader, feed, self._trace, self._follow, self._close_complete)
+                    load_by_routes(loader, feed, self._trace, self)
         return returned[-1] if returned else None
 
     def _put_aside(self, name: str, tensor: torch.Tensor) -> bool:
@@ -221,42 +224,31 @@ class ReloadSession:
             return
         self._replaying = True
         try:
-            with contextlib.closing(self._overflow.replay(self.room_for)) as weights:
+            with contextlib.closing(self._overflow.replay(self.room)) as weights:
                 self.load(weights, between)
         finally:
             self._replaying = False
         self._spilled = self._overflow.nbytes
         self._overflow.close()
 
-    def _follow(self, name: str, tensor: torch.Tensor) -> bool:
+    def follow(self, name: str, tensor: torch.Tensor) -> bool:
         """Load a weight by its route, if it has one that fits."""
         route = self.ledger.route_for(name, tensor)
         if route is None:
             return False
         self._trace.note_arrival(name, tensor)
         self._trace.current = name
-        if self._placed.pop(name, None) is not tensor:
+        if not self.room.took(name, tensor):
             follow(route, tensor, self._memory)
         self.ledger.note_routed(name, route)
         return True
 
-    def room_for(self, info: TensorInfo) -> torch.Tensor | None:
-        """Staging that a weight can be read into, where it goes there as it is; else None.
-
-        The memory is the session's and goes with it: whoever reads into it has to stop before that.
-        """
-        route = self.ledger.routes.of.get(info.name) if self.ledger.routes is not None else None
-        fits = route is not None and route.shape == info.shape and route.dtype == info.dtype
-        write = route.plain if route is not None and fits else None
-        if write is None or self.ledger.storage_of(write.parameter).closed:
-            return None
-        memory = self._memory(write.parameter)
-        if memory.device.type != "cpu":
-            return None
-        place = torch.empty(0, dtype=info.dtype, device="cpu")
-        place.set_(memory, write.target.offset, write.target.size, write.target.stride)
-        self._placed[info.name] = place
-        return place
+    def take_landed(self, landed: Landed) -> None:
+        """Account for weights that were read to where they go, and process the layers that are complete."""
+        self._trace.note_landed(landed.infos)
+        names = [info.name for info in landed.infos]
+        self.ledger.note_landed(names)
+        self._close_all(self.ledger.complete_after_all(names))
 
     def _memory(self, parameter: str) -> torch.UntypedStorage:
         storage = self.ledger.storage_of(parameter)
@@ -464,12 +456,16 @@ class ReloadSession:
 
     # -- process and commit -----------------------------------------------------------------------
 
-    def _close_complete(self) -> None:
+    def close_complete(self) -> None:
         """Between two weights: process the layers that have everything."""
         recent = self._trace.take_recent()
-        if self._trace.dry or self.whole_model or self.problems:
+        if not self._trace.dry and not self.whole_model and not self.problems:
+            self._close_all(self.ledger.complete_after(self._trace.current, recent))
+
+    def _close_all(self, complete: list[Stage]) -> None:
+        if self.whole_model or self.problems:
             return
-        for stage in self.ledger.complete_after(self._trace.current, recent):
+        for stage in complete:
             if id(stage) in self._open_stages and not stage.group.deferred:
                 self._close(stage)
 
@@ -498,9 +494,9 @@ class ReloadSession:
     def _keep_to_budget(self, stage: Stage) -> None:
         """Before a layer is processed: make the heap give back what it does not use, if it grew too much."""
         nbytes = stage.group.nbytes
-        if self._pool is None or nbytes < SMALL:
+        if nbytes < SMALL or self._trace.dry:
             return
-        if resident() + nbytes > self._resident + self._largest + BUDGET:
+        if resident() + nbytes > self._resident + self._prepared + self._largest + BUDGET:
             trim_heap()
 
     def _keep(self, stage: Stage) -> None:
@@ -509,28 +505,31 @@ class ReloadSession:
         if self.policy == "streaming":
             with self._timed("commit"):
                 self._apply(commit)
-            self._give_back(stage, commit)
-        else:
-            stage.release(commit.kept_storages(applied=False))
-            self._gauge.add(commit.nbytes_beside(stage))
-            self._results += sum(storage.nbytes for storage in stage.storages if storage.materialised)
-            self._results += commit.nbytes_beside(stage)
-            self._staged.append((stage, commit))
-
-    def _give_back(self, stage: Stage, commit: Commit) -> None:
-        """Free the staging of a committed group, into the pool where it came from there."""
-        keep = commit.kept_storages(applied=True)
-        storages = stage.storages
-        if self._pool is None or self.ledger.routes is None:
-            stage.release(keep)
+            gone = self._let_go(stage, commit.kept_storages(applied=True))
             stage.drop()
+            commit.forget()
+            self._recycle(gone)
             return
-        stage.drop()
-        commit.forget()
-        for storage in storages:
-            if storage.key not in keep:
-                self._trace.storages.pop(storage.key, None)
-                storage.give_back(self._pool)
+        self._gauge.add(commit.nbytes_beside(stage))
+        self._results += commit.nbytes_beside(stage)
+        self._recycle(self._let_go(stage, commit.kept_storages(applied=False)))
+        self._results += sum(storage.nbytes for storage in stage.storages if storage.materialised)
+        self._prepared += stage.group.nbytes
+        self._staged.append((stage, commit))
+
+    def _let_go(self, stage: Stage, keep: set[int]) -> list[StagedStorage]:
+        """Take from a group the staging that no result needs. Returns what the pool may have."""
+        if self.ledger.routes is None:
+            stage.release(keep)
+            return []
+        gone = stage.let_go(keep)
+        for storage in gone:
+            self._trace.storages.pop(storage.key, None)
+        return gone
+
+    def _recycle(self, gone: list[StagedStorage]) -> None:
+        for storage in gone:
+            storage.give_back(self._pool)
 
     def _apply(self, commit: Commit) -> None:
         self._moved += [path for _, _, path in commit.moves]

@@ -22,7 +22,7 @@ from .errors import UnsupportedError
 from .formats import AsServed, Constant, Coverage, Geometry, TensorFormat, Uninitialised, Values
 from .holders import ABSENT, Contents, Key, equal, put_back, read, same, write
 from .memory import SMALL, Gauge, HostPool
-from .record import Group, HolderRecord, ModelRecord, TensorRecord
+from .record import Group, HolderRecord, ModelRecord, TensorRecord, storage_id
 
 POISON = "RELOAD_PLUGIN_POISON"
 """Environment variable: fill staging that nobody wrote yet with NaN (or the largest integer)."""
@@ -373,6 +373,17 @@ class Stage:
         for storage in self.storages:
             if storage.key not in keep:
                 storage.release()
+
+    def let_go(self, keep: set[int]) -> list[StagedStorage]:
+        """Take out all staging but the storages whose identity is in ``keep``: the result needs no others."""
+        gone = [storage for storage in self.storages if storage.key not in keep]
+        keys = {storage.key for storage in gone}
+        self.storages = [storage for storage in self.storages if storage.key in keep]
+        self._objects = {key: t for key, t in self._objects.items() if storage_id(t) not in keys}
+        if self.result is not None:
+            states = self.result.tensors
+            self.result.tensors = {key: s for key, s in states.items() if storage_id(s.data) not in keys}
+        return gone
 
     def drop(self) -> None:
         """Forget everything that is not served."""

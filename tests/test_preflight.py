@@ -252,14 +252,14 @@ def test_a_replacement_between_stamp_and_header_cannot_be(
     sharded: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Stamp and header come from one descriptor; a file renamed over it in between has another stamp."""
-    parse, file = safetensors_files.strict_json, sharded / "model-1.safetensors"
+    parse, file = safetensors_files._layout_of, sharded / "model-1.safetensors"
 
     def late(text: bytes) -> object:
         if b"a.weight" in text:
             replaced(file)
         return parse(text)
 
-    monkeypatch.setattr(safetensors_files, "strict_json", late)
+    monkeypatch.setattr(safetensors_files, "_layout_of", late)
     source = opened(sharded)
     assert not source.unchanged()
     with pytest.raises(SourceError, match="changed while it was read"):
@@ -530,11 +530,11 @@ def test_a_file_that_is_replaced_during_a_reload_leaves_the_engine_as_it_was(
     shutil.copytree(engine.folders["B"], tmp_path, dirs_exist_ok=True)
     read = checkpoint.read_places
 
-    def replacing(*arguments: object) -> Iterator[tuple[str, torch.Tensor]]:
-        for number, pair in enumerate(read(*arguments)):
-            if number == 5 and any(str(tmp_path) in file for place in arguments[0] for file in place.files):
+    def replacing(*arguments: object) -> Iterator[object]:
+        for number, item in enumerate(read(*arguments)):
+            if number == 0 and any(str(tmp_path) in file for place in arguments[0] for file in place.files):
                 replaced(tmp_path / "model.safetensors")
-            yield pair
+            yield item
 
     monkeypatch.setattr(checkpoint, "read_places", replacing)
     with pytest.raises(SourceError, match="changed while it was read"):

@@ -25,6 +25,7 @@ LINE = (
     "staging",
     "load",
     "ledger",
+    "room",
     "process",
     "ranks",
     "commit",

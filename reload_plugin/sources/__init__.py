@@ -1,6 +1,6 @@
 """Readers of checkpoints: each gives names, shapes and dtypes first, and (name, tensor) pairs later."""
 
-from .base import Room, Source, Stream, TensorInfo
+from .base import Landed, Room, Source, Stream, TensorInfo
 from .checkpoint import Checkpoint
 from .detect import open_source
 from .folder import open_folder
@@ -10,6 +10,7 @@ from .transformers_model import from_transformers
 __all__ = [
     "Checkpoint",
     "HostCopy",
+    "Landed",
     "Overlay",
     "Room",
     "Source",

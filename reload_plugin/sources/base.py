@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -30,11 +30,29 @@ class TensorInfo:
         return self.meta().nbytes
 
 
-Stream = Generator[tuple[str, torch.Tensor], None, None]
-"""(checkpoint name, tensor) pairs; may be closed before its end."""
+@dataclass(frozen=True)
+class Landed:
+    """Tensors that were read to where they go, all at once; nobody has to hand them on."""
 
-Room = Callable[[TensorInfo], torch.Tensor | None]
-"""Gives memory of a tensor's shape and dtype, contiguous and on the CPU, for it to be read into, or None."""
+    infos: Sequence[TensorInfo]
+
+
+Stream = Generator[tuple[str, torch.Tensor], None, None]
+"""(checkpoint name, tensor) pairs; may be closed before its end. ``Landed`` stands for several of them where
+the room that was given knows addresses."""
+
+
+class Room(Protocol):
+    """Where whoever asks for tensors wants them."""
+
+    def __call__(self, info: TensorInfo) -> torch.Tensor | None:
+        """Memory of a tensor's shape and dtype, contiguous and on the CPU, to read it into, or None."""
+
+    def addresses(self, infos: Sequence[TensorInfo]) -> tuple[list[int], list[torch.UntypedStorage]] | None:
+        """Where to read all of these to, as addresses and the memory that they are in; None unless all can.
+
+        The stream then gives ``Landed`` in place of the tensors.
+        """
 
 
 class Source(Protocol):

@@ -9,6 +9,7 @@ import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
+from typing import NamedTuple
 
 import torch
 
@@ -29,17 +30,34 @@ class Piece:
     name: str
 
     @property
+    def address(self) -> int:
+        return self.tensor.data_ptr()
+
+    @property
     def nbytes(self) -> int:
         return self.tensor.numel() * self.tensor.element_size()
+
+
+class Spot(NamedTuple):
+    """Like ``Piece``, for memory that somebody else holds."""
+
+    handle: int
+    start: int
+    address: int
+    nbytes: int
+    file: str
+    name: str
 
 
 @dataclass(eq=False)
 class Batch:
     """Pieces that are read together; ``wait`` returns when they are there."""
 
-    pieces: Sequence[Piece]
+    pieces: Sequence[Piece | Spot]
     by_waiter: bool = False
     """Nobody else reads it."""
+    held: Sequence[torch.UntypedStorage] = ()
+    """Memory of the spots."""
     _done: threading.Event = field(default_factory=threading.Event)
     _error: BaseException | None = None
 
@@ -90,9 +108,9 @@ class ReadAhead:
             self._batches.put(None)
             self._thread.join()
 
-    def submit(self, pieces: Sequence[Piece]) -> Batch:
-        """Have ``pieces`` read soon."""
-        batch = Batch(pieces, not self.threaded)
+    def submit(self, pieces: Sequence[Piece | Spot], held: Sequence[torch.UntypedStorage] = ()) -> Batch:
+        """Have ``pieces`` read soon; ``held`` is the memory of those that do not hold their own."""
+        batch = Batch(pieces, not self.threaded, held)
         if self.threaded:
             self._batches.put(batch)
         return batch
@@ -109,30 +127,31 @@ def _cores() -> int:
     return os.cpu_count() or 1
 
 
-def _runs(pieces: Sequence[Piece]) -> list[list[Piece]]:
+def _runs(pieces: Sequence[Piece | Spot]) -> list[list[Piece | Spot]]:
     """Neighbours in one file, which one call reads."""
-    runs: list[list[Piece]] = []
-    end = (-1, -1)
+    runs: list[list[Piece | Spot]] = []
+    handle, end = -1, -1
     for piece in pieces:
-        if not piece.nbytes:
+        nbytes = piece.nbytes
+        if not nbytes:
             continue
-        if (piece.handle, piece.start) == end and len(runs[-1]) < _IOV_MAX:
+        if piece.start == end and piece.handle == handle and len(runs[-1]) < _IOV_MAX:
             runs[-1].append(piece)
         else:
             runs.append([piece])
-        end = (piece.handle, piece.start + piece.nbytes)
+        handle, end = piece.handle, piece.start + nbytes
     return runs
 
 
-def _read_run(run: list[Piece]) -> None:
+def _read_run(run: list[Piece | Spot]) -> None:
     """Read neighbouring pieces, going on after a short read."""
-    left = [_memory_of(piece) for piece in run]
+    left = _memory_of(run)
     position = run[0].start
     while left:
         got = os.preadv(run[0].handle, left, position)
         position += got
         if got == 0:
-            cut = run[len(run) - len(left)]
+            cut = next(piece for piece in run if piece.start + piece.nbytes > position)
             raise SourceError(f"{cut.file} ends in the middle of {cut.name}: it was cut while it was read.")
         while left and got >= len(left[0]):
             got -= len(left.pop(0))
@@ -140,5 +159,15 @@ def _read_run(run: list[Piece]) -> None:
             left[0] = left[0][got:]
 
 
-def _memory_of(piece: Piece) -> memoryview:
-    return memoryview((ctypes.c_char * piece.nbytes).from_address(piece.tensor.data_ptr())).cast("B")
+def _memory_of(run: list[Piece | Spot]) -> list[memoryview]:
+    """The memory that neighbours in a file go to, in as few parts as it has."""
+    parts: list[list[int]] = []
+    end = -1
+    for piece in run:
+        address, nbytes = piece.address, piece.nbytes
+        if address == end:
+            parts[-1][1] += nbytes
+        else:
+            parts.append([address, nbytes])
+        end = address + nbytes
+    return [memoryview((ctypes.c_char * size).from_address(at)).cast("B") for at, size in parts]

@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 import torch
 
 from ..memory import HostPool, uses
-from .base import Room, Stream, TensorInfo
-from .readahead import Batch, Piece, ReadAhead
+from .base import Landed, Room, Stream, TensorInfo
+from .readahead import Batch, Piece, ReadAhead, Spot
 
 AHEAD = 16 << 20
 """Bytes that are being read before they are asked for; one batch more at most."""
@@ -100,6 +100,9 @@ class Deferred:
 
 Placed = Place | Assembly | Deferred
 
+_Asked = tuple[list[Place | Assembly], list[torch.Tensor] | None, Batch]
+"""Places, the tensors they are read to (None where they land at once), and their reading."""
+
 
 def placed(info: TensorInfo, part: Part) -> Place | Assembly:
     """A tensor that lies in one file, in whatever layout."""
@@ -121,7 +124,7 @@ def read_places(
 
     """
     settled = (place.resolve(handles) if isinstance(place, Deferred) else place for place in places)
-    yield from _Reading(handles, pool, room).all(settled)
+    yield from _Reading(handles, pool, room).all(settled)  # type: ignore[misc]
 
 
 class _Reading:
@@ -133,28 +136,54 @@ class _Reading:
         self._room = room
         self._lent: list[torch.UntypedStorage] = []
 
-    def all(self, places: Iterable[Place | Assembly]) -> Iterator[tuple[str, torch.Tensor]]:
-        waiting: deque[tuple[list[Place | Assembly], list[torch.Tensor], Batch]] = deque()
+    def all(self, places: Iterable[Place | Assembly]) -> Iterator[tuple[str, torch.Tensor] | Landed]:
+        waiting: deque[_Asked] = deque()
         ahead = 0
         batches = _batches(places)
         following = next(batches, None)
         with ReadAhead() as reader:
             while following or waiting:
                 while following and (not waiting or (reader.threaded and ahead < AHEAD)):
-                    tensors = [self._memory(place) for place in following]
-                    waiting.append((following, tensors, reader.submit(self._pieces(following, tensors))))
+                    waiting.append(self._ask(reader, following))
                     ahead += sum(place.nbytes for place in following)
                     following = next(batches, None)
                 batch, tensors, read = waiting.popleft()
                 read.wait()
                 ahead -= sum(place.nbytes for place in batch)
                 del read
+                if tensors is None:
+                    yield Landed([place.info for place in batch])
+                    continue
                 tensors.reverse()
                 for place in batch:
                     if isinstance(place, Assembly):
                         self._gather(place, tensors[-1])
                     yield place.info.name, tensors.pop()
                 self._take_back()
+
+    def _ask(self, reader: ReadAhead, places: list[Place | Assembly]) -> _Asked:
+        """Have a batch read: to where all of it goes if that is known, else to a tensor each."""
+        spots = self._spots(places)
+        if spots is not None:
+            return places, None, reader.submit(*spots)
+        tensors = [self._memory(place) for place in places]
+        return places, tensors, reader.submit(self._pieces(places, tensors))
+
+    def _spots(
+        self, places: Sequence[Place | Assembly]
+    ) -> tuple[list[Spot], list[torch.UntypedStorage]] | None:
+        if self._room is None:
+            return None
+        plain = [place for place in places if isinstance(place, Place)]
+        found = self._room.addresses([place.info for place in plain]) if len(plain) == len(places) else None
+        if found is None:
+            return None
+        addresses, held = found
+        handles = self._handles
+        return [
+            Spot(handles[place.file], place.start, address, place.nbytes, place.file, place.info.name)
+            for place, address in zip(plain, addresses, strict=True)
+        ], held
 
     def _pieces(self, places: Sequence[Place | Assembly], tensors: Sequence[torch.Tensor]) -> list[Piece]:
         pairs = zip(places, tensors, strict=True)

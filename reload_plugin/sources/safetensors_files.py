@@ -7,9 +7,10 @@ not by the safetensors library, which maps the file; the tests hold the two pars
 
 from __future__ import annotations
 
+import functools
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeGuard
 
@@ -105,40 +106,74 @@ def read_header(file: str) -> Header:
             length = int.from_bytes(handle.read(8), "little")
             if length > min(LONGEST_HEADER, stamp[0] - 8):
                 raise ValueError(f"its header claims {length:,} bytes and the file has {stamp[0]:,}")
-            metadata, entries = _parse(handle.read(length))
-            return Header(stamp, metadata, list(_places(file, entries, 8 + length, stamp[0])))
+            layout = _layout_of(handle.read(length))
+    except UnknownDtypeError as error:
+        name, kind = error.args
+        raise SourceError(
+            f"{name} in {file} has the dtype {kind}, which torch has no name for. Save it in another."
+        ) from error
     except (OSError, ValueError) as error:
         raise SourceError(f"{file} is not a whole safetensors file: {error}. {WRITE_AGAIN}") from error
+    base = 8 + length
+    if base + layout.end != stamp[0]:
+        raise SourceError(
+            f"{file} is not a whole safetensors file: its tensors end at byte {base + layout.end:,} and the "
+            f"file has {stamp[0]:,}. {WRITE_AGAIN}"
+        )
+    places = [Place(info, file, base + start, nbytes) for info, start, nbytes in layout.tensors]
+    return Header(stamp, layout.metadata, places)
 
 
-def _parse(text: bytes) -> tuple[dict[str, str], dict[str, Any]]:
-    """The metadata and the description of each tensor. Raises ValueError."""
+class UnknownDtypeError(Exception):
+    """A tensor whose dtype torch has no name for: its name and its dtype."""
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """What the text of a header says, whatever file it is in."""
+
+    metadata: Mapping[str, str]
+    tensors: Sequence[tuple[TensorInfo, int, int]]
+    """Each with its first byte after the header, and its number of bytes."""
+    end: int
+    """Bytes of all tensors."""
+
+
+REMEMBERED = 8 << 20
+"""Bytes of a header from which on it is parsed again each time."""
+
+
+def _layout_of(text: bytes) -> _Layout:
+    """A trainer writes the same header at every step, so the last few are remembered."""
+    return _remembered_layout(text) if len(text) <= REMEMBERED else _parse(text)
+
+
+@functools.lru_cache(maxsize=8)
+def _remembered_layout(text: bytes) -> _Layout:
+    return _parse(text)
+
+
+def _parse(text: bytes) -> _Layout:
+    """Tensors lie one behind the other (format description of the safetensors project).
+
+    Raises:
+        ValueError: the header says something else.
+        UnknownDtypeError: torch is what cannot follow.
+
+    """
     header = strict_json(text)
     if text[:1] != b"{":
         raise ValueError("its header is not a JSON object")
     metadata = header.pop("__metadata__", None)
     if not (metadata is None or (type(metadata) is dict and all(type(v) is str for v in metadata.values()))):
         raise ValueError("its __metadata__ is not a table of strings")
-    return metadata or {}, header
-
-
-def _places(file: str, header: dict[str, Any], base: int, size: int) -> Iterator[Place]:
-    """Tensors lie one behind the other from ``base`` to the end of the file (format description of the
-    safetensors project). Raises ValueError, or SourceError where torch is what cannot follow.
-    """
-    ends = 0
-    for start, end, name in sorted((*_offsets(name, entry), name) for name, entry in header.items()):
-        if start != ends:
-            kind = "overlaps the tensor before it" if start < ends else "leaves a gap before it"
-            raise ValueError(
-                f"{name} begins at byte {start:,} of the data and {kind}, which ends at {ends:,}"
-            )
-        ends = end
-    if base + ends != size:
-        raise ValueError(f"its tensors end at byte {base + ends:,} and the file has {size:,}")
-    for name, entry in header.items():
-        start, end = entry["data_offsets"]
-        yield Place(_info(file, name, entry, end - start), file, base + start, end - start)
+    end = 0
+    for start, stop, name in sorted((*_offsets(name, entry), name) for name, entry in header.items()):
+        if start != end:
+            kind = "overlaps the tensor before it" if start < end else "leaves a gap before it"
+            raise ValueError(f"{name} begins at byte {start:,} of the data and {kind}, which ends at {end:,}")
+        end = stop
+    return _Layout(metadata or {}, [_tensor(name, entry) for name, entry in header.items()], end)
 
 
 def _offsets(name: str, entry: Any) -> tuple[int, int]:
@@ -151,15 +186,15 @@ def _offsets(name: str, entry: Any) -> tuple[int, int]:
     return offsets[0], offsets[1]
 
 
-def _info(file: str, name: str, entry: dict[str, Any], nbytes: int) -> TensorInfo:
+def _tensor(name: str, entry: dict[str, Any]) -> tuple[TensorInfo, int, int]:
+    start, end = entry["data_offsets"]
+    nbytes = end - start
     shape, kind = entry.get("shape"), entry.get("dtype")
     if not _naturals(shape):
         raise ValueError(f"{name} has the shape {_brief(shape)}")
     dtype = _DTYPES.get(kind) if type(kind) is str else None
     if dtype is None:
-        raise SourceError(
-            f"{name} in {file} has the dtype {_brief(kind)}, which torch has no name for. Save it in another."
-        )
+        raise UnknownDtypeError(name, _brief(kind))
     if math.prod(shape) * dtype.itemsize != nbytes:
         raise ValueError(f"{name} has the shape {_brief(shape)} in {kind} and {nbytes:,} bytes")
     info = TensorInfo(name, tuple(shape), dtype)
@@ -168,7 +203,7 @@ def _info(file: str, name: str, entry: dict[str, Any], nbytes: int) -> TensorInf
             info.meta()
         except (RuntimeError, TypeError, OverflowError) as error:
             raise ValueError(f"{name} has the shape {_brief(shape)}, which no tensor has") from error
-    return info
+    return info, start, nbytes
 
 
 def _naturals(value: Any) -> TypeGuard[list[int]]:

@@ -1,0 +1,79 @@
+"""Where weights are read to: staging, for those that go there as they are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+
+from .ledger import Ledger
+from .routes import Write
+from .sources import TensorInfo
+
+
+class StagingRoom:
+    """Staging of a session as a place to read files into.
+
+    The memory is the session's and goes with it: whoever reads into it has to stop before that.
+
+    Args:
+        ledger: knows the routes of weights and the staging of parameters.
+        memory: staging of a parameter, allocated.
+        by_hand: every weight has to be handed over, because somebody wants to see it.
+
+    """
+
+    def __init__(
+        self, ledger: Ledger, memory: Callable[[str], torch.UntypedStorage], by_hand: bool = False
+    ) -> None:
+        self._ledger = ledger
+        self._memory = memory
+        self._by_hand = by_hand
+        self._given: dict[str, torch.Tensor] = {}
+        """Weights that are read to where they go."""
+
+    def __call__(self, info: TensorInfo) -> torch.Tensor | None:
+        write = self._write_of(info)
+        if write is None:
+            return None
+        memory = self._memory(write.parameter)
+        if memory.device.type != "cpu":
+            return None
+        place = torch.empty(0, dtype=info.dtype, device="cpu")
+        place.set_(memory, write.target.offset, write.target.size, write.target.stride)
+        self._given[info.name] = place
+        return place
+
+    def addresses(self, infos: Sequence[TensorInfo]) -> tuple[list[int], list[torch.UntypedStorage]] | None:
+        if self._by_hand:
+            return None
+        writes = [self._write_of(info) for info in infos]
+        if any(write is None for write in writes):
+            return None
+        bases: dict[str, int] = {}
+        held = []
+        for parameter in dict.fromkeys(write.parameter for write in writes if write is not None):
+            memory = self._memory(parameter)
+            if memory.device.type != "cpu":
+                return None
+            bases[parameter] = memory.data_ptr()
+            held.append(memory)
+        return [
+            bases[write.parameter] + write.target.offset * write.target_dtype.itemsize
+            for write in writes
+            if write is not None
+        ], held
+
+    def took(self, name: str, tensor: torch.Tensor) -> bool:
+        """Whether this weight was read to where it goes."""
+        return self._given.pop(name, None) is tensor
+
+    def _write_of(self, info: TensorInfo) -> Write | None:
+        """The one write of a weight that goes as it is to a layer which is still open."""
+        routes = self._ledger.routes
+        route = routes.of.get(info.name) if routes is not None else None
+        if route is None or route.dtype != info.dtype or route.shape != info.shape:
+            return None
+        write = route.plain
+        closed = write is not None and self._ledger.storage_of(write.parameter).closed
+        return None if closed else write
