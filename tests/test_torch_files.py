@@ -34,7 +34,7 @@ def saved(path: Path, value: object, zipped: bool = True) -> Path:
 
 
 def bits(tensor: torch.Tensor) -> tuple:
-    flat = tensor.contiguous().reshape(-1)
+    flat = tensor.detach().clone(memory_format=torch.contiguous_format).reshape(-1)
     return tuple(tensor.shape), tensor.dtype, flat.view(torch.uint8).numpy().tobytes() if len(flat) else b""
 
 
