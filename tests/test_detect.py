@@ -256,7 +256,7 @@ def test_a_reload_asks_for_the_marker_and_reads_every_form(served: tuple, tmp_pa
     model, on_a, on_b, places = served
     for path in forms(tmp_path):
         folder = path if path.is_dir() else path.parent
-        with pytest.raises(SourceError, match="has no file STABLE.*serves what it served before"):
+        with pytest.raises(SourceError, match=r"has no file STABLE.*serves what it served before"):
             reload_weights(model, weights_path=str(path), require_marker="STABLE")
         assert values(model) == on_a
         (folder / "STABLE").touch()

@@ -138,6 +138,17 @@ def test_ranks_of_different_steps_are_refused(copy: Callable) -> None:
     refuses(folder, r"ranks of different steps: lr_scheduler\.last_epoch is 1 for rank 0 and 2 for rank 1")
 
 
+def test_optimizers_of_different_steps_are_refused(copy: Callable) -> None:
+    folder = copy("fsdp2_3")
+    for rank in range(3):
+        state = {"0.linear.weight": {"step": torch.tensor(4.0 + (rank == 2)), "exp_avg": torch.ones(2)}}
+        optimizer = {"state": state, "param_groups": [{"lr": 1.0}]}
+        torch.save(optimizer, folder / f"optim_world_size_3_rank_{rank}.pt")
+    refuses(folder, r"different steps: state\.0\.linear\.weight\.step is 4 for rank 0 and 5 for rank 2")
+    (folder / "optim_world_size_3_rank_2.pt").write_bytes(b"a file of another kind")
+    assert read(folder) == EXPECTED
+
+
 @pytest.mark.parametrize(("kind", "name"), [("hsdp_4", "0.linear.weight"), ("fsdp2_3", "4.counts")])
 def test_copies_that_differ_are_of_different_steps(copy: Callable, kind: str, name: str) -> None:
     folder = copy(kind)
