@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from ..errors import SHOWN, SourceError
-from .base import TensorInfo
+from .base import TensorInfo, tensor_info
 from .boxes import Box, cover_error
 from .checkpoint import Checkpoint
 from .json_files import open_regular
@@ -160,8 +160,9 @@ def _shards(file: TorchFile, rank: int, world: int, within: str | None) -> dict[
     found = {}
     for name, tensor in weights.items():
         try:
+            tensor_info(name, tensor.shape, tensor.dtype)
             found[name] = _shard(tensor, rank, world)
-        except (ValueError, TypeError, AttributeError, IndexError, KeyError) as error:
+        except (ValueError, TypeError, AttributeError, LookupError, RecursionError) as error:
             raise SourceError(f"{name} in {file.file} cannot be placed: {error}.") from error
     return found
 
