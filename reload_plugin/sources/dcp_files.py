@@ -22,7 +22,8 @@ from .base import TensorInfo, tensor_info
 from .boxes import Box, cover_error
 from .checkpoint import Checkpoint
 from .json_files import open_regular, strict_json
-from .pickles import DCP_METADATA, Inert, StoredTensor, unpickle
+from .pickle_names import DCP_METADATA
+from .pickles import Inert, StoredTensor, unpickle
 from .reading import Assembly, Deferred, Part, Place
 from .safetensors_files import read_header
 from .stamps import Stamp, stamp_of, stamped

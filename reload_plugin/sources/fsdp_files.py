@@ -22,7 +22,8 @@ from .base import TensorInfo, tensor_info
 from .boxes import Box, cover_error
 from .checkpoint import Checkpoint
 from .json_files import open_regular
-from .pickles import SHARDS, ForeignTensor, Inert, StoredTensor
+from .pickle_names import SHARDS
+from .pickles import ForeignTensor, Inert, StoredTensor
 from .reading import Assembly, Part
 from .stamps import open_same
 from .state_dicts import steps_in, weights_in
