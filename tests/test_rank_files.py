@@ -364,22 +364,24 @@ def test_boxes_that_cover_a_tensor_once() -> None:
 # --- what other versions of torch write ---
 
 
+OLDER = {
+    b"torch.distributed.tensor\nDTensor\n": b"torch.distributed._tensor.api\nDTensor\n",
+    b"tensor.placement_types\nShard\n": b"_tensor.placement_types\nShard\n",
+    b"tensor._dtensor_spec\nDTensorSpec": b"_tensor.placement_types\nDTensorSpec",
+    b"tensor._dtensor_spec\nTensorMeta": b"_tensor.placement_types\nTensorMeta",
+}
+
+
 def test_older_names_of_the_same_classes_are_known(copy: Callable) -> None:
     """DTensor has lived in several modules of torch."""
     folder = copy("fsdp_tp_4")
     for path in folder.glob("model_*.pt"):
         content = records(path)
         name = next(n for n in content if n.endswith("data.pkl"))
-        old = content[name].replace(
-            b"ctorch.distributed.tensor\nDTensor", b"ctorch.distributed._tensor.api\nDTensor"
-        )
-        old = old.replace(
-            b"torch.distributed.tensor.placement_types", b"torch.distributed._tensor.placement_types"
-        )
-        old = old.replace(
-            b"ctorch.distributed.tensor._dtensor_spec", b"ctorch.distributed._tensor.placement_types"
-        )
-        assert old != content[name]
+        old = content[name]
+        for now, then in OLDER.items():
+            assert now in old
+            old = old.replace(now, then)
         archived(path, content | {name: old})
     assert read(folder) == EXPECTED
 
