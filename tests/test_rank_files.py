@@ -14,8 +14,10 @@ from safetensors.torch import load_file, save_file
 from reload_plugin import open_source
 from reload_plugin.errors import SourceError
 from reload_plugin.sources.boxes import cover_error
+from reload_plugin.sources.fsdp_files import _coordinate
+from reload_plugin.sources.pickles import Inert, Storage, StoredTensor
 from tests import trainers
-from tests.test_torch_files import ATTACKS, Command, bits
+from tests.test_torch_files import ATTACKS, Command, archived, bits, records
 
 SIZES = ((5, 7), (7, 3), (3, 9), (9, 2), (2, 5))
 """In and out of each layer: none divides by three or four, and some have fewer rows than there are ranks."""
@@ -136,6 +138,17 @@ def test_ranks_of_different_steps_are_refused(copy: Callable) -> None:
     extra["lr_scheduler"]["last_epoch"] += 1
     torch.save(extra, beside)
     refuses(folder, r"ranks of different steps: lr_scheduler\.last_epoch is 1 for rank 0 and 2 for rank 1")
+
+
+def test_optimizers_of_different_steps_are_refused(copy: Callable) -> None:
+    folder = copy("fsdp2_3")
+    for rank in range(3):
+        state = {"0.linear.weight": {"step": torch.tensor(4.0 + (rank == 2)), "exp_avg": torch.ones(2)}}
+        optimizer = {"state": state, "param_groups": [{"lr": 1.0}]}
+        torch.save(optimizer, folder / f"optim_world_size_3_rank_{rank}.pt")
+    refuses(folder, r"different steps: state\.0\.linear\.weight\.step is 4 for rank 0 and 5 for rank 2")
+    (folder / "optim_world_size_3_rank_2.pt").write_bytes(b"a file of another kind")
+    assert read(folder) == EXPECTED
 
 
 @pytest.mark.parametrize(("kind", "name"), [("hsdp_4", "0.linear.weight"), ("fsdp2_3", "4.counts")])
@@ -292,7 +305,7 @@ FUZZED = {
     "dcp_tp": "__2_0.distcp",
     "dcp_safetensors": "shard-00002-model-00001-of-00001.safetensors",
 }
-TIMES = 1000
+TIMES = 800
 
 
 @pytest.mark.parametrize("kind", FUZZED)
@@ -346,3 +359,59 @@ def test_boxes_that_cover_a_tensor_once() -> None:
     assert "overlap" in cover_error([((), ()), ((), ())], ())
     assert cover_error([], (0, 4)) is None
     assert "1 of its 1 elements" in cover_error([], ())
+
+
+# --- what other versions of torch write ---
+
+
+OLDER = {
+    b"torch.distributed.tensor\nDTensor\n": b"torch.distributed._tensor.api\nDTensor\n",
+    b"tensor.placement_types\nShard\n": b"_tensor.placement_types\nShard\n",
+    b"tensor._dtensor_spec\nDTensorSpec": b"_tensor.placement_types\nDTensorSpec",
+    b"tensor._dtensor_spec\nTensorMeta": b"_tensor.placement_types\nTensorMeta",
+}
+
+
+def test_older_names_of_the_same_classes_are_known(copy: Callable) -> None:
+    """DTensor has lived in several modules of torch."""
+    folder = copy("fsdp_tp_4")
+    for path in folder.glob("model_*.pt"):
+        content = records(path)
+        name = next(n for n in content if n.endswith("data.pkl"))
+        old = content[name]
+        for now, then in OLDER.items():
+            assert now in old
+            old = old.replace(now, then)
+        archived(path, content | {name: old})
+    assert read(folder) == EXPECTED
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        {"mesh": StoredTensor(Storage("0", 24, 4), torch.int32, 0, (2, 3), (3, 1))},
+        {"_layout": {"shape": (2, 3), "stride": (3, 1)}},
+        {"_layout": {"axes": [{"shape": (2,)}, {"shape": (3,)}]}},
+        {"_layout": {"shape": ((1, 2), 3), "stride": ((6, 3), 1)}},
+    ],
+    ids=range(4),
+)
+@pytest.mark.parametrize("place", [None, (1, 2), [1, 2]], ids=str)
+def test_every_spelling_of_a_device_mesh_is_understood(layout: dict, place: object) -> None:
+    mesh = inert(layout | {"_rank": 5, "_coordinate_on_dim": place})
+    assert _coordinate(mesh, 5, 6) == ((2, 3), (1, 2))
+    with pytest.raises(ValueError, match="saved by rank 5"):
+        _coordinate(mesh, 4, 6)
+
+
+def inert(value: object) -> object:
+    """Dicts as objects with that state, at any depth."""
+    if isinstance(value, dict):
+        made = Inert("x", ())
+        made.state = {key: inert(inner) for key, inner in value.items()}
+        return made
+    return (
+        [inert(inner) for inner in value]
+        if type(value) is list and value and type(value[0]) is dict
+        else value
+    )

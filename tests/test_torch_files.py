@@ -34,7 +34,7 @@ def saved(path: Path, value: object, zipped: bool = True) -> Path:
 
 
 def bits(tensor: torch.Tensor) -> tuple:
-    flat = tensor.contiguous().reshape(-1)
+    flat = tensor.detach().clone(memory_format=torch.contiguous_format).reshape(-1)
     return tuple(tensor.shape), tensor.dtype, flat.view(torch.uint8).numpy().tobytes() if len(flat) else b""
 
 
@@ -328,6 +328,24 @@ def test_sparse_quantized_and_meta_tensors_are_refused(tmp_path: Path) -> None:
     for tensor in odd:
         with pytest.raises(SourceError, match=r"x\.pt"):
             open_source(saved(tmp_path / "x.pt", {"w": tensor}))
+
+
+@FORMS
+def test_a_shape_that_no_tensor_has_is_refused(tmp_path: Path, zipped: bool) -> None:
+    path = saved(tmp_path / "x.pt", {"w": torch.empty(0, 3, 5)}, zipped)
+    whole = path.read_bytes()
+    start = whole.index(b"K\x00K\x03K\x05\x87")
+    huge = b"\x8a\x08" + b"\xff" * 7 + b"\x7f"
+    data = whole[:start] + b"K\x00" + huge * 2 + b"\x87" + whole[start + 7 :]
+    if zipped:
+        content = records(path)
+        name = next(n for n in content if n.endswith("data.pkl"))
+        content[name] = content[name].replace(whole[start : start + 7], b"K\x00" + huge * 2 + b"\x87")
+        archived(path, content)
+    else:
+        path.write_bytes(data)
+    with pytest.raises(SourceError, match="which no tensor has"):
+        open_source(path)
 
 
 def test_a_file_that_changes_while_it_is_read_is_an_error(tmp_path: Path) -> None:

@@ -30,6 +30,22 @@ class TensorInfo:
         return self.meta().nbytes
 
 
+def tensor_info(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> TensorInfo:
+    """A tensor that a file claims to hold.
+
+    Raises:
+        ValueError: no tensor can have this shape.
+
+    """
+    info = TensorInfo(name, shape, dtype)
+    try:
+        info.meta()
+    except (RuntimeError, TypeError, OverflowError) as error:
+        sizes = str(list(shape[:8]))[:60]
+        raise ValueError(f"{name} has the shape {sizes}, which no tensor has") from error
+    return info
+
+
 @dataclass(frozen=True)
 class Landed:
     """Tensors that were read to where they go, all at once; nobody has to hand them on."""

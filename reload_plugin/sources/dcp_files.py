@@ -18,11 +18,12 @@ from typing import Any
 import torch
 
 from ..errors import SourceError
-from .base import TensorInfo
+from .base import TensorInfo, tensor_info
 from .boxes import Box, cover_error
 from .checkpoint import Checkpoint
 from .json_files import open_regular, strict_json
-from .pickles import DCP_METADATA, Inert, StoredTensor, unpickle
+from .pickle_names import DCP_METADATA
+from .pickles import Inert, StoredTensor, unpickle
 from .reading import Assembly, Deferred, Part, Place
 from .safetensors_files import read_header
 from .stamps import Stamp, stamp_of, stamped
@@ -76,7 +77,7 @@ class DcpSource(Checkpoint):
             tensors = dict(_tensors(metadata.get("state_dict_metadata")))
             stored = dict(_stored(metadata.get("storage_data"), place))
             tree = _nested(tensors, metadata.get("planner_data"))
-        except (ValueError, TypeError, AttributeError, IndexError, KeyError) as error:
+        except (ValueError, TypeError, AttributeError, LookupError, RecursionError) as error:
             raise SourceError(f"{place / METADATA} is damaged: {error}. {ONE_SAVE}") from error
         self._stamp_files(stored)
         for name, tensor in weights_in(tree, _Chunked, folder, within).items():
@@ -134,6 +135,7 @@ def _tensors(table: Any) -> Iterator[tuple[str, _Chunked]]:
         dtype = state[0] if type(state) is tuple else properties.get("dtype")
         if type(dtype) is not torch.dtype:
             raise ValueError(f"{fqn} has no dtype")
+        tensor_info(fqn, _ints(entry.get("size")), dtype)
         boxes = [(_ints(chunk.get("offsets")), _ints(chunk.get("sizes"))) for chunk in entry.get("chunks")]
         yield fqn, _Chunked(fqn, _ints(entry.get("size")), dtype, tuple(boxes))
 
@@ -281,9 +283,13 @@ def _joined(name: str, found: Mapping[tuple[int, ...], Place], folder: str) -> A
     shape = tuple(max(end[dim] for end in ends) for dim in range(dims))
     solid = [(at, place) for at, place in places if 0 not in place.info.shape]
     wrong = cover_error([(at, place.info.shape) for at, place in solid], shape)
+    try:
+        info = tensor_info(name, shape, dtype)
+    except ValueError as error:
+        raise SourceError(f"{folder} is damaged: {error}. {ONE_SAVE}") from error
     if wrong is not None:
         raise SourceError(f"{name} is not whole in {folder}: {wrong}. {ONE_SAVE}")
     parts = tuple(
         Part(at, place.info.shape, place.file, place.start, place.info.meta().stride()) for at, place in solid
     )
-    return Assembly(TensorInfo(name, shape, dtype), parts)
+    return Assembly(info, parts)

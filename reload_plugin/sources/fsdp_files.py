@@ -10,7 +10,7 @@ import contextlib
 import math
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,10 +18,12 @@ from typing import Any
 import torch
 
 from ..errors import SHOWN, SourceError
-from .base import TensorInfo
+from .base import TensorInfo, tensor_info
 from .boxes import Box, cover_error
 from .checkpoint import Checkpoint
-from .pickles import SHARDS, ForeignTensor, Inert, StoredTensor
+from .json_files import open_regular
+from .pickle_names import SHARDS
+from .pickles import ForeignTensor, Inert, StoredTensor
 from .reading import Assembly, Part
 from .stamps import open_same
 from .state_dicts import steps_in, weights_in
@@ -70,7 +72,7 @@ class FsdpSource(Checkpoint):
         files = _files_by_rank(Path(folder))
         opened = {rank: read_torch_file(file, SHARDS) for rank, file in files.items()}
         self.stamps = {file.file: file.stamp for file in opened.values()}
-        _check_steps(Path(folder), opened, self)
+        _check_steps(Path(folder), opened)
         held = {rank: _shards(file, rank, len(files), within) for rank, file in opened.items()}
         _check_same_names(opened, held)
         for name in held[0]:
@@ -102,33 +104,55 @@ def _files_by_rank(folder: Path) -> dict[int, Path]:
     return {rank: files[rank] for rank in range(worlds[0])}
 
 
-def _check_steps(folder: Path, opened: Mapping[int, TorchFile], source: Checkpoint) -> None:
+def _check_steps(folder: Path, opened: Mapping[int, TorchFile]) -> None:
     """Refuse ranks that were saved at different steps, as far as they say so.
 
-    verl writes the learning rate schedule of each rank beside its weights; a schedule counts steps.
+    verl writes each rank's optimizer and learning rate schedule beside its weights; both count steps.
     """
-    said: dict[str, dict[int, int]] = {}
+    said: dict[str, dict[int, float]] = {}
     for rank, file in opened.items():
-        trees = [file.tree]
-        beside = folder / f"extra_state_world_size_{len(opened)}_rank_{rank}.pt"
-        if beside.is_file():
-            try:
-                more = read_torch_file(beside, SHARDS)
-            except SourceError:
-                more = None  # random states may be of any class; they are not loaded
-            if more is not None:
-                source.stamps[more.file] = more.stamp
-                trees.append(more.tree)
-        for tree in trees:
-            for name, step in steps_in(tree):
+        beside = [
+            folder / f"{kind}_world_size_{len(opened)}_rank_{rank}.pt" for kind in ("extra_state", "optim")
+        ]
+        for each in (file, *map(_listed, beside)):
+            for name, step in _numbers(each):
                 said.setdefault(name, {})[rank] = step
     for name, steps in said.items():
         if len(set(steps.values())) > 1:
             low, high = min(steps, key=lambda r: steps[r]), max(steps, key=lambda r: steps[r])
             raise SourceError(
-                f"{folder} holds ranks of different steps: {name} is {steps[low]} for rank {low} and "
-                f"{steps[high]} for rank {high}. {ONE_SAVE}"
+                f"{folder} holds ranks of different steps: {name} is {steps[low]:g} for rank {low} and "
+                f"{steps[high]:g} for rank {high}. {ONE_SAVE}"
             )
+
+
+def _listed(file: Path) -> TorchFile | None:
+    """A file beside the weights, if it is there and can be listed: random states may be of any class."""
+    try:
+        return read_torch_file(file, SHARDS) if file.is_file() else None
+    except SourceError:
+        return None
+
+
+def _numbers(file: TorchFile | None) -> Iterator[tuple[str, float]]:
+    """What a file says of its step; of an optimizer's many equal counters the first."""
+    tensors = 0
+    for name, step in steps_in(file.tree) if file is not None else ():
+        if isinstance(step, int):
+            yield name, step
+        elif file is not None and not tensors:
+            tensors += 1
+            with contextlib.suppress(OSError, ValueError, RuntimeError, TypeError):  # then it does not say it
+                yield name, _number(file, step)
+
+
+def _number(file: TorchFile, tensor: StoredTensor) -> float:
+    """The value of a tensor of one element."""
+    part = file.part(tensor)
+    with open_regular(file.file) as handle:
+        handle.seek(part.start)
+        data = handle.read(tensor.dtype.itemsize)
+    return float(torch.frombuffer(bytearray(data), dtype=tensor.dtype).item())
 
 
 def _shards(file: TorchFile, rank: int, world: int, within: str | None) -> dict[str, Shard]:
@@ -137,8 +161,9 @@ def _shards(file: TorchFile, rank: int, world: int, within: str | None) -> dict[
     found = {}
     for name, tensor in weights.items():
         try:
+            tensor_info(name, tensor.shape, tensor.dtype)
             found[name] = _shard(tensor, rank, world)
-        except (ValueError, TypeError, AttributeError, IndexError, KeyError) as error:
+        except (ValueError, TypeError, AttributeError, LookupError, RecursionError) as error:
             raise SourceError(f"{name} in {file.file} cannot be placed: {error}.") from error
     return found
 

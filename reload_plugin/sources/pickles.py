@@ -16,25 +16,7 @@ from typing import Any, BinaryIO, NoReturn
 
 import torch
 
-DTYPES: Mapping[str, torch.dtype] = {
-    name: value for name, value in vars(torch).items() if isinstance(value, torch.dtype)
-}
-_STORAGES: Mapping[str, torch.dtype] = {
-    "DoubleStorage": torch.float64,
-    "FloatStorage": torch.float32,
-    "HalfStorage": torch.float16,
-    "BFloat16Storage": torch.bfloat16,
-    "LongStorage": torch.int64,
-    "IntStorage": torch.int32,
-    "ShortStorage": torch.int16,
-    "CharStorage": torch.int8,
-    "ByteStorage": torch.uint8,
-    "BoolStorage": torch.bool,
-    "ComplexDoubleStorage": torch.complex128,
-    "ComplexFloatStorage": torch.complex64,
-    "UntypedStorage": torch.uint8,
-}
-"""Classes that torch.save names for the storage of a tensor (``torch/storage.py``)."""
+from .pickle_names import DTYPES, PLAIN, STORAGES
 
 
 class Refused(pickle.UnpicklingError):
@@ -198,92 +180,6 @@ _CALLS: Mapping[str, Maker] = {
     "torch.Size": _sequence,
     "collections.OrderedDict": _dictionary,
 }
-_PLAIN = frozenset(
-    {
-        "torch.Tensor",
-        "torch.device",
-        "torch.serialization._get_layout",
-        "torch.nn.parameter.Parameter",
-        "argparse.Namespace",
-        "_codecs.encode",
-        *(
-            f"numpy.{core}.multiarray.{name}"
-            for core in ("core", "_core")
-            for name in ("_reconstruct", "scalar")
-        ),
-        "numpy.ndarray",
-        "numpy.dtype",
-    }
-)
-"""What lies beside the weights in a trainer's file. None of it is made: it stays ``Inert``."""
-
-SHARDS = frozenset(
-    {
-        "torch._utils._rebuild_wrapper_subclass",
-        *(
-            f"torch.distributed.{home}.DTensor"
-            for home in ("tensor", "_tensor", "_tensor.api", "tensor._api")
-        ),
-        *(
-            f"torch.distributed.{home}.{name}"
-            for home in ("tensor.placement_types", "_tensor.placement_types", "tensor._dtensor_spec")
-            for name in (
-                "Shard",
-                "Replicate",
-                "Partial",
-                "_Partial",
-                "_StridedShard",
-                "DTensorSpec",
-                "TensorMeta",
-            )
-        ),
-        *(f"torch.distributed.{home}.DTensorSpec" for home in ("_tensor._dtensor_spec",)),
-        "torch.distributed.tensor._dtensor_spec.ShardOrderEntry",
-        "torch.distributed._tensor.placement_types.TensorMeta",
-        "torch.distributed.device_mesh.DeviceMesh",
-        "torch.distributed.device_mesh._MeshEnv",
-        "torch.distributed._mesh_layout._MeshLayout",
-        "torch.distributed._mesh_layout._FlatLayout",
-        "torch.distributed._shard.sharded_tensor.api.ShardedTensor",
-        "torch.distributed._shard.sharded_tensor.api.ShardedTensor.ProcessGroupState",
-        "torch.distributed._shard.sharded_tensor.shard.Shard",
-        "torch.distributed._shard.sharded_tensor.metadata.ShardedTensorMetadata",
-        "torch.distributed._shard.sharded_tensor.metadata.TensorProperties",
-        "torch.distributed._shard.sharded_tensor.metadata.MEM_FORMAT_ENCODING",
-        "torch.distributed._shard.metadata.ShardMetadata",
-        "torch.distributed._shard.sharding_spec.chunk_sharding_spec.ChunkShardingSpec",
-        "torch.distributed._shard.sharding_spec.api.EnumerableShardingSpec",
-        "torch.distributed.remote_device._remote_device",
-        "builtins.getattr",
-    }
-)
-"""What the tensors of FSDP1 and FSDP2 name beside that."""
-
-DCP_METADATA = frozenset(
-    {
-        *(
-            f"torch.distributed.checkpoint.metadata.{name}"
-            for name in (
-                "Metadata",
-                "MetadataIndex",
-                "TensorStorageMetadata",
-                "BytesStorageMetadata",
-                "ChunkStorageMetadata",
-                "TensorProperties",
-                "_MEM_FORMAT_ENCODING",
-                "StorageMeta",
-            )
-        ),
-        "torch.distributed.checkpoint.filesystem._StorageInfo",
-        "torch.distributed._shard.sharded_tensor.metadata.TensorProperties",
-        "torch.distributed._shard.sharded_tensor.metadata.MEM_FORMAT_ENCODING",
-        "torch.serialization._get_layout",
-        "pathlib.PosixPath",
-        "pathlib.PurePosixPath",
-        "pathlib._local.PosixPath",
-    }
-)
-"""What torch.distributed.checkpoint names in ``.metadata``, beside dtypes and torch.Size."""
 
 
 def unpickle(
@@ -307,7 +203,7 @@ def unpickle(
         ValueError: it is damaged, or names anything else.
 
     """
-    allowed = frozenset(extra) | (_PLAIN if plain else frozenset())
+    allowed = frozenset(extra) | (PLAIN if plain else frozenset())
     file = io.BytesIO(data) if isinstance(data, bytes) else data
     try:
         return _Unpickler(file, allowed, tensors, {} if storages is None else storages).load()
@@ -337,7 +233,7 @@ class _Unpickler(pickle._Unpickler):  # type: ignore[misc, name-defined, unused-
         full = f"{'builtins' if module == '__builtin__' else module}.{name}"
         if module == "torch" and name in DTYPES:
             return DTYPES[name]
-        if self._tensors and module in ("torch", "torch.cuda", "torch.storage") and name in _STORAGES:
+        if self._tensors and module in ("torch", "torch.cuda", "torch.storage") and name in STORAGES:
             return _Global(full, _not_called)
         if full == "torch._utils._rebuild_wrapper_subclass" and full in self._allowed:
             return _Global(full, _wrapper)
@@ -367,7 +263,7 @@ class _Unpickler(pickle._Unpickler):  # type: ignore[misc, name-defined, unused-
         if type(kind) is not _Global or type(key) is not str:
             raise Refused("its pickle has a storage without a kind or a key")
         _sizes((numel,))
-        dtype = _STORAGES[kind.name.rpartition(".")[2]]
+        dtype = STORAGES[kind.name.rpartition(".")[2]]
         whole = Storage(key, numel * dtype.itemsize, dtype.itemsize)
         known = self._storages.setdefault(key, whole)
         if known != whole:

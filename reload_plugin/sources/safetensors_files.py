@@ -17,7 +17,7 @@ from typing import Any, TypeGuard
 import torch
 
 from ..errors import SourceError
-from .base import TensorInfo
+from .base import TensorInfo, tensor_info
 from .checkpoint import Checkpoint
 from .json_files import open_regular, strict_json
 from .reading import Place
@@ -197,13 +197,8 @@ def _tensor(name: str, entry: dict[str, Any]) -> tuple[TensorInfo, int, int]:
         raise UnknownDtypeError(name, _brief(kind))
     if math.prod(shape) * dtype.itemsize != nbytes:
         raise ValueError(f"{name} has the shape {_brief(shape)} in {kind} and {nbytes:,} bytes")
-    info = TensorInfo(name, tuple(shape), dtype)
-    if not nbytes:
-        try:
-            info.meta()
-        except (RuntimeError, TypeError, OverflowError) as error:
-            raise ValueError(f"{name} has the shape {_brief(shape)}, which no tensor has") from error
-    return info, start, nbytes
+    named = TensorInfo if nbytes else tensor_info  # bytes that are there vouch for the shape
+    return named(name, tuple(shape), dtype), start, nbytes
 
 
 def _naturals(value: Any) -> TypeGuard[list[int]]:

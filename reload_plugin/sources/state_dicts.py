@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any, TypeVar
 
 from ..errors import SHOWN, SourceError
+from .pickles import StoredTensor
 
 Leaf = TypeVar("Leaf")
 
@@ -14,9 +16,9 @@ WRAPPERS = frozenset({"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoin
 """What DistributedDataParallel, torch.compile, FSDP1 and activation checkpointing put into names."""
 
 _BESIDE = re.compile(
-    r"optim|sched|rng|random|scaler|dataloader|callback|loops|train_state|epoch|step|args|config|hparams|version"
-    r"|^(amp|lr|iteration|loss|metrics|best_.*|timestamp)$",
-    re.IGNORECASE,
+    r".*(optim|sched|rng|random_state|scaler|dataloader|callback|epoch|global_step).*"
+    r"|train_state|loops|steps?|iterations?|args|config|hparams|hyper_parameters|version|amp|lr|loss|metrics",
+    re.IGNORECASE | re.DOTALL,
 )
 """Entries of a trainer's file that hold no weights."""
 
@@ -108,7 +110,7 @@ def _candidates(
     inside = [
         found
         for name, value in tree.items()
-        if type(name) is str and type(value) is dict and not _BESIDE.search(name)
+        if type(name) is str and type(value) is dict and not _BESIDE.fullmatch(name)
         for found in _candidates(value, leaf, (*path, name), seen)
     ]
     loose = {
@@ -117,7 +119,7 @@ def _candidates(
         if type(name) is str and isinstance(value, leaf) and not _FLAT_OPTIMIZER.match(name)
     }
     if inside or any(type(value) is dict for value in tree.values()):
-        loose = {name: value for name, value in loose.items() if not _BESIDE.search(name) or "." in name}
+        loose = {name: value for name, value in loose.items() if not _BESIDE.fullmatch(name) or "." in name}
     if loose:
         yield path, loose
     yield from inside
@@ -134,17 +136,19 @@ def _listed(found: Mapping[tuple[str, ...], Mapping[str, Any]]) -> str:
 
 def steps_in(
     tree: Any, path: tuple[Any, ...] = (), seen: set[int] | None = None
-) -> Iterator[tuple[str, int]]:
-    """(dotted path, number) of the training steps that a trainer's file says it was saved at."""
+) -> Iterator[tuple[str, int | StoredTensor]]:
+    """(dotted path, number) of the training steps that a trainer's file says it was saved at.
+
+    Optimizers keep the number in a tensor of one element.
+    """
     seen = set() if seen is None else seen
     if type(tree) is not dict or id(tree) in seen or len(path) > DEEPEST:
         return
     seen.add(id(tree))
     for name, value in tree.items():
-        if type(name) is not str:
-            continue
-        if type(value) is int and name in _STEPS:
-            yield ".".join((*path, name)), value
+        counts = type(value) is int or (isinstance(value, StoredTensor) and math.prod(value.shape) == 1)
+        if counts and name in _STEPS:
+            yield ".".join(map(str, (*path, name))), value
         yield from steps_in(value, (*path, name), seen)
 
 

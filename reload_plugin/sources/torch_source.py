@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ..errors import SourceError
-from .base import TensorInfo
+from .base import tensor_info
 from .checkpoint import Checkpoint
 from .pickles import StoredTensor
 from .reading import placed
@@ -38,9 +38,9 @@ class TorchSource(Checkpoint):
 
     def _add(self, name: str, tensor: StoredTensor, opened: TorchFile) -> None:
         try:
-            part = opened.part(tensor)
+            part, info = opened.part(tensor), tensor_info(name, tensor.shape, tensor.dtype)
         except ValueError as error:
             raise SourceError(
                 f"{name} in {opened.file} is not whole: {error}. Write or copy the file again."
             ) from error
-        self._places[name] = placed(TensorInfo(name, tensor.shape, tensor.dtype), part)
+        self._places[name] = placed(info, part)

@@ -1,0 +1,115 @@
+"""Names that a pickle of a checkpoint may use, by who writes them. None of them is imported."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+DTYPES: Mapping[str, torch.dtype] = {
+    name: value for name, value in vars(torch).items() if isinstance(value, torch.dtype)
+}
+STORAGES: Mapping[str, torch.dtype] = {
+    "DoubleStorage": torch.float64,
+    "FloatStorage": torch.float32,
+    "HalfStorage": torch.float16,
+    "BFloat16Storage": torch.bfloat16,
+    "LongStorage": torch.int64,
+    "IntStorage": torch.int32,
+    "ShortStorage": torch.int16,
+    "CharStorage": torch.int8,
+    "ByteStorage": torch.uint8,
+    "BoolStorage": torch.bool,
+    "ComplexDoubleStorage": torch.complex128,
+    "ComplexFloatStorage": torch.complex64,
+    "UntypedStorage": torch.uint8,
+}
+"""Classes that torch.save names for the storage of a tensor (``torch/storage.py``)."""
+
+
+PLAIN = frozenset(
+    {
+        "torch.Tensor",
+        "torch.device",
+        "torch.serialization._get_layout",
+        "torch.nn.parameter.Parameter",
+        "argparse.Namespace",
+        "_codecs.encode",
+        *(
+            f"numpy.{core}.multiarray.{name}"
+            for core in ("core", "_core")
+            for name in ("_reconstruct", "scalar")
+        ),
+        "numpy.ndarray",
+        "numpy.dtype",
+    }
+)
+"""What lies beside the weights in a trainer's file. None of it is made: it stays ``Inert``."""
+
+SHARDS = frozenset(
+    {
+        "torch._utils._rebuild_wrapper_subclass",
+        *(
+            f"torch.distributed.{home}.DTensor"
+            for home in ("tensor", "_tensor", "_tensor.api", "tensor._api")
+        ),
+        *(
+            f"torch.distributed.{home}.{name}"
+            for home in ("tensor.placement_types", "_tensor.placement_types", "tensor._dtensor_spec")
+            for name in (
+                "Shard",
+                "Replicate",
+                "Partial",
+                "_Partial",
+                "_StridedShard",
+                "DTensorSpec",
+                "TensorMeta",
+            )
+        ),
+        *(f"torch.distributed.{home}.DTensorSpec" for home in ("_tensor._dtensor_spec",)),
+        "torch.distributed.tensor._dtensor_spec.ShardOrderEntry",
+        "torch.distributed._tensor.placement_types.TensorMeta",
+        "torch.distributed.device_mesh.DeviceMesh",
+        "torch.distributed.device_mesh._MeshEnv",
+        "torch.distributed._mesh_layout._MeshLayout",
+        "torch.distributed._mesh_layout._FlatLayout",
+        "torch.distributed._shard.sharded_tensor.api.ShardedTensor",
+        "torch.distributed._shard.sharded_tensor.api.ShardedTensor.ProcessGroupState",
+        "torch.distributed._shard.sharded_tensor.shard.Shard",
+        "torch.distributed._shard.sharded_tensor.metadata.ShardedTensorMetadata",
+        "torch.distributed._shard.sharded_tensor.metadata.TensorProperties",
+        "torch.distributed._shard.sharded_tensor.metadata.MEM_FORMAT_ENCODING",
+        "torch.distributed._shard.metadata.ShardMetadata",
+        "torch.distributed._shard.sharding_spec.chunk_sharding_spec.ChunkShardingSpec",
+        "torch.distributed._shard.sharding_spec.api.EnumerableShardingSpec",
+        "torch.distributed.remote_device._remote_device",
+        "builtins.getattr",
+    }
+)
+"""What the tensors of FSDP1 and FSDP2 name beside that."""
+
+DCP_METADATA = frozenset(
+    {
+        *(
+            f"torch.distributed.checkpoint.metadata.{name}"
+            for name in (
+                "Metadata",
+                "MetadataIndex",
+                "TensorStorageMetadata",
+                "BytesStorageMetadata",
+                "ChunkStorageMetadata",
+                "TensorProperties",
+                "_MEM_FORMAT_ENCODING",
+                "StorageMeta",
+            )
+        ),
+        "torch.distributed.checkpoint.filesystem._StorageInfo",
+        "torch.distributed._shard.sharded_tensor.metadata.TensorProperties",
+        "torch.distributed._shard.sharded_tensor.metadata.MEM_FORMAT_ENCODING",
+        "torch.serialization._get_layout",
+        "pathlib.PosixPath",
+        "pathlib.PurePosixPath",
+        "pathlib._local.PosixPath",
+    }
+)
+"""What torch.distributed.checkpoint names in ``.metadata``, beside dtypes and torch.Size."""
