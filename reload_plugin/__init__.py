@@ -9,6 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .convert import convert, is_stale, read_nested
     from .errors import (
         DuplicateWeightsError,
         EngineBrokenError,
@@ -27,7 +28,9 @@ if TYPE_CHECKING:
         UnsupportedError,
         WeightsError,
     )
+    from .fsdp import RestoreReport, restore_fsdp
     from .monitor import ReloadStatus, reload_engine, status
+    from .nested import flatten, unflatten
     from .reload import record_for_reloading, reload_weights
     from .session import ReloadSession
     from .verify import ReloadReport
@@ -48,17 +51,24 @@ _HOME = {
     "ReloadReport": "verify",
     "ReloadSession": "session",
     "ReloadStatus": "monitor",
+    "RestoreReport": "fsdp",
     "SessionError": "errors",
     "SourceError": "errors",
     "UnexpectedWeightsError": "errors",
     "UnsupportedError": "errors",
     "WeightsError": "errors",
     "abort_weight_update": "weight_update",
+    "convert": "convert",
+    "flatten": "nested",
+    "is_stale": "convert",
+    "read_nested": "convert",
     "record_for_reloading": "reload",
     "reload_engine": "monitor",
     "reload_weights": "reload",
     "restore_for_reloading": "weight_update",
+    "restore_fsdp": "fsdp",
     "status": "monitor",
+    "unflatten": "nested",
 }
 
 __all__ = [
@@ -76,17 +86,24 @@ __all__ = [
     "ReloadReport",
     "ReloadSession",
     "ReloadStatus",
+    "RestoreReport",
     "SessionError",
     "SourceError",
     "UnexpectedWeightsError",
     "UnsupportedError",
     "WeightsError",
     "abort_weight_update",
+    "convert",
+    "flatten",
+    "is_stale",
+    "read_nested",
     "record_for_reloading",
     "reload_engine",
     "reload_weights",
     "restore_for_reloading",
+    "restore_fsdp",
     "status",
+    "unflatten",
 ]
 
 

@@ -40,6 +40,11 @@ LINE = (
     "reload",
     "transfer",
     "plugin",
+    "nested",
+    "writing",
+    "convert",
+    "fsdp",
+    "cli",
 )
 """Modules in the order in which they may import one another: each only those before it."""
 
@@ -58,17 +63,24 @@ PUBLIC = [
     "ReloadReport",
     "ReloadSession",
     "ReloadStatus",
+    "RestoreReport",
     "SessionError",
     "SourceError",
     "UnexpectedWeightsError",
     "UnsupportedError",
     "WeightsError",
     "abort_weight_update",
+    "convert",
+    "flatten",
+    "is_stale",
+    "read_nested",
     "record_for_reloading",
     "reload_engine",
     "reload_weights",
     "restore_for_reloading",
+    "restore_fsdp",
     "status",
+    "unflatten",
 ]
 
 

@@ -14,6 +14,7 @@ from ..memory import HostPool
 from .base import Room, Source, Stream, TensorInfo
 from .json_files import open_regular, strict_json
 from .safetensors_files import SafetensorsSource
+from .sidecar import refuse_stale
 
 NEXT = "Give a folder of safetensors files (model.safetensors, or files with an index)."
 TWO_SAVES = (
@@ -59,6 +60,7 @@ def open_folder(path: str, vllm_config: Any, model_config: Any, model: nn.Module
     place = Path(path)
     index = None
     if place.is_file() and place.suffix == ".safetensors":
+        refuse_stale([path])
         return SafetensorsSource([path], path)
     if place.is_dir():
         index = _index_of(place, vllm_config)
@@ -73,6 +75,7 @@ def open_folder(path: str, vllm_config: Any, model_config: Any, model: nn.Module
     special = bool(getattr(model, "secondary_weights", ()))
     if special or not all(file.endswith(".safetensors") for file in files):
         return EngineReaderSource(vllm_config, model_config, model, path)
+    refuse_stale(files)
     source = SafetensorsSource(files, path)
     if index is not None:
         _check_index(*index, source.file_of, [Path(file).name for file in files])
@@ -93,6 +96,7 @@ def open_source(path: str | Path) -> Source:
     files = sorted(map(str, place.glob("*.safetensors"))) if place.is_dir() else [str(place)]
     if not files:
         raise SourceError(f"{path} holds no safetensors files. {NEXT}")
+    refuse_stale(file for file in files if file.endswith(".safetensors"))
     return SafetensorsSource(files, str(path))
 
 

@@ -55,7 +55,7 @@ class SpillFile:
         info = TensorInfo(name, tuple(tensor.shape), tensor.dtype)
         start = self.nbytes
         try:
-            for piece in _bytes_of(tensor):
+            for piece in bytes_of(tensor):
                 self._write(piece)
         except OSError as error:
             with contextlib.suppress(OSError):
@@ -106,7 +106,7 @@ class SpillFile:
         self._file.close()
 
 
-def _bytes_of(tensor: torch.Tensor) -> Iterator[memoryview]:
+def bytes_of(tensor: torch.Tensor) -> Iterator[memoryview]:
     """A tensor's elements in order, as pieces of plain memory on the CPU."""
     flat = tensor.detach().reshape(-1) if tensor.is_contiguous() else tensor.detach().contiguous().reshape(-1)
     flat = flat.resolve_conj().resolve_neg()
