@@ -43,6 +43,7 @@ LINE = (
     "nested",
     "writing",
     "convert",
+    "slices",
     "fsdp",
     "cli",
 )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 
@@ -50,3 +50,25 @@ class Source(Protocol):
 
     def unchanged(self) -> bool:
         """Whether reading again would give the same bytes, as far as sizes and times tell."""
+
+
+Span = tuple[int, int]
+"""Half-open range of elements of a flattened tensor."""
+
+
+@runtime_checkable
+class Ranged(Protocol):
+    """A source that can read parts of a tensor without the rest of it."""
+
+    def read_spans(self, name: str, spans: Sequence[Span], out: torch.Tensor) -> None:
+        """Read ranges of a tensor's elements, one behind the other, into ``out``.
+
+        Args:
+            name: checkpoint name.
+            spans: ranges of the flattened tensor.
+            out: contiguous, on the CPU, of the tensor's dtype, with as many elements as the spans.
+
+        Raises:
+            SourceError: the file changed or cannot be read.
+
+        """

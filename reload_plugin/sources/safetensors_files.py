@@ -18,8 +18,9 @@ import torch
 
 from ..errors import SourceError
 from ..memory import HostPool
-from .base import Room, Stream, TensorInfo
+from .base import Room, Span, Stream, TensorInfo
 from .json_files import open_regular, strict_json
+from .readahead import Piece, read_piece
 from .reading import Place, read_places
 
 _DTYPES: dict[str, torch.dtype] = {
@@ -100,6 +101,22 @@ class SafetensorsSource:
                 self._check_unchanged()
             except OSError as error:
                 raise SourceError(f"{self.description} could not be read: {error}.") from error
+
+    def read_spans(self, name: str, spans: Sequence[Span], out: torch.Tensor) -> None:
+        place = self._places[name]
+        size = place.info.dtype.itemsize
+        done = 0
+        try:
+            with contextlib.ExitStack() as stack:
+                handle = self._open(place.file, stack)
+                for start, stop in spans:
+                    piece = Piece(
+                        handle, place.start + start * size, out[done : done + stop - start], place.file, name
+                    )
+                    read_piece(piece)
+                    done += stop - start
+        except OSError as error:
+            raise SourceError(f"{self.description} could not be read: {error}.") from error
 
     def unchanged(self) -> bool:
         try:
