@@ -152,10 +152,9 @@ class _Council:
         if dist.is_available() and dist.is_initialized():
             self.rank = dist.get_rank()
             ranks = dist.get_process_group_ranks(group or dist.group.WORLD)
-            votes = [vote_among(f"restore/{phase}", ranks, self.rank) for phase in ("check", "fill")]
-            for vote in votes:
-                vote.patience = timeout
-            self._votes = iter(votes)
+            vote = vote_among("restore", ranks, self.rank)
+            vote.patience = timeout
+            self._votes = iter([vote, vote.following()])
 
     @contextlib.contextmanager
     def before(self, what: str) -> Iterator[None]:

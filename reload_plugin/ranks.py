@@ -88,6 +88,12 @@ class Vote:
         else:
             self._refuse(f"{type(error).__name__}: {error}"[:LONGEST])
 
+    def following(self) -> Vote:
+        """A second vote in the same matter, for those who agreed in this one."""
+        vote = Vote(self._store, self._seat, "", self._past)
+        vote._prefix, vote.patience = self._prefix + "then/", self.patience
+        return vote
+
     @property
     def missed(self) -> bool:
         """Whether the others gave up on this rank before it came to this ballot."""
