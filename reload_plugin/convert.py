@@ -85,8 +85,8 @@ def convert(
         progress: called as bytes are written.
 
     Raises:
-        SourceError: the source cannot be read or changed meanwhile, ``dst`` exists, or writing failed. Nothing
-            is left at ``dst`` then; what was there before is untouched.
+        SourceError: the source cannot be read or changed meanwhile, ``dst`` exists, or writing failed.
+            Nothing is left at ``dst`` then; what was there before is untouched.
 
     """
     src, dst = Path(src), Path(dst)
@@ -108,7 +108,9 @@ def convert(
                 partial.mkdir()
                 writing.folder(partial, beside)
             if not content.unchanged():
-                raise SourceError(f"{src} changed while it was read. Convert it when the trainer has finished writing.")
+                raise SourceError(
+                    f"{src} changed while it was read. Convert it when the trainer has finished writing."
+                )
     except OSError as error:
         raise SourceError(_failed(dst, error)) from error
     return ConvertReport(
@@ -142,7 +144,7 @@ def read_nested(path: str | Path) -> Any:
 
 
 def is_stale(converted: str | Path, original: str | Path | None = None) -> bool:
-    """Whether the original changed since ``convert`` read it: by size, times and, where these leave doubt, digest.
+    """Whether the original changed since ``convert`` read it: by size, times and, in doubt, digest.
 
     Args:
         converted: file or folder that ``convert`` wrote.
@@ -159,7 +161,9 @@ def _structure(path: Path, text: str) -> Structure:
     try:
         found = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise SourceError(f"The structure in {path} is damaged: {error}. Convert the original again.") from error
+        raise SourceError(
+            f"The structure in {path} is damaged: {error}. Convert the original again."
+        ) from error
     if not isinstance(found, dict):
         raise SourceError(f"The structure in {path} is damaged. Convert the original again.")
     return found
@@ -184,7 +188,9 @@ class _Content(Protocol):
 
     def infos(self) -> Sequence[TensorInfo]: ...
 
-    def read(self, order: Sequence[str]) -> contextlib.AbstractContextManager[Iterator[tuple[str, torch.Tensor]]]: ...
+    def read(
+        self, order: Sequence[str]
+    ) -> contextlib.AbstractContextManager[Iterator[tuple[str, torch.Tensor]]]: ...
 
     def unchanged(self) -> bool: ...
 
@@ -205,12 +211,14 @@ class _Weights:
         self._source = source
         self.format = format_of(source)
         stamps: Mapping[str, Any] | None = getattr(source, "stamps", None)
-        self.files = [Path(file) for file in stamps] if stamps else _files_under(src)
+        self.files: Sequence[Path] = [Path(file) for file in stamps] if stamps else _files_under(src)
 
     def infos(self) -> Sequence[TensorInfo]:
         found = self._source.infos()
         if found is None:
-            raise SourceError(f"{self._source.description} cannot be listed before it is read. Give its files.")
+            raise SourceError(
+                f"{self._source.description} cannot be listed before it is read. Give its files."
+            )
         return found
 
     @contextlib.contextmanager
@@ -247,7 +255,7 @@ class _TorchFile:
 
     def __init__(self, file: Path) -> None:
         self.src = file
-        self.files = [file]
+        self.files: Sequence[Path] = [file]
         self._seen = _seen(file)
         self._mapped, nested = _load(file)
         stored, structure = lay_out(nested)
@@ -287,7 +295,7 @@ def _info(item: Stored) -> TensorInfo:
 
 
 def _load(file: Path) -> tuple[bool, Any]:
-    """(whether it is mapped, what it holds). Files of torch before 1.6 cannot be mapped and are read whole."""
+    """(whether it is mapped, what it holds). Files of torch before 1.6 cannot be mapped."""
     try:
         with file.open("rb") as handle:
             mapped = handle.read(4) == b"PK\x03\x04"
@@ -295,8 +303,8 @@ def _load(file: Path) -> tuple[bool, Any]:
     except Exception as error:  # a damaged pickle may raise anything
         reason = str(error).strip().partition("\n")[0]
         raise SourceError(
-            f"{file} is no torch file that can be read without running code from it: {reason} Save a state dict of "
-            "tensors, numbers, strings, lists, tuples and dicts."
+            f"{file} is no torch file that can be read without running code from it: {reason} Save a state "
+            "dict of tensors, numbers, strings, lists, tuples and dicts."
         ) from error
 
 
@@ -369,7 +377,9 @@ def _companions(src: Path, config: Path | None) -> list[Path]:
     if folder is None:
         return []
     if not folder.is_dir():
-        raise SourceError(f"There is no folder {folder} to take config.json and the tokenizer from. Give another.")
+        raise SourceError(
+            f"There is no folder {folder} to take config.json and the tokenizer from. Give another."
+        )
     return sorted(file for file in folder.iterdir() if file.is_file() and _goes_along(file))
 
 

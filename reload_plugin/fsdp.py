@@ -20,7 +20,14 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from torch import nn
 
-from .errors import RanksDisagreeError, ReloadError, SessionError, SourceError, UnsupportedError, weights_error
+from .errors import (
+    RanksDisagreeError,
+    ReloadError,
+    SessionError,
+    SourceError,
+    UnsupportedError,
+    weights_error,
+)
 from .ranks import PATIENCE, Vote, vote_among
 from .slices import Division, Ledger, cut, local_shape, spans_of
 from .sources import Ranged, Source, Span, TensorInfo, open_source
@@ -100,8 +107,8 @@ def restore_fsdp(
     says so. Extra memory: 32 MiB, or the largest tensor that has to be read whole.
 
     Args:
-        model: on its device already (``to_empty`` a model that was made on meta). Its wrappers do not count in
-            names: ``_fsdp_wrapped_module.`` and the like are left out.
+        model: on its device already (``to_empty`` a model that was made on meta). Its wrappers do not count
+            in names: ``_fsdp_wrapped_module.`` and the like are left out.
         source: a checkpoint that every rank can read, or its path.
         rename: name in the model -> name in the checkpoint.
         strict: False lets weights be missing or unexpected; the report lists them.
@@ -173,7 +180,9 @@ class _Council:
             except ReloadError:
                 raise
             except Exception as error:
-                raise ReloadError(f"Restoring failed with {type(error).__name__}: {error}. {MIXED}") from error
+                raise ReloadError(
+                    f"Restoring failed with {type(error).__name__}: {error}. {MIXED}"
+                ) from error
 
     @contextlib.contextmanager
     def _together(self, summary: str, restoring: _Restoring | None = None) -> Iterator[None]:
@@ -227,7 +236,7 @@ def _named_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     """Parameters and persistent buffers under every name they have."""
     for prefix, module in model.named_modules(remove_duplicate=False):
         if _is_fsdp2(module):
-            module.reshard()  # type: ignore[operator]
+            module.reshard()
         left_out = module._non_persistent_buffers_set
         own = itertools.chain(module._parameters.items(), module._buffers.items())
         for name, tensor in own:
@@ -257,8 +266,8 @@ def _plain_target(names: tuple[str, ...], tensor: torch.Tensor) -> Target:
     shape = tuple(tensor.shape)
     if local_shape(shape, divisions) != tuple(local.shape):
         raise UnsupportedError(
-            f"{names[0]} has the shape {list(local.shape)} on this rank, which is no part of {list(shape)} that its "
-            f"placements give. Restore it with the trainer's own loader. {UNTOUCHED}"
+            f"{names[0]} has the shape {list(local.shape)} on this rank, which is no part of {list(shape)} "
+            f"that its placements give. Restore it with the trainer's own loader. {UNTOUCHED}"
         )
     return Target(names, shape, tensor.dtype, tuple(spans_of(shape, divisions)), local.detach(), names[0])
 
@@ -273,13 +282,17 @@ def _divisions(name: str, tensor: Any) -> Iterator[Division]:
             continue
         pieces = getattr(placement, "split_factor", 1)
         if placement.is_partial() or not hasattr(placement, "dim"):
-            raise UnsupportedError(f"{name} has the placement {placement}, which no checkpoint can fill. {UNTOUCHED}")
+            raise UnsupportedError(
+                f"{name} has the placement {placement}, which no checkpoint can fill. {UNTOUCHED}"
+            )
         yield Division(placement.dim, size, rank, pieces)
 
 
 def _require_memory(name: str, local: torch.Tensor) -> None:
     if local.is_meta:
-        raise UnsupportedError(f"{name} is on meta. Give the model memory first: model.to_empty(device=...). {UNTOUCHED}")
+        raise UnsupportedError(
+            f"{name} is on meta. Give the model memory first: model.to_empty(device=...). {UNTOUCHED}"
+        )
 
 
 # -- FSDP1 ----------------------------------------------------------------------------------------
@@ -304,12 +317,16 @@ def _flat_targets(model: nn.Module, rename: Rename) -> Iterator[Target]:
         for fqn, shape, info, extension in infos:
             name = _clean(prefix + fqn)
             if extension is not None:
-                raise UnsupportedError(f"{name} is a DTensor inside of FSDP1. Use fully_shard (FSDP2). {UNTOUCHED}")
+                raise UnsupportedError(
+                    f"{name} is a DTensor inside of FSDP1. Use fully_shard (FSDP2). {UNTOUCHED}"
+                )
             names = tuple(rename(each) for each in (name, *aliases[name]))
             yield _flat_target(names, tuple(shape), info, shard, place)
 
 
-def _flat_target(names: tuple[str, ...], shape: tuple[int, ...], info: Any, shard: torch.Tensor, place: str) -> Target:
+def _flat_target(
+    names: tuple[str, ...], shape: tuple[int, ...], info: Any, shard: torch.Tensor, place: str
+) -> Target:
     if not info.in_shard:
         return Target(names, shape, shard.dtype, (), shard[:0], place)
     start, count = info.offset_in_shard, info.numel_in_shard
@@ -318,7 +335,7 @@ def _flat_target(names: tuple[str, ...], shape: tuple[int, ...], info: Any, shar
 
 
 def _shard_of(handle: Any, place: str) -> torch.Tensor:
-    """This rank's part of a flat parameter, padding included; all of it where it is not sharded."""
+    """The part of this rank of a flat parameter, padding included; all of it where it is not sharded."""
     flat = handle.flat_param
     begun = handle.uses_sharded_strategy and hasattr(flat, "_local_shard")  # else nothing was gathered yet
     shard: torch.Tensor = flat._local_shard if begun else flat.data
@@ -351,7 +368,11 @@ def _needed_of_flat(handle: Any, shard: torch.Tensor) -> list[Span]:
         if not padding
     ]
     first = handle.rank * shard.numel() if handle.uses_sharded_strategy else 0
-    return [(max(a, first) - first, min(b, first + shard.numel()) - first) for a, b in real if _meet(a, b, first, shard)]
+    return [
+        (max(a, first) - first, min(b, first + shard.numel()) - first)
+        for a, b in real
+        if _meet(a, b, first, shard)
+    ]
 
 
 def _meet(start: int, stop: int, first: int, shard: torch.Tensor) -> bool:
@@ -388,7 +409,9 @@ class _Restoring:
     def __init__(self, source: Source, targets: list[Target], strict: bool, cast: bool) -> None:
         found = source.infos()
         if found is None:
-            raise SourceError(f"{source.description} cannot be listed before it is read. {UNTOUCHED} Convert it first.")
+            raise SourceError(
+                f"{source.description} cannot be listed before it is read. {UNTOUCHED} Convert it first."
+            )
         self.bytes_read = 0
         self._source = source
         self._infos = {info.name: info for info in found}
@@ -406,7 +429,7 @@ class _Restoring:
     def _check(self, strict: bool, cast: bool) -> None:
         missing = {t.names[0]: _reason(t) for t in self._targets if not self._name_of(t)}
         known = {name for target in self._targets for name in target.names}
-        unexpected = {name: "the model has no place for it" for name in self._infos.keys() - known}
+        unexpected = dict.fromkeys(self._infos.keys() - known, "the model has no place for it")
         misshapen: dict[str, str] = {}
         for target in self._targets:
             for name in target.names:
@@ -474,7 +497,11 @@ class _Restoring:
             self.bytes_read += target.memory.nbytes
             self._ledger.wrote(target.place, target.offset, target.count)
             return
-        flat = target.memory.view(-1) if target.memory.is_contiguous() else torch.empty(target.count, dtype=target.dtype)
+        flat = (
+            target.memory.view(-1)
+            if target.memory.is_contiguous()
+            else torch.empty(target.count, dtype=target.dtype)
+        )
         for start, part in self._parts(target, name):
             flat[start : start + part.numel()].copy_(part)
             self._ledger.wrote(target.place, target.offset + start, part.numel())
@@ -484,7 +511,11 @@ class _Restoring:
     def _fits_in_place(self, name: str, target: Target) -> bool:
         """Whether the bytes of the file are those of the model."""
         memory = target.memory
-        plain = memory.is_contiguous() and memory.device.type == "cpu" and not (memory.is_conj() or memory.is_neg())
+        plain = (
+            memory.is_contiguous()
+            and memory.device.type == "cpu"
+            and not (memory.is_conj() or memory.is_neg())
+        )
         return isinstance(self._source, Ranged) and plain and self._infos[name].dtype == memory.dtype
 
     def _parts(self, target: Target, name: str) -> Iterator[tuple[int, torch.Tensor]]:
@@ -531,7 +562,8 @@ class _Restoring:
 
 
 def _bits(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.contiguous().view(torch.uint8)
+    flat = tensor.contiguous()
+    return flat.as_strided((flat.numel(),), (1,)).view(torch.uint8)
 
 
 def _reason(target: Target) -> str:
@@ -545,6 +577,8 @@ def _misfit(info: TensorInfo, target: Target, cast: bool) -> str | None:
         return f"{list(info.shape)} in the checkpoint, {list(target.shape)} in the model"
     convertible = cast and info.dtype.is_floating_point and target.dtype.is_floating_point
     if info.dtype != target.dtype and not convertible:
-        hint = " (cast=True converts)" if info.dtype.is_floating_point and target.dtype.is_floating_point else ""
+        hint = (
+            " (cast=True converts)" if info.dtype.is_floating_point and target.dtype.is_floating_point else ""
+        )
         return f"{info.dtype} in the checkpoint, {target.dtype} in the model{hint}"
     return None

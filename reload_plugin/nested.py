@@ -69,7 +69,7 @@ class Stored:
 
         Shares memory with the original where that is such a tensor already.
         """
-        tensor = self.tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
+        tensor = _dense(self.tensor.detach().cpu())
         return tensor if tensor.dtype in STORABLE else tensor.reshape(-1).view(torch.uint8)
 
 
@@ -79,7 +79,7 @@ def flatten(nested: Any) -> tuple[dict[str, torch.Tensor], Structure]:
     Args:
         nested: dicts, lists and tuples of tensors, strings, numbers, bools and None, as deep as Python's
             recursion goes. Keys of dicts may be anything but tensors, dicts and lists. ``OrderedDict`` and
-            its ``_metadata`` (versions of modules) are kept, and so are ``nn.Parameter`` and ``requires_grad``.
+            its ``_metadata`` (versions of modules) are kept, so are ``nn.Parameter`` and ``requires_grad``.
 
     Returns:
         Tensors by name, contiguous, on the CPU, no two sharing memory, ready for ``safetensors``; and the
@@ -113,9 +113,19 @@ def unflatten(flat: Mapping[str, torch.Tensor], structure: Structure) -> Any:
         return _Builder(flat).build(structure["tree"])
     except ReloadError:
         raise
-    except (ValueError, TypeError, KeyError, RuntimeError, AttributeError, RecursionError, struct.error) as error:
+    except (
+        ValueError,
+        TypeError,
+        KeyError,
+        RuntimeError,
+        AttributeError,
+        RecursionError,
+        struct.error,
+    ) as error:
         reason = f"{type(error).__name__}: {error}"
-        raise SourceError(f"The structure of a nested state dict is damaged: {reason}. Flatten it again.") from error
+        raise SourceError(
+            f"The structure of a nested state dict is damaged: {reason}. Flatten it again."
+        ) from error
 
 
 def lay_out(nested: Any) -> tuple[list[Stored], Structure]:
@@ -130,6 +140,13 @@ def lay_out(nested: Any) -> tuple[list[Stored], Structure]:
         more = f"; and {len(walk.refused) - 8} more" if len(walk.refused) > 8 else ""
         raise SourceError(f"A state dict holds what cannot be stored: {listed}{more}. {_NEXT}")
     return walk.settle(), {"format": FORMAT, "tree": tree}
+
+
+def _dense(tensor: torch.Tensor) -> torch.Tensor:
+    """Contiguous, with the strides that say so: dimensions of one element may come with any."""
+    tensor = tensor.resolve_conj().resolve_neg().contiguous()
+    strides = [math.prod(tensor.shape[d + 1 :]) for d in range(tensor.dim())]
+    return tensor.as_strided(tensor.shape, strides)
 
 
 # -- taking apart ---------------------------------------------------------------------------------
@@ -149,7 +166,7 @@ class _Leaf:
     def span(self) -> tuple[int, int]:
         """First byte and the byte after the last, counted in the storage."""
         tensor, size = self.tensor, self.tensor.element_size()
-        start = tensor.storage_offset() * size
+        start = int(tensor.storage_offset()) * size
         if not tensor.numel():
             return start, start
         last = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
@@ -203,7 +220,9 @@ class _Walk:
         found = vars(value)
         for name in found.keys() - {"_metadata"}:
             self._refuse(path, f"has the attribute {name!r}")
-        return {"_metadata": self.node(found["_metadata"], (*path, "_metadata"))} if "_metadata" in found else {}
+        return (
+            {"_metadata": self.node(found["_metadata"], (*path, "_metadata"))} if "_metadata" in found else {}
+        )
 
     def _tensor(self, value: torch.Tensor, path: Path) -> Any:
         if type(value) not in (torch.Tensor, nn.Parameter):
@@ -228,7 +247,9 @@ class _Walk:
         shared: dict[int, list[_Leaf]] = defaultdict(list)
         for leaf in self._leaves:
             shared[leaf.tensor.untyped_storage()._cdata].append(leaf)
-        owners = {id(leaf): group for leaves in shared.values() for group in _overlapping(leaves) for leaf in group}
+        owners = {
+            id(leaf): group for leaves in shared.values() for group in _overlapping(leaves) for leaf in group
+        }
         stored: list[Stored] = []
         done: set[int] = set()
         for leaf in self._leaves:
@@ -256,7 +277,9 @@ class _Walk:
                 _note_dtype(group, base)
             return Stored(name, base.tensor)
         storage = group[0].tensor.untyped_storage()
-        whole = torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage, start, (end - start,), (1,))
+        whole = torch.empty(0, dtype=torch.uint8, device=storage.device).set_(
+            storage, start, (end - start,), (1,)
+        )
         return Stored(name, whole)
 
     def _name(self, path: Path) -> str:
@@ -273,11 +296,11 @@ def _note_dtype(group: list[_Leaf], base: _Leaf) -> None:
     """The table holds this tensor as bytes; members that are not views of it say what they are."""
     for leaf in group:
         if "view" not in leaf.node:
-            leaf.node["view"] = _view_of(base.tensor.contiguous(), base.tensor.storage_offset()) | {"offset": 0}
+            leaf.node["view"] = _view_of(_dense(base.tensor), 0) | {"offset": 0}
 
 
 def _overlapping(leaves: list[_Leaf]) -> Iterator[list[_Leaf]]:
-    """Tensors of one storage, those together whose bytes lie across one another; empty ones with their like."""
+    """Tensors of one storage, those together whose bytes overlap; empty ones with their like."""
     empty: dict[object, list[_Leaf]] = defaultdict(list)
     for leaf in leaves:
         if not leaf.tensor.numel():
@@ -366,7 +389,11 @@ def _spelled(path: Path) -> str:
 
 
 def _indefinite(kind: type) -> str:
-    name = kind.__qualname__ if kind.__module__ in ("builtins", "__main__") else f"{kind.__module__}.{kind.__qualname__}"
+    name = (
+        kind.__qualname__
+        if kind.__module__ in ("builtins", "__main__")
+        else f"{kind.__module__}.{kind.__qualname__}"
+    )
     return f"of the type {name}"
 
 
@@ -420,7 +447,9 @@ class _Builder:
     def _new(self, node: dict[str, Any]) -> torch.Tensor:
         name = node["tensor"]
         if name not in self._flat:
-            raise SourceError(f"{name} is missing beside the structure. Give all tensors that flatten returned.")
+            raise SourceError(
+                f"{name} is missing beside the structure. Give all tensors that flatten returned."
+            )
         seen = _seen(self._aligned(name), node["view"]) if "view" in node else self._flat[name]
         grad = bool(node.get("requires_grad"))
         if node.get("parameter"):
@@ -445,7 +474,11 @@ def _seen(tensor: torch.Tensor, view: Mapping[str, Any]) -> torch.Tensor:
     start = tensor.storage_offset() * tensor.element_size() + view["offset"]
     shape, stride = _naturals(view["shape"]), _naturals(view["stride"])
     last = sum((n - 1) * s for n, s in zip(shape, stride, strict=True)) if math.prod(shape) else -1
-    if view["offset"] < 0 or view["offset"] + (last + 1) * dtype.itemsize > tensor.nbytes or start % dtype.itemsize:
+    if (
+        view["offset"] < 0
+        or view["offset"] + (last + 1) * dtype.itemsize > tensor.nbytes
+        or start % dtype.itemsize
+    ):
         raise ValueError("a view reaches beyond the tensor that holds it")
     empty = torch.empty(0, dtype=dtype, device=tensor.device)
     made = empty.set_(tensor.untyped_storage(), start // dtype.itemsize, shape, stride)

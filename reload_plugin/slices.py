@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from .sources import Span
 
+
 @dataclass(frozen=True)
 class Division:
     """One dimension of a mesh that divides one dimension of a tensor, as ``torch.chunk`` does.
@@ -29,7 +30,7 @@ class Division:
 
 
 def spans_of(shape: Sequence[int], divisions: Iterable[Division]) -> list[Span]:
-    """The elements of a flattened tensor that divisions, one after the other, leave to a rank, in its order."""
+    """The elements of a flattened tensor that divisions, one after the other, leave to a rank."""
     kept: list[list[Span]] = [[(0, size)] for size in shape]
     for division in divisions:
         pieces = _chunks(kept[division.dim], division.pieces)
@@ -136,7 +137,7 @@ class Ledger:
         return sum(stop - start for spans in self._written.values() for start, stop in spans)
 
     def faults(self) -> dict[str, str]:
-        """Place -> the first of its elements that were not written, or written and not asked for, or twice."""
+        """Place -> its first elements that were not written, or not asked for, or written twice."""
         found = {place: self._fault(place) for place in self._needed}
         return {place: fault for place, fault in found.items() if fault is not None}
 

@@ -81,14 +81,16 @@ def _aligned(infos: Sequence[TensorInfo]) -> tuple[TensorInfo, ...]:
 def _check(info: TensorInfo) -> None:
     if info.dtype not in STORABLE:
         raise SourceError(
-            f"{info.name} has the dtype {info.dtype}, which safetensors files have no name for. Save it in another."
+            f"{info.name} has the dtype {info.dtype}, which safetensors has no name for. Save it in another."
         )
     try:
         info.name.encode()
     except UnicodeEncodeError:
         raise SourceError(f"The name {info.name!r} is no text. Save it under another.") from None
     if info.name == RESERVED:
-        raise SourceError(f"No tensor in a safetensors file can be called {RESERVED}. Save it under another name.")
+        raise SourceError(
+            f"No tensor in a safetensors file can be called {RESERVED}. Save it under another name."
+        )
 
 
 def write_file(
@@ -121,7 +123,10 @@ def write_file(
 
 
 def _write_tensor(
-    file: BinaryIO, info: TensorInfo, tensors: Iterator[tuple[str, torch.Tensor]], wrote: Callable[[int], None]
+    file: BinaryIO,
+    info: TensorInfo,
+    tensors: Iterator[tuple[str, torch.Tensor]],
+    wrote: Callable[[int], None],
 ) -> None:
     name, tensor = next(tensors, ("nothing", torch.empty(0)))
     if (name, tuple(tensor.shape), tensor.dtype) != (info.name, info.shape, info.dtype):
@@ -193,7 +198,9 @@ def sync_folder(folder: Path) -> None:
 def _refuse_existing(target: Path, overwrite: bool) -> None:
     there = target.exists() or target.is_symlink()
     if there and not overwrite and not (target.is_dir() and not any(target.iterdir())):
-        raise SourceError(f"{target} exists already. Choose another place, or say that it may be overwritten.")
+        raise SourceError(
+            f"{target} exists already. Choose another place, or say that it may be overwritten."
+        )
 
 
 def _put(partial: Path, target: Path, overwrite: bool) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import datetime
+import datetime as dt
 import json
 import os
 import sys
@@ -90,8 +90,12 @@ BUILDERS: dict[str, Callable[..., nn.Module]] = {
     "fsdp2": fsdp2,
     "fsdp2_kept": lambda **k: fsdp2(reshard_after_forward=False, **k),
     "fsdp2_columns": lambda **k: fsdp2(shard_placement_fn=by_columns, **k),
-    "fsdp2_hybrid": lambda **k: fsdp2(mesh=init_device_mesh("cpu", (2, 1), mesh_dim_names=("copies", "shards")), **k),
-    "fsdp2_hybrid_other": lambda **k: fsdp2(mesh=init_device_mesh("cpu", (1, 2), mesh_dim_names=("copies", "shards")), **k),
+    "fsdp2_hybrid": lambda **k: fsdp2(
+        mesh=init_device_mesh("cpu", (2, 1), mesh_dim_names=("copies", "shards")), **k
+    ),
+    "fsdp2_hybrid_other": lambda **k: fsdp2(
+        mesh=init_device_mesh("cpu", (1, 2), mesh_dim_names=("copies", "shards")), **k
+    ),
 }
 
 
@@ -114,7 +118,7 @@ def same(state: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> b
 
 
 def local_elements(model: nn.Module) -> int:
-    """Elements of parameters and buffers on this rank, padding of FSDP1 not counted, each tied weight once."""
+    """Elements of parameters and buffers on this rank, without the padding of FSDP1, tied weights once."""
     count = sum(b.numel() for n, b in model.named_buffers() if not n.endswith("scratch"))
     if not isinstance(model, FullyShardedDataParallel):
         local = [p.to_local() if isinstance(p, DTensor) else p for p in model.parameters()]
@@ -125,8 +129,9 @@ def local_elements(model: nn.Module) -> int:
 
 
 def olmo_refuses(model: nn.Module, state: dict[str, torch.Tensor]) -> bool:
-    """The rule that OLMo's trainer applies: NaN into every flat parameter, copy the weights to where the shard
-    infos say, refuse if a NaN is left."""
+    """The rule that OLMo's trainer applies: NaN into every flat parameter, the weights to where
+    the shard infos say, refuse if a NaN is left.
+    """
     modules = FullyShardedDataParallel.fsdp_modules(model)
     names = {id(module): name for name, module in model.named_modules()}
     with torch.no_grad():
@@ -135,7 +140,11 @@ def olmo_refuses(model: nn.Module, state: dict[str, torch.Tensor]) -> bool:
             flat.fill_(float("nan"))
             for fqn, info in zip(flat._fqns, flat._shard_param_infos, strict=True):
                 if info.in_shard:
-                    name = f"{names[id(module)]}.{fqn}".replace("_fsdp_wrapped_module", "").replace("..", ".").strip(".")
+                    name = (
+                        f"{names[id(module)]}.{fqn}".replace("_fsdp_wrapped_module", "")
+                        .replace("..", ".")
+                        .strip(".")
+                    )
                     part = state[name].flatten()[info.intra_param_start_idx : info.intra_param_end_idx + 1]
                     flat[info.offset_in_shard : info.offset_in_shard + info.numel_in_shard] = part
         return any(bool(torch.isnan(module._handle.flat_param).any()) for module in modules)
@@ -177,7 +186,12 @@ def refused(kind: str, checkpoint: Path, **how: object) -> Found:
     except ReloadError as caught:
         error = caught
     named = {k: v for k, v in vars(error).items() if v} if error else {}
-    return {"error": type(error).__name__, "text": str(error), "named": named, "same": same(full_state(model), before)}
+    return {
+        "error": type(error).__name__,
+        "text": str(error),
+        "named": named,
+        "same": same(full_state(model), before),
+    }
 
 
 def one_rank_fails(checkpoint: Path, when: str) -> Found:
@@ -257,12 +271,12 @@ def main() -> None:
     rank, size, work, cases = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]), json.loads(sys.argv[4])
     torch.set_num_threads(1)
     store = dist.FileStore(str(work / "store"), size)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=datetime.timedelta(seconds=60))
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=dt.timedelta(seconds=60))
     found: dict[str, Found] = {}
     for name, (function, arguments) in cases.items():
         try:
             found[name] = globals()[function](**{k: convert_path(k, v) for k, v in arguments.items()})
-        except Exception:
+        except Exception:  # noqa: BLE001 - told to the test that asked
             found[name] = {"failed": traceback.format_exc()}
     (work / f"rank{rank}.json").write_text(json.dumps(found, default=str))
     dist.barrier()

@@ -1,5 +1,6 @@
 """FSDP models filled from checkpoints, on two processes; and the arithmetic of who holds what."""
 
+import itertools
 import json
 import math
 import os
@@ -34,8 +35,14 @@ def checkpoints(folder: Path) -> dict[str, Path]:
     tied = {name: tensor for name, tensor in whole.items() if name != "head.weight"}
     untied_head = whole["embed.weight"].clone()
     finite = whole | {"blocks.1.norm.weight": torch.ones(8)}
-    bad = {name: tensor for name, tensor in whole.items() if name not in ("blocks.0.up.bias", "blocks.1.steps")}
-    bad |= {"extra.weight": torch.zeros(1), "embed.weight": torch.zeros(11, 9), "blocks.0.steps": torch.zeros(3)}
+    bad = {
+        name: tensor for name, tensor in whole.items() if name not in ("blocks.0.up.bias", "blocks.1.steps")
+    }
+    bad |= {
+        "extra.weight": torch.zeros(1),
+        "embed.weight": torch.zeros(11, 9),
+        "blocks.0.steps": torch.zeros(3),
+    }
     contents = {
         "whole": whole,
         "tied": tied,
@@ -56,7 +63,10 @@ def cases(paths: dict[str, Path]) -> dict[str, list]:
     found: dict[str, list] = {}
     for kind in BUILDERS:
         for forward in FORWARDS:
-            found[f"{kind}/{forward}"] = ["restored", {"kind": kind, "checkpoint": "whole", "forward": forward}]
+            found[f"{kind}/{forward}"] = [
+                "restored",
+                {"kind": kind, "checkpoint": "whole", "forward": forward},
+            ]
         found[f"{kind}/tied"] = ["restored", {"kind": kind, "checkpoint": "tied", "tied": True}]
         found[f"{kind}/both"] = ["restored", {"kind": kind, "checkpoint": "both", "tied": True}]
         for name in ("bad", "dropped", "half"):
@@ -143,7 +153,9 @@ def test_tied_weights_come_under_one_name_or_under_both(ranks: list[dict], kind:
 
 
 @pytest.mark.parametrize("kind", BUILDERS)
-def test_what_does_not_fit_is_named_on_every_rank_and_nothing_is_changed(ranks: list[dict], kind: str) -> None:
+def test_what_does_not_fit_is_named_on_every_rank_and_nothing_is_changed(
+    ranks: list[dict], kind: str
+) -> None:
     for answer in found(ranks, f"{kind}/bad"):
         assert answer["error"] == "WeightsError"
         assert answer["same"]
@@ -237,7 +249,7 @@ def test_spans_are_the_elements_that_chunking_leaves(shape: list[int], data: st.
     spans = spans_of(shape, divisions)
     assert [i for span in spans for i in range(*span)] == expected.reshape(-1).tolist()
     assert local_shape(shape, divisions) == tuple(expected.shape)
-    assert all(a[1] != b[0] for a, b in zip(spans, spans[1:], strict=False))
+    assert all(a[1] != b[0] for a, b in itertools.pairwise(spans))
 
 
 def test_tensor_parallel_before_fsdp_as_torch_documents_it() -> None:

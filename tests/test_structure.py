@@ -38,6 +38,7 @@ LINE = (
     "partial",
     "monitor",
     "reload",
+    "preflight",
     "transfer",
     "plugin",
     "nested",

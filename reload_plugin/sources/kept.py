@@ -108,8 +108,8 @@ class SpillFile:
 
 def bytes_of(tensor: torch.Tensor) -> Iterator[memoryview]:
     """A tensor's elements in order, as pieces of plain memory on the CPU."""
-    flat = tensor.detach().reshape(-1) if tensor.is_contiguous() else tensor.detach().contiguous().reshape(-1)
-    flat = flat.resolve_conj().resolve_neg()
+    dense = tensor.detach().resolve_conj().resolve_neg().contiguous()
+    flat = dense.as_strided((dense.numel(),), (1,))  # one element may have any stride and count as contiguous
     step = max(1, _PIECE // max(1, flat.element_size()))
     for start in range(0, flat.numel(), step):
         piece = flat[start : start + step].cpu().view(torch.uint8)

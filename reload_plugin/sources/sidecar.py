@@ -96,7 +96,9 @@ def metadata_of(file: Path) -> dict[str, str]:
         found = strict_json(text).get("__metadata__") or {} if b'"__metadata__"' in text else {}
         return {str(key): str(value) for key, value in found.items()}
     except (OSError, ValueError, AttributeError) as error:
-        raise SourceError(f"{file} is not a whole safetensors file: {error}. Write or copy it again.") from error
+        raise SourceError(
+            f"{file} is not a whole safetensors file: {error}. Write or copy it again."
+        ) from error
 
 
 def why_stale(converted: str | Path, original: str | Path | None = None) -> str | None:
@@ -139,8 +141,8 @@ def refuse_stale(files: Iterable[str]) -> None:
         origin = _origin_beside(file)
         if origin is not None and (reason := why_stale(file)) is not None:
             raise SourceError(
-                f"{file} was converted from {origin.path}, and {reason}: it does not win over the newer original. "
-                f"Convert {origin.path} again, or take {file.name} away."
+                f"{file} was converted from {origin.path}, and {reason}: it does not win over a newer "
+                f"original. Convert {origin.path} again, or take {file.name} away."
             )
 
 
@@ -195,5 +197,3 @@ def _first_file(converted: Path) -> Path:
     if not files:
         raise SourceError(f"{converted} holds no safetensors files. Give what convert wrote.")
     return files[0]
-
-
