@@ -136,11 +136,10 @@ def read_nested(path: str | Path) -> Any:
 
     """
     path = Path(path)
-    files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
-    text = metadata_of(files[0]).get(STRUCTURE) if files else None
-    if text is None:
+    structure = _structure_of(path)
+    if structure is None:
         raise SourceError(f"{path} holds no nested state dict. open_source reads its tensors by name.")
-    return unflatten(dict(open_source(path).read()), _structure(path, text))
+    return unflatten(dict(open_source(path).read()), structure)
 
 
 def is_stale(converted: str | Path, original: str | Path | None = None) -> bool:
@@ -157,7 +156,14 @@ def is_stale(converted: str | Path, original: str | Path | None = None) -> bool:
     return why_stale(converted, original) is not None
 
 
-def _structure(path: Path, text: str) -> Structure:
+def _structure_of(path: Path) -> Structure | None:
+    """What ``convert`` wrote of a nested state dict into the first file, if this is one."""
+    files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
+    if not files or files[0].suffix != ".safetensors":
+        return None
+    text = metadata_of(files[0]).get(STRUCTURE)
+    if text is None:
+        return None
     try:
         found = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -202,9 +208,7 @@ def _open(src: Path, weights_only: bool) -> _Content:
 
 
 class _Weights:
-    """The weights of a source."""
-
-    structure: Structure | None = None
+    """The weights of a source; where it was converted from a nested state dict, with its structure."""
 
     def __init__(self, source: Source, src: Path) -> None:
         self.src = src
@@ -212,6 +216,7 @@ class _Weights:
         self.format = format_of(source)
         stamps: Mapping[str, Any] | None = getattr(source, "stamps", None)
         self.files: Sequence[Path] = [Path(file) for file in stamps] if stamps else _files_under(src)
+        self.structure: Structure | None = _structure_of(src)
 
     def infos(self) -> Sequence[TensorInfo]:
         found = self._source.infos()

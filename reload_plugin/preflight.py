@@ -13,7 +13,6 @@ from . import _vllm
 from .errors import ReloadError, SourceError, UnsupportedError
 from .generation import plan_for
 from .record import ConstructionTrace, finish_record, look, record_constructed
-from .session import use_process_weights
 from .sources import open_source
 from .sources.config import check_config, start_config
 
@@ -96,7 +95,6 @@ def _on_meta(model: str, engine: dict[str, Any]) -> tuple[Any, Any, torch.nn.Mod
     trace = ConstructionTrace()
     try:
         with _vllm.one_rank(model, engine) as config:
-            use_process_weights(_vllm.get(_vllm.LOADER_UTILS, "process_weights_after_loading"))
             built = _vllm.construct_on_meta(config, trace)
     except Exception as error:
         reason = str(error).strip().partition("\n")[0] or type(error).__name__

@@ -156,6 +156,7 @@ def _patches() -> Iterator[Finding]:
     if not before:
         plugin.unregister()
     if patched:
-        yield Finding("patched", "ok", ", ".join(patched))
+        names = sorted({name.rpartition(".")[2] for name in patched})
+        yield Finding("patched", "ok", f"{len(patched)} places: {', '.join(names)}")
     else:
         yield Finding("patched", "wrong", "nothing", "See the other lines; vLLM's own reload stays in place.")
