@@ -9,7 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .convert import convert, is_stale, read_nested
+    from .conversion import convert, is_stale, read_nested
     from .errors import (
         DuplicateWeightsError,
         EngineBrokenError,
@@ -58,10 +58,10 @@ _HOME = {
     "UnsupportedError": "errors",
     "WeightsError": "errors",
     "abort_weight_update": "weight_update",
-    "convert": "convert",
+    "convert": "conversion",
     "flatten": "nested",
-    "is_stale": "convert",
-    "read_nested": "convert",
+    "is_stale": "conversion",
+    "read_nested": "conversion",
     "record_for_reloading": "reload",
     "reload_engine": "monitor",
     "reload_weights": "reload",

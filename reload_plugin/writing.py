@@ -180,8 +180,12 @@ def appearing(target: Path, overwrite: bool) -> Iterator[Path]:
         yield partial
         if partial.is_dir():
             sync_folder(partial)
-        _put(partial, target, overwrite)
-        sync_folder(target.parent)
+        back = _put(partial, target, overwrite)
+        try:
+            sync_folder(target.parent)
+        except BaseException:
+            _renamed(target, partial, back)
+            raise
     finally:
         _remove(partial)
 
@@ -203,14 +207,16 @@ def _refuse_existing(target: Path, overwrite: bool) -> None:
         )
 
 
-def _put(partial: Path, target: Path, overwrite: bool) -> None:
+def _put(partial: Path, target: Path, overwrite: bool) -> int:
+    """Give ``target`` its name; returns the kind of rename that would take it back."""
     if target.is_dir() and not target.is_symlink() and not any(target.iterdir()):
         target.rmdir()
-    if not _renamed(partial, target, _NOREPLACE):
-        if not overwrite:
-            _refuse_existing(target, overwrite)
-        if not _renamed(partial, target, _EXCHANGE):
-            _replace(partial, target)
+    if _renamed(partial, target, _NOREPLACE):
+        return _NOREPLACE
+    _refuse_existing(target, overwrite)
+    if not (overwrite and _renamed(partial, target, _EXCHANGE)):
+        _replace(partial, target)
+    return _EXCHANGE
 
 
 def _replace(partial: Path, target: Path) -> None:

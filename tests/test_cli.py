@@ -297,16 +297,19 @@ def test_the_installed_command_and_a_reader_that_goes_away(folders: dict[str, Pa
 
 
 class Refusing(http.server.BaseHTTPRequestHandler):
-    """A server that is something else, or vLLM without its development routes."""
+    """A server that wants a key and has none of our routes."""
 
     def do_POST(self) -> None:
-        self.send_error(404)
+        self.send_error(404 if self.headers["Authorization"] == f"Bearer {KEY}" else 401)
 
     def log_message(self, *args: object) -> None:
         """Silence."""
 
 
-def test_a_server_that_cannot_be_reloaded_says_why(run: Run, folders: dict[str, Path]) -> None:
+def test_a_server_that_cannot_be_reloaded_says_why(
+    run: Run, folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("VLLM_API_KEY", raising=False)
     fact, step = complaint(run("status", "http://127.0.0.1:9"))
     assert "No server answers at http://127.0.0.1:9" in fact
     assert "Start it" in step
@@ -314,6 +317,10 @@ def test_a_server_that_cannot_be_reloaded_says_why(run: Run, folders: dict[str, 
     with http.server.HTTPServer(("127.0.0.1", 0), Refusing) as other:
         threading.Thread(target=other.serve_forever, daemon=True).start()
         url = f"http://127.0.0.1:{other.server_port}"
+        fact, step = complaint(run("status", url))
+        assert "HTTP 401" in fact
+        assert "--api-key" in step
+        monkeypatch.setenv("VLLM_API_KEY", KEY)
         _, step = complaint(run("push", folders["A"], "--url", url))
         other.shutdown()
     assert "VLLM_SERVER_DEV_MODE=1" in step
@@ -362,12 +369,8 @@ def tokens(url: str) -> list:
 def test_a_server_is_pushed_to_and_says_what_it_serves(
     run: Run, server: str, folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.delenv("VLLM_API_KEY", raising=False)
-    on_a = tokens(server)
-    fact, step = complaint(run("status", server))
-    assert "HTTP 401" in fact
-    assert "--api-key" in step
     monkeypatch.setenv("VLLM_API_KEY", KEY)
+    on_a = tokens(server)
     (state,) = run("status", server, "--json").json
     assert (state["state"], state["version"]) == ("serving", 0)
 

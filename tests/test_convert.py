@@ -370,10 +370,10 @@ def now():
 
 torch.set_num_threads(1)
 small, large, out = map(Path, sys.argv[1:])
-convert(small, out / "small")
+convert(small, out / "of small")
 Path("/proc/self/clear_refs").write_text("5")
 before = now()
-convert(large, out / "large")
+convert(large, out / "of large")
 print(peak() - before)
 """
 

@@ -43,7 +43,7 @@ LINE = (
     "plugin",
     "nested",
     "writing",
-    "convert",
+    "conversion",
     "slices",
     "fsdp",
     "cli",

@@ -155,8 +155,8 @@ def convert(
       reload-plugin convert /checkpoints/step-12 /exports/step-12 --config /models/base
       reload-plugin convert trainer.pt trainer.safetensors --overwrite --if-stale
     """
-    from ..convert import convert as converted
-    from ..convert import is_stale
+    from ..conversion import convert as converted
+    from ..conversion import is_stale
 
     if if_stale and dst.exists() and not is_stale(dst, src):
         _say(json, {"target": str(dst), "converted": False}, f"{dst} is up to date.")

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ..convert import format_of
+from ..conversion import format_of
 from ..errors import SourceError
 from ..sources import Source, TensorInfo, open_source
 from ..sources.sidecar import metadata_of, origin_of

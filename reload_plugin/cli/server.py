@@ -40,7 +40,9 @@ class Server:
         self.url = f"{parts.scheme}://{parts.netloc}{parts.path.rstrip('/').removesuffix('/v1')}"
         headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
         self._timeout = timeout
-        self._client = httpx.Client(base_url=self.url, headers=headers)
+        # A kept connection may be closed by the server at the moment it is used again.
+        limits = httpx.Limits(max_keepalive_connections=0)
+        self._client = httpx.Client(base_url=self.url, headers=headers, limits=limits)
 
     def __enter__(self) -> Server:
         return self
@@ -88,7 +90,7 @@ class Server:
             ) from error
         except httpx.HTTPError as error:
             raise CommandError(
-                f"No server answers at {self.url}: {error}.", "Start it, or give its address."
+                f"No server answers at {self.url}/{route}: {error}.", "Start it, or give its address."
             ) from error
         return self._checked(route, answer)
 

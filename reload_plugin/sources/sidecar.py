@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -11,10 +12,10 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from ..errors import SourceError
 from .json_files import open_regular, strict_json
+from .safetensors_files import LONGEST_HEADER, WRITE_AGAIN
 
 KEY = "reload_plugin.source"
 """Key of the record in a file's ``__metadata__``."""
-LONGEST_HEADER = 100_000_000
 _PIECE = 4 << 20
 _TICKS = 1_000_000_000
 """Nanoseconds within which a file system may give two changes one time."""
@@ -58,7 +59,7 @@ def origin_of_files(path: Path, files: Iterable[Path]) -> Origin:
     """
     path = path.absolute()
     folder = path if path.is_dir() else path.parent
-    stamps = {str(file.absolute().relative_to(folder)): _stamp(file) for file in files}
+    stamps = {os.path.relpath(file.absolute(), folder): _stamp(file) for file in files}
     return Origin(path=str(path), folder=str(folder), read_ns=time.time_ns(), files=stamps)
 
 
@@ -96,9 +97,7 @@ def metadata_of(file: Path) -> dict[str, str]:
         found = strict_json(text).get("__metadata__") or {} if b'"__metadata__"' in text else {}
         return {str(key): str(value) for key, value in found.items()}
     except (OSError, ValueError, AttributeError) as error:
-        raise SourceError(
-            f"{file} is not a whole safetensors file: {error}. Write or copy it again."
-        ) from error
+        raise SourceError(f"{file} is not a whole safetensors file: {error}. {WRITE_AGAIN}") from error
 
 
 def why_stale(converted: str | Path, original: str | Path | None = None) -> str | None:
@@ -169,7 +168,7 @@ def _stamp(file: Path) -> FileStamp:
     try:
         found = file.stat()
     except OSError as error:
-        raise SourceError(f"{file} cannot be read: {error}. Write or copy it again.") from error
+        raise SourceError(f"{file} cannot be read: {error}. {WRITE_AGAIN}") from error
     return FileStamp(
         size=found.st_size,
         modified_ns=found.st_mtime_ns,
@@ -186,7 +185,7 @@ def _digest(file: Path) -> str:
             while piece := handle.read(_PIECE):
                 total.update(piece)
     except OSError as error:
-        raise SourceError(f"{file} cannot be read: {error}. Write or copy it again.") from error
+        raise SourceError(f"{file} cannot be read: {error}. {WRITE_AGAIN}") from error
     return total.hexdigest()
 
 
