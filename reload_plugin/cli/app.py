@@ -225,7 +225,9 @@ def push(
         str, typer.Argument(metavar="CHECKPOINT", help="A file or folder that the server can read.")
     ],
     url: Annotated[str, typer.Option(help="Address of the server.")] = LOCAL,
-    version: Annotated[str | None, typer.Option(help="A name for these weights, for status.")] = None,
+    version: Annotated[
+        str | None, typer.Option(help="A name for these weights (for chunks: in /weight_info).")
+    ] = None,
     pause: Annotated[Pause, typer.Option(help="What becomes of running requests meanwhile.")] = Pause.WAIT,
     reset_prefix_cache: Annotated[
         bool, typer.Option("--reset-prefix-cache", help="Drop what was computed with the old weights.")
