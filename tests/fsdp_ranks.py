@@ -175,10 +175,10 @@ def restored(kind: str, checkpoint: Path, tied: bool = False, forward: bool = Fa
     }
 
 
-def refused(kind: str, checkpoint: Path, **how: object) -> Found:
+def refused(kind: str, checkpoint: Path, tied: bool = False, **how: object) -> Found:
     """A restore that is refused: with what, and that the model is as it was."""
     torch.manual_seed(3)
-    model = BUILDERS[kind]()
+    model = BUILDERS[kind](tied=tied)
     before = full_state(model)
     try:
         restore_fsdp(model, checkpoint, timeout=20, **how)

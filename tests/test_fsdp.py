@@ -69,6 +69,7 @@ def cases(paths: dict[str, Path]) -> dict[str, list]:
             ]
         found[f"{kind}/tied"] = ["restored", {"kind": kind, "checkpoint": "tied", "tied": True}]
         found[f"{kind}/both"] = ["restored", {"kind": kind, "checkpoint": "both", "tied": True}]
+        found[f"{kind}/untied"] = ["refused", {"kind": kind, "checkpoint": "untied", "tied": True}]
         for name in ("bad", "dropped", "half"):
             found[f"{kind}/{name}"] = ["refused", {"kind": kind, "checkpoint": name}]
         found[f"{kind}/parts"] = ["from_whole_tensors", {"kind": kind, "checkpoint": "whole"}]
@@ -150,6 +151,14 @@ def test_tied_weights_come_under_one_name_or_under_both(ranks: list[dict], kind:
         (reason,) = answer["report"]["ignored"].values()
         assert reason.startswith("tied to ")
         assert reason.endswith(", and equal")
+
+
+@pytest.mark.parametrize("kind", BUILDERS)
+def test_two_values_for_one_tied_weight_are_refused(ranks: list[dict], kind: str) -> None:
+    for answer in found(ranks, f"{kind}/untied"):
+        assert answer["same"]
+        ((name, reason),) = answer["named"]["duplicate"].items()
+        assert {name, reason.split()[2].rstrip(",")} == {"head.weight", "embed.weight"}
 
 
 @pytest.mark.parametrize("kind", BUILDERS)
