@@ -9,6 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .conversion import convert, is_stale, read_nested
     from .errors import (
         DuplicateWeightsError,
         EngineBrokenError,
@@ -27,7 +28,9 @@ if TYPE_CHECKING:
         UnsupportedError,
         WeightsError,
     )
+    from .fsdp import RestoreReport, restore_fsdp
     from .monitor import ReloadStatus, reload_engine, status
+    from .nested import flatten, unflatten
     from .reload import record_for_reloading, reload_weights
     from .session import ReloadSession
     from .sources import open_source
@@ -49,18 +52,25 @@ _HOME = {
     "ReloadReport": "verify",
     "ReloadSession": "session",
     "ReloadStatus": "monitor",
+    "RestoreReport": "fsdp",
     "SessionError": "errors",
     "SourceError": "errors",
     "UnexpectedWeightsError": "errors",
     "UnsupportedError": "errors",
     "WeightsError": "errors",
     "abort_weight_update": "weight_update",
+    "convert": "conversion",
+    "flatten": "nested",
+    "is_stale": "conversion",
     "open_source": "sources",
+    "read_nested": "conversion",
     "record_for_reloading": "reload",
     "reload_engine": "monitor",
     "reload_weights": "reload",
     "restore_for_reloading": "weight_update",
+    "restore_fsdp": "fsdp",
     "status": "monitor",
+    "unflatten": "nested",
 }
 
 __all__ = [
@@ -78,18 +88,25 @@ __all__ = [
     "ReloadReport",
     "ReloadSession",
     "ReloadStatus",
+    "RestoreReport",
     "SessionError",
     "SourceError",
     "UnexpectedWeightsError",
     "UnsupportedError",
     "WeightsError",
     "abort_weight_update",
+    "convert",
+    "flatten",
+    "is_stale",
     "open_source",
+    "read_nested",
     "record_for_reloading",
     "reload_engine",
     "reload_weights",
     "restore_for_reloading",
+    "restore_fsdp",
     "status",
+    "unflatten",
 ]
 
 

@@ -13,6 +13,7 @@ import functools
 import importlib
 import importlib.metadata
 import sys
+import tempfile
 import types
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
@@ -305,6 +306,29 @@ def local_file(path: str, name: str, revision: str | None) -> Path | None:
     """A file beside a model's weights: in the folder ``path``, or in the local cache of that repository."""
     found = get(REPOSITORIES, "try_get_local_file")(path, name, revision)
     return found if isinstance(found, Path) else None
+
+
+@contextlib.contextmanager
+def one_rank(model: str, engine: dict[str, Any]) -> Iterator[Any]:
+    """The config of an engine on ``model``, and this process as its only rank. Nothing is loaded."""
+    arguments = {"skip_tokenizer_init": True, "enforce_eager": True, "load_format": "auto", **engine}
+    config = get("vllm.engine.arg_utils", "EngineArgs")(model=model, **arguments).create_engine_config()
+    distributed = "vllm.distributed"
+    with tempfile.TemporaryDirectory() as folder, get("vllm.config", "set_current_vllm_config")(config):
+        get(distributed, "init_distributed_environment")(1, 0, f"file://{folder}/rendezvous", 0, "gloo")
+        get(distributed, "initialize_model_parallel")(1, 1)
+        try:
+            yield config
+        finally:
+            get(distributed, "destroy_model_parallel")()
+            get(distributed, "destroy_distributed_environment")()
+
+
+def construct_on_meta(config: Any, watching: contextlib.AbstractContextManager[object]) -> nn.Module:
+    """The model of a config, as ``initialize_model`` makes it, without memory."""
+    with watching, loading_context(config, config.model_config.dtype), torch.device("meta"):
+        model: nn.Module = get(LOADER_UTILS, "initialize_model")(config)
+    return model
 
 
 def full_config(raw: dict[str, Any], model_config: Any) -> dict[str, Any] | None:

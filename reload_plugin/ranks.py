@@ -11,6 +11,7 @@ replicas, take a failure of one for a failure of all.
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 import json
 import logging
@@ -19,7 +20,7 @@ import os
 import time
 import weakref
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -86,6 +87,33 @@ class Vote:
             self._agree()
         else:
             self._refuse(f"{type(error).__name__}: {error}"[:LONGEST])
+
+    def following(self) -> Vote:
+        """A second vote in the same matter, for those who agreed in this one."""
+        vote = Vote(self._store, self._seat, "", self._past)
+        vote._prefix, vote.patience = self._prefix + "then/", self.patience
+        return vote
+
+    @property
+    def missed(self) -> bool:
+        """Whether the others gave up on this rank before it came to this ballot."""
+        if not self._store.check([self._prefix + "decision"]):
+            return False
+        decision: str = self._store.get(self._prefix + "decision").decode()
+        return decision != COMMIT and str(self._seat.rank) in json.loads(decision)
+
+    def note(self, text: str) -> None:
+        """Leave a text for ``notes``; to be called before the vote."""
+        self._store.set(self._note(self._seat.rank), text)
+
+    def notes(self) -> list[str]:
+        """What every rank left, by rank; once all have decided to commit."""
+        found = [self._store.get(self._note(rank)).decode() for rank in range(self._seat.ranks)]
+        self._past.append(self._note(self._seat.rank))
+        return found
+
+    def _note(self, rank: int) -> str:
+        return f"{self._prefix}note/{rank}"
 
     def _refuse(self, reason: str) -> None:
         try:
@@ -230,6 +258,28 @@ def vote_for(record: ModelRecord) -> Vote | None:
     except ReloadError as error:
         vote(error)
         raise
+    return vote
+
+
+def vote_among(purpose: str, ranks: Sequence[int], rank: int) -> Vote:
+    """The vote of a rank in something that ``ranks`` do together, each in the same order.
+
+    A rank that comes when the others have lost patience takes part in their next attempt.
+
+    Args:
+        purpose: what they do; counted by itself.
+        ranks: global ranks that take part.
+        rank: this one's global rank.
+
+    """
+    import torch.distributed as dist
+
+    room = f"{purpose}/{hashlib.sha256(repr(list(ranks)).encode()).hexdigest()[:16]}"
+    store = dist.distributed_c10d._get_default_store()
+    seat = Seat(room, list(ranks).index(rank), len(ranks))
+    vote = _ballots.next(store, seat)
+    while vote.missed:  # they may have begun anew since
+        vote = _ballots.next(store, seat)
     return vote
 
 

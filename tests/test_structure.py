@@ -39,8 +39,15 @@ LINE = (
     "partial",
     "monitor",
     "reload",
+    "preflight",
     "transfer",
     "plugin",
+    "nested",
+    "writing",
+    "conversion",
+    "slices",
+    "fsdp",
+    "cli",
 )
 """Modules in the order in which they may import one another: each only those before it."""
 
@@ -59,18 +66,25 @@ PUBLIC = [
     "ReloadReport",
     "ReloadSession",
     "ReloadStatus",
+    "RestoreReport",
     "SessionError",
     "SourceError",
     "UnexpectedWeightsError",
     "UnsupportedError",
     "WeightsError",
     "abort_weight_update",
+    "convert",
+    "flatten",
+    "is_stale",
     "open_source",
+    "read_nested",
     "record_for_reloading",
     "reload_engine",
     "reload_weights",
     "restore_for_reloading",
+    "restore_fsdp",
     "status",
+    "unflatten",
 ]
 
 

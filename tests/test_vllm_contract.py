@@ -126,3 +126,18 @@ def test_the_off_switch_leaves_vllm_alone() -> None:
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment
     )
     assert "patched []" in out.stdout
+
+
+PREFLIGHT = (
+    ("vllm.engine.arg_utils", "EngineArgs"),
+    ("vllm.distributed", "init_distributed_environment"),
+    ("vllm.distributed", "initialize_model_parallel"),
+    ("vllm.distributed", "destroy_model_parallel"),
+    ("vllm.distributed", "destroy_distributed_environment"),
+)
+"""What a model is made from without an engine; reloads do without them, so they are no seams."""
+
+
+@pytest.mark.parametrize(("module", "name"), PREFLIGHT, ids=lambda part: part)
+def test_what_the_preflight_without_an_engine_needs_is_there(module: str, name: str) -> None:
+    assert hasattr(importlib.import_module(module), name)

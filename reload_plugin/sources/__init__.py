@@ -1,6 +1,6 @@
 """Readers of checkpoints: each gives names, shapes and dtypes first, and (name, tensor) pairs later."""
 
-from .base import Landed, Room, Source, Stream, TensorInfo
+from .base import Landed, Ranged, Room, Source, Span, Stream, TensorInfo
 from .checkpoint import Checkpoint
 from .detect import open_source
 from .folder import open_folder
@@ -12,8 +12,10 @@ __all__ = [
     "HostCopy",
     "Landed",
     "Overlay",
+    "Ranged",
     "Room",
     "Source",
+    "Span",
     "SpillFile",
     "Stream",
     "TensorInfo",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 
@@ -102,3 +102,25 @@ def layer_order(name: str) -> tuple[int, list[tuple[int, int, str]]]:
     found = [p for p in _NUMBER.split(name) if p]
     natural = [(0, int(p), p) if p.isascii() and p.isdigit() else (1, 0, p) for p in found]
     return layer, natural
+
+
+Span = tuple[int, int]
+"""Half-open range of elements of a flattened tensor."""
+
+
+@runtime_checkable
+class Ranged(Protocol):
+    """A source that can read parts of a tensor without the rest of it."""
+
+    def read_spans(self, name: str, spans: Sequence[Span], out: torch.Tensor) -> None:
+        """Read ranges of a tensor's elements, one behind the other, into ``out``.
+
+        Args:
+            name: checkpoint name.
+            spans: ranges of the flattened tensor.
+            out: contiguous, on the CPU, of the tensor's dtype, with as many elements as the spans.
+
+        Raises:
+            SourceError: the file changed or cannot be read.
+
+        """

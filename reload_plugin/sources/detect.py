@@ -15,6 +15,7 @@ from .olmo_files import OlmoSource, is_olmo
 from .refused import refuse_adapter, refuse_deepspeed, refuse_gguf, refuse_megatron, refuse_text
 from .safetensors_files import SafetensorsSource
 from .safetensors_index import TWO_SAVES, check_index, read_index
+from .sidecar import refuse_stale
 from .torch_files import is_torch_file
 from .torch_source import TorchSource
 
@@ -81,6 +82,7 @@ def check_marker(place: Path, marker: str) -> None:
 def plain_safetensors(files: Sequence[str], description: str, within: str | None = None) -> Checkpoint:
     """Safetensors files as they are, or as OLMo means them."""
     source = SafetensorsSource(files, description)
+    refuse_stale(source.metadata)
     return OlmoSource(source, within) if is_olmo(source.file_of) else source
 
 
@@ -173,6 +175,7 @@ def _safetensors(folder: Path, plain: list[str], present: set[str], within: str 
         return plain_safetensors([str(folder / name) for name in plain], str(folder), within)
     files = sorted({str(folder / name) for name in index[1].values()})
     source = SafetensorsSource(files, str(folder))
+    refuse_stale(source.metadata)
     check_index(*index, source.file_of, [Path(file).name for file in files])
     return OlmoSource(source, within) if is_olmo(source.file_of) else source
 

@@ -55,7 +55,7 @@ class SpillFile:
         info = TensorInfo(name, tuple(tensor.shape), tensor.dtype)
         start = self.nbytes
         try:
-            for piece in _bytes_of(tensor):
+            for piece in bytes_of(tensor):
                 self._write(piece)
         except OSError as error:
             with contextlib.suppress(OSError):
@@ -106,10 +106,10 @@ class SpillFile:
         self._file.close()
 
 
-def _bytes_of(tensor: torch.Tensor) -> Iterator[memoryview]:
+def bytes_of(tensor: torch.Tensor) -> Iterator[memoryview]:
     """A tensor's elements in order, as pieces of plain memory on the CPU."""
-    flat = tensor.detach().reshape(-1) if tensor.is_contiguous() else tensor.detach().contiguous().reshape(-1)
-    flat = flat.resolve_conj().resolve_neg()
+    dense = tensor.detach().resolve_conj().resolve_neg().contiguous()
+    flat = dense.as_strided((dense.numel(),), (1,))  # one element may have any stride and count as contiguous
     step = max(1, _PIECE // max(1, flat.element_size()))
     for start in range(0, flat.numel(), step):
         piece = flat[start : start + step].cpu().view(torch.uint8)

@@ -143,6 +143,17 @@ def _runs(pieces: Sequence[Piece | Spot]) -> list[list[Piece | Spot]]:
     return runs
 
 
+def read_piece(piece: Piece) -> None:
+    """Read one piece, on this thread.
+
+    Raises:
+        SourceError: the file ends before.
+
+    """
+    if piece.nbytes:
+        _read_run([piece])
+
+
 def _read_run(run: list[Piece | Spot]) -> None:
     """Read neighbouring pieces, going on after a short read."""
     left = _memory_of(run)

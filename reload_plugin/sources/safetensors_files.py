@@ -7,6 +7,7 @@ not by the safetensors library, which maps the file; the tests hold the two pars
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 import os
@@ -17,11 +18,12 @@ from typing import Any, TypeGuard
 import torch
 
 from ..errors import SourceError
-from .base import TensorInfo, tensor_info
+from .base import Span, TensorInfo, tensor_info
 from .checkpoint import Checkpoint
 from .json_files import open_regular, strict_json
+from .readahead import Piece, read_piece
 from .reading import Place
-from .stamps import WRITE_AGAIN, Stamp, stamped
+from .stamps import WRITE_AGAIN, Stamp, open_same, stamped
 
 _DTYPES: dict[str, torch.dtype] = {
     "BOOL": torch.bool,
@@ -60,9 +62,12 @@ class SafetensorsSource(Checkpoint):
 
     def __init__(self, files: Sequence[str], description: str) -> None:
         super().__init__(description, "safetensors")
+        self.metadata: dict[str, Mapping[str, str]] = {}
+        """File -> the ``__metadata__`` of its header."""
         for file in files:
             header = read_header(file)
             self.stamps[file] = header.stamp
+            self.metadata[file] = header.metadata
             for place in header.places:
                 if place.info.name in self._places:
                     other = self.file_of[place.info.name]
@@ -81,6 +86,21 @@ class SafetensorsSource(Checkpoint):
     def file_of(self) -> Mapping[str, str]:
         """Name -> the file that holds the tensor."""
         return {name: place.files[0] for name, place in self._places.items()}
+
+    def read_spans(self, name: str, spans: Sequence[Span], out: torch.Tensor) -> None:
+        place = self._places[name]
+        assert isinstance(place, Place), "every tensor of a safetensors file lies in one piece"
+        size = place.info.dtype.itemsize
+        done = 0
+        try:
+            with contextlib.ExitStack() as stack:
+                handle = open_same([place.file], self.stamps, stack)[place.file]
+                for start, stop in spans:
+                    memory = out[done : done + stop - start]
+                    read_piece(Piece(handle, place.start + start * size, memory, place.file, name))
+                    done += stop - start
+        except OSError as error:
+            raise SourceError(f"{self.description} could not be read: {error}.") from error
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,5 @@
+"""The command line ``reload-plugin``."""
+
+from .app import main
+
+__all__ = ["main"]
