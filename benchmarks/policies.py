@@ -34,6 +34,7 @@ ROWS = (
     ("reread", "folder"),
     ("streaming", "folder"),
     ("streaming", "ordered"),
+    ("streaming", "shuffled"),
 )
 """Policy, and how the weights come: from a folder, or as a stream in or out of the layers' order."""
 
@@ -82,12 +83,13 @@ def work(task: str, **arguments: Any) -> Any:
     return {"cold": ask_cold, "policy": run_policy}[task](**arguments)
 
 
-def measure(size: dict[str, int], reloads: int, root: Path) -> dict[str, Any]:
-    """Every row."""
+def measure(size: dict[str, int], reloads: int, only: str | None, root: Path) -> dict[str, Any]:
+    """Every row, or those of one policy."""
     folders = {side: str(models.write(root / side, size, seed)) for side, seed in (("A", 1), ("B", 2))}
     truth = engine.in_child(__file__, {"task": "cold", "folders": folders}, plugin=False)
     rows = []
-    for policy, how in tqdm(ROWS, unit="process", file=sys.stdout):
+    chosen = [row for row in ROWS if only in (None, row[0])]
+    for policy, how in tqdm(chosen, unit="process", file=sys.stdout):
         job = {"task": "policy", "folders": folders, "policy": policy, "how": how, "reloads": reloads}
         found = engine.in_child(__file__, job, plugin=True)
         if found.pop("answer") != truth[found["side"]]:
@@ -126,11 +128,12 @@ def main() -> None:
     """Read the command line, measure, write JSON and Markdown, print the table."""
     parser = argparse.ArgumentParser(description="memory and seconds of each policy")
     parser.add_argument("--model", choices=models.DEFAULTS, default="dense")
+    parser.add_argument("--policy", choices=sorted({policy for policy, _ in ROWS}), help="only this one")
     parser.add_argument("--reloads", type=int, default=4, help="reloads in each process, 2 or more")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "output")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as root:
-        measured = measure(models.sizes(arguments.model), arguments.reloads, Path(root))
+        measured = measure(models.sizes(arguments.model), arguments.reloads, arguments.policy, Path(root))
     report = {"machine": machine(), "model": arguments.model} | measured
     arguments.output.mkdir(parents=True, exist_ok=True)
     (arguments.output / "policies.json").write_text(json.dumps(report, indent=1))

@@ -60,7 +60,8 @@ def session_for(
     def order(infos: Any) -> Any:
         return _order(model, record, infos)
 
-    overflow = Overflow(folder, order) if policy == "staged" else None
+    in_order = policy == "streaming" and known.planned
+    overflow = None if in_order else Overflow(folder, order)
     return ReloadSession(
         model,
         source=description,

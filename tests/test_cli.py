@@ -56,6 +56,16 @@ def run(capfd: pytest.CaptureFixture) -> Run:
     return command
 
 
+def test_without_its_libraries_the_command_line_says_what_to_install(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "typer", None)
+    monkeypatch.delitem(sys.modules, "reload_plugin.cli.app", raising=False)
+    said = run("doctor")
+    assert said.code == 2
+    assert "pip install 'vllm-reload-plugin[cli]'" in said.err
+
+
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     found = oracle.write(CASE, tmp_path_factory.mktemp("cli"))
