@@ -40,15 +40,25 @@ ROWS = (
 
 
 def stream(folder: str, shuffled: bool, seed: int) -> Iterator[tuple[str, Any]]:
-    """The checkpoint one tensor at a time, in memory that is used again, as a trainer's buffer is."""
+    """The checkpoint one tensor at a time, in one buffer that is there before, as a trainer's is."""
+    import torch
+
     from reload_plugin.sources.safetensors_files import SafetensorsSource
 
     source = SafetensorsSource([str(path) for path in Path(folder).glob("*.safetensors")], "the stream")
-    names = [info.name for info in source.infos()]
-    names.sort(key=lambda name: [int(part) for part in name.split(".") if part.isdigit()])
+    infos = list(source.infos())
+    infos.sort(key=lambda info: [int(part) for part in info.name.split(".") if part.isdigit()])
     if shuffled:
-        random.Random(seed).shuffle(names)
-    return source.read(names)
+        random.Random(seed).shuffle(infos)
+    buffer = torch.zeros(max(info.nbytes for info in infos), dtype=torch.uint8)
+
+    def tensors() -> Iterator[tuple[str, Any]]:
+        for info in infos:
+            flat = buffer[: info.nbytes].view(info.dtype)
+            source.read_spans(info.name, [(0, flat.numel())], flat)
+            yield info.name, flat.view(info.shape)
+
+    return tensors()
 
 
 def run_policy(folders: dict[str, str], policy: str, how: str, reloads: int) -> dict[str, Any]:
@@ -59,9 +69,9 @@ def run_policy(folders: dict[str, str], policy: str, how: str, reloads: int) -> 
         for turn in range(reloads):
             side = "BA"[turn % 2]
             warm_up(folders[side])
+            weights = None if how == "folder" else stream(folders[side], how == "shuffled", turn)
             gc.collect()
             start = resident()
-            weights = None if how == "folder" else stream(folders[side], how == "shuffled", turn)
             asked = {"policy": policy} | ({"weights_path": folders[side]} if weights is None else {})
             with Peak() as peak:
                 started = time.perf_counter()

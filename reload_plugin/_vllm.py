@@ -325,10 +325,20 @@ def one_rank(model: str, engine: dict[str, Any]) -> Iterator[Any]:
 
 
 def construct_on_meta(config: Any, watching: contextlib.AbstractContextManager[object]) -> nn.Module:
-    """The model of a config, as ``initialize_model`` makes it, without memory."""
-    with watching, loading_context(config, config.model_config.dtype), torch.device("meta"):
-        model: nn.Module = get(LOADER_UTILS, "initialize_model")(config)
-    return model
+    """The model of a config, as ``initialize_model`` makes it, without memory.
+
+    vLLM keeps rotary embeddings for the next model of the process; those on meta are taken out again.
+    """
+    tables: dict[Any, Any] = get("vllm.model_executor.layers.rotary_embedding", "_ROPE_DICT")
+    before = dict(tables)
+    tables.clear()
+    try:
+        with watching, loading_context(config, config.model_config.dtype), torch.device("meta"):
+            model: nn.Module = get(LOADER_UTILS, "initialize_model")(config)
+        return model
+    finally:
+        tables.clear()
+        tables.update(before)
 
 
 def full_config(raw: dict[str, Any], model_config: Any) -> dict[str, Any] | None:

@@ -42,7 +42,7 @@ from .verify import ReloadReport, check_slots, digest_of, ignorable
 
 Policy = Literal["staged", "streaming"]
 
-BUDGET = 72 << 20
+BUDGET = 64 << 20
 """Bytes that the process may grow by, beyond its largest layer, before freed pages of the heap go back:
 kernels pack into the heap, and not all that the old generation leaves there is used again by itself."""
 
@@ -124,6 +124,7 @@ class ReloadSession:
         self._replaying = False
         self._results = 0
         """Bytes of staging that belong to layers which are done."""
+        self._open = OPEN_BUDGET if policy == "staged" else 0  # the heap that is packed into needs its part
         self._prepared = 0
         """Bytes of the layers that wait for the commit, about as much as their new values take."""
         self._from_served = from_served
@@ -207,7 +208,7 @@ class ReloadSession:
         if name in self._overflow:
             self.problems.duplicate[name] = "sent more than once"
             return True
-        if self._gauge.held - self._results <= self._largest + OPEN_BUDGET or self._has_room(name, tensor):
+        if self._gauge.held - self._results <= self._largest + self._open or self._has_room(name, tensor):
             return False
         self._overflow.add(name, tensor)
         return True

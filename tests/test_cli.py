@@ -17,7 +17,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from reload_plugin import convert, transfer
+from reload_plugin import _vllm, convert, transfer
 from reload_plugin.cli import main
 from tests import oracle
 from tests.checkpoints import read_tensors
@@ -217,6 +217,16 @@ def test_plan_tries_a_checkpoint_on_a_model_without_an_engine(
         assert text in said.out
 
 
+def test_plan_leaves_nothing_on_meta_for_the_next_model_of_the_process(
+    run: Run, folders: dict[str, Path]
+) -> None:
+    """vLLM keeps rotary embeddings; an engine started here later would get one without values."""
+    rotary = _vllm.get("vllm.model_executor.layers.rotary_embedding", "_ROPE_DICT")
+    rotary.clear()
+    assert run("plan", folders["B"], folders["A"]).code == 0
+    assert not rotary
+
+
 def test_plan_says_when_there_is_no_such_model(run: Run, folders: dict[str, Path], tmp_path: Path) -> None:
     complaint(run("plan", folders["A"], tmp_path / "nowhere"))
     fact, _ = complaint(run("plan", folders["A"], folders["A"], "--engine", "{"))
@@ -243,8 +253,6 @@ def test_doctor_finds_nothing_wrong_here(run: Run, monkeypatch: pytest.MonkeyPat
 def test_doctor_names_switches_that_are_off_and_seams_that_are_gone(
     run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from reload_plugin import _vllm
-
     monkeypatch.setenv("RELOAD_PLUGIN", "0")
     monkeypatch.setenv("VLLM_PLUGINS", "lora_resolver,other")
     monkeypatch.setattr(_vllm, "SEAMS", (*_vllm.SEAMS, ("vllm.config", "gone")))

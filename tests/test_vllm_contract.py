@@ -134,6 +134,7 @@ PREFLIGHT = (
     ("vllm.distributed", "initialize_model_parallel"),
     ("vllm.distributed", "destroy_model_parallel"),
     ("vllm.distributed", "destroy_distributed_environment"),
+    ("vllm.model_executor.layers.rotary_embedding", "_ROPE_DICT"),
 )
 """What a model is made from without an engine; reloads do without them, so they are no seams."""
 
