@@ -73,6 +73,13 @@ class Ends(enum.Enum):
 # --- one engine ---
 
 
+def settled() -> int:
+    """Bytes of this process in memory, once what nobody needs has gone."""
+    gc.collect()
+    memory.trim_heap()
+    return memory.resident()
+
+
 class Lab:
     """A running engine on checkpoint A, what it looks like on A and B, and the count of its trials."""
 
@@ -94,7 +101,7 @@ class Lab:
         self.live["B"] = self.apart(self._warm_up)
         self.answers["B"] = cold_b.answers
         self.belongings = belongings()
-        self.resident = memory.resident()
+        self.resident = settled()
 
     def _warm_up(self) -> dict[str, Live]:
         """Through both faces once: what is learnt from the first reload is there for all trials. Returns what

@@ -40,5 +40,5 @@ def test_nothing_is_kept_of_reloads_that_failed(lab: Lab) -> None:
     """No session is alive, and the process is not larger than after the first good reloads."""
     assert faults.left_behind(lab.belongings) == ""
     assert faults.sessions_alive() == 0
-    grown = faults.memory.resident() - lab.resident
+    grown = faults.settled() - lab.resident
     assert grown < GROWTH, f"grown by {grown >> 20} MiB in {lab.trials} reloads"
