@@ -1,4 +1,4 @@
-"""Reading a checkpoint takes memory for a tensor and a buffer, whatever its format and its size."""
+"""Reading or converting a checkpoint takes memory for a tensor and a buffer, whatever its format and size."""
 
 import base64
 import os
@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+import reload_plugin
 from tests import trainers
 
 MEBIBYTE = 1 << 20
@@ -24,7 +25,7 @@ ROWS, COLUMNS = 4096, 2048
 MEASURE = """
 import sys, pathlib, torch
 torch.set_num_threads(1)
-from reload_plugin import open_source
+from reload_plugin import convert, open_source
 
 def status(key):
     lines = pathlib.Path("/proc/self/status").read_text().splitlines()
@@ -37,7 +38,11 @@ sums = {}
 for name, tensor in source:
     sums[name] = tensor[::64, ::64].double().sum().item()
     del tensor
-print(source.format, len(sums), sum(sums.values()), status("VmHWM") - before)
+read = status("VmHWM") - before
+pathlib.Path("/proc/self/clear_refs").write_text("5")
+before = status("VmRSS")
+convert(sys.argv[1], sys.argv[2], weights_only=True)
+print(source.format, len(sums), sum(sums.values()), read, status("VmHWM") - before)
 """
 
 
@@ -105,13 +110,17 @@ def by_ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 def measured(folder: Path, name: str, capsys: pytest.CaptureFixture) -> None:
-    command = [sys.executable, "-c", MEASURE, str(folder)]
+    converted = folder.parent / f"{folder.name}-converted"
+    command = [sys.executable, "-c", MEASURE, str(folder), str(converted)]
     out = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+    read, written = int(out[3]), int(out[4])
     with capsys.disabled():
-        print(f"\n{name}: {int(out[3]) / MEBIBYTE:.0f} MiB for {SIZE / MEBIBYTE:.0f}", end="")
+        print(f"\n{name}, {SIZE >> 20} MiB: read in {read >> 20}, converted in {written >> 20} MiB", end="")
     assert int(out[1]) == SIZE // ONE
     assert float(out[2]) == EXPECTED
-    assert int(out[3]) < ONE + 128 * MEBIBYTE < SIZE // 2
+    assert max(read, written) < ONE + 128 * MEBIBYTE < SIZE // 2
+    assert sum(t.nbytes for _, t in reload_plugin.open_source(converted)) == SIZE
+    shutil.rmtree(converted)
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import reload_plugin
 from reload_plugin.sources import from_transformers
@@ -68,6 +69,18 @@ def test_every_format_is_listed_and_read_bit_for_bit(
     assert source.unchanged()
     backwards = order[::-1][:7]
     assert [key for key, _ in source.read(backwards)] == backwards
+
+
+@pytest.mark.parametrize("name", trainers.FORMATS)
+def test_every_format_converts_to_the_same_safetensors(
+    saved: dict[str, Path], expected: dict[str, torch.Tensor], tmp_path: Path, name: str
+) -> None:
+    report = reload_plugin.convert(saved[name], tmp_path / "converted.safetensors", weights_only=True)
+    assert report.format == KIND[name]
+    found = load_file(tmp_path / "converted.safetensors")
+    assert found.keys() == expected.keys()
+    assert all(bits(found[key]) == bits(tensor) for key, tensor in expected.items())
+    (tmp_path / "converted.safetensors").unlink()
 
 
 @pytest.mark.slow
