@@ -460,7 +460,7 @@ class ReloadSession:
     def close_complete(self) -> None:
         """Between two weights: process the layers that have everything."""
         recent = self._trace.take_recent()
-        if not self._trace.dry and not self.whole_model and not self.problems:
+        if not self._trace.dry:
             self._close_all(self.ledger.complete_after(self._trace.current, recent))
 
     def _close_all(self, complete: list[Stage]) -> None:
@@ -495,7 +495,7 @@ class ReloadSession:
     def _keep_to_budget(self, stage: Stage) -> None:
         """Before a layer is processed: make the heap give back what it does not use, if it grew too much."""
         nbytes = stage.group.nbytes
-        if nbytes < SMALL or self._trace.dry:
+        if nbytes < SMALL:
             return
         if resident() + nbytes > self._resident + self._prepared + self._largest + BUDGET:
             trim_heap()
