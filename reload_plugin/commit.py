@@ -33,6 +33,7 @@ from .holders import (
     write,
 )
 from .record import storage_id
+from .routes import copy_into
 from .staging import Stage, State
 
 
@@ -90,7 +91,7 @@ class Commit:
         self.begun = True
         with torch.inference_mode(False), torch.no_grad():
             for served, new in self.copies:
-                served.copy_(new)
+                copy_into(served, new)
             for served, new, _ in self.moves:
                 served.data = new
             for holder, other in self.trades:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -11,6 +12,7 @@ import torch
 from .load import Loaded, Problems, Slot
 from .record import ModelRecord
 from .routes import Route, Routes
+from .sources import Landed
 from .staging import Stage, StagedStorage
 
 
@@ -55,11 +57,8 @@ class Ledger:
         self.routes = expected.routes
         self._problems = problems
         self._planned = expected.planned
+        self._expected = expected
         self._waiting = {group: set(names) for group, names in expected.names_of_group.items()}
-        self._groups_of: dict[str, list[str]] = defaultdict(list)
-        for group, names in self._waiting.items():
-            for name in names:
-                self._groups_of[name].append(group)
         self._unrouted_of: dict[str, int] = defaultdict(int)
         self._routed: list[str] = []
         """Weights loaded by a route whose coverage has not been noted yet."""
@@ -83,6 +82,15 @@ class Ledger:
     def storage_of(self, parameter: str) -> StagedStorage:
         return self._storages[parameter][0]
 
+    @functools.cached_property
+    def _groups_of(self) -> Mapping[str, Sequence[str]]:
+        """Weight -> the groups it goes into, as expected."""
+        found: dict[str, list[str]] = defaultdict(list)
+        for group, names in self._expected.names_of_group.items():
+            for name in names:
+                found[name].append(group)
+        return found
+
     # -- weights ----------------------------------------------------------------------------------
 
     def route_for(self, name: str, tensor: torch.Tensor) -> Route | None:
@@ -96,12 +104,21 @@ class Ledger:
         self._routed.append(name)
         self._routed_names.add(name)
 
-    def note_landed(self, names: Sequence[str]) -> None:
-        """Weights were read to where their routes lead."""
+    def note_landed(self, landed: Landed) -> list[Stage]:
+        """Weights were read to where their routes lead. Returns the groups that have everything now."""
         assert self.routes is not None, "only routes tell where weights go"
-        self.loaded.routes.update((name, self.routes.of[name]) for name in names)
-        self._routed += names
-        self._routed_names.update(names)
+        self.loaded.routes.update((name, self.routes.of[name]) for name in landed.names)
+        self._routed += landed.names
+        self._routed_names.update(landed.names)
+        touched = dict.fromkeys(self._storages[parameter][1] for parameter in landed.parameters)
+        complete = []
+        for stage in touched:
+            waiting = self._waiting.get(stage.group.name)
+            if waiting is not None:
+                waiting.difference_update(landed.names)
+                if not waiting and self._is_trusted(stage):
+                    complete.append(stage)
+        return complete
 
     @property
     def took_loader(self) -> bool:
@@ -120,16 +137,6 @@ class Ledger:
         arrived = [group for group in self._groups_of.get(name, ()) if self._arrived(group, name)]
         complete = [stage for group in arrived if self._is_trusted(stage := self._stages[group])]
         return complete + self._covered_before(recent) if recent else complete
-
-    def complete_after_all(self, names: Sequence[str]) -> list[Stage]:
-        """Groups that have everything now that ``names`` came, all of them by routes."""
-        touched: dict[str, None] = {}
-        for name in names:
-            for group in self._groups_of.get(name, ()):
-                self._waiting[group].discard(name)
-                touched[group] = None
-        full = [self._stages[group] for group in touched if not self._waiting[group]]
-        return [stage for stage in full if self._is_trusted(stage)]
 
     def _arrived(self, group: str, name: str) -> bool:
         self._unrouted_of[group] += name not in self._routed_names
@@ -163,7 +170,7 @@ class Ledger:
 
     def settle(self) -> None:
         """Bring coverage and slots up to date, for the layers that are not complete yet."""
-        for name in self._routed:
+        for name in self._unsettled():
             for write in self.loaded.routes[name].writes or ():
                 storage = self.storage_of(write.parameter)
                 if not storage.closed:
@@ -175,6 +182,17 @@ class Ledger:
             route = self.routes.of.get(name) if self.routes is not None else None
             for write in (route.writes or ()) if route is not None else ():
                 self.storage_of(write.parameter).coverage.add(write.target)
+
+    def _unsettled(self) -> Iterable[str]:
+        """Weights that came by routes, without those of which every layer is complete."""
+        members, done = self._expected.names_of_group, set[str]()
+        for stage in self._stages.values():
+            if stage.processed:
+                done |= members.get(stage.group.name, frozenset())
+        for stage in self._stages.values():
+            if not stage.processed:
+                done -= members.get(stage.group.name, frozenset())
+        return [name for name in self._routed if name not in done]
 
     def coverage(self) -> dict[str, str]:
         """Parameter -> ``whole``, ``part`` or ``none``: how much of it the weights so far write."""

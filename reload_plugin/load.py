@@ -7,10 +7,9 @@ first touch, completeness by identity, and a guard over the served tensors in on
 
 from __future__ import annotations
 
-import math
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -26,7 +25,7 @@ from .errors import ReloadError, SourceError
 from .formats import Box, Geometry
 from .interrupts import let_through
 from .routes import Route, Write
-from .sources import Landed, TensorInfo
+from .sources import Landed
 from .staging import StagedStorage
 
 _SCALE = re.compile(r"scale|zero|alpha|shape")
@@ -164,11 +163,11 @@ class LoadTrace(TorchDispatchMode):
         self.loaded.shapes[name] = tuple(tensor.shape)
         self.loaded.nbytes += tensor.numel() * tensor.element_size()
 
-    def note_landed(self, infos: Sequence[TensorInfo]) -> None:
+    def note_landed(self, landed: Landed) -> None:
         """Account for weights that were read to where they go."""
-        self.loaded.shapes.update((info.name, info.shape) for info in infos)
-        self.loaded.nbytes += sum(math.prod(info.shape) * info.dtype.itemsize for info in infos)
-        self.current = infos[-1].name
+        self.loaded.shapes.update(landed.shapes)
+        self.loaded.nbytes += landed.nbytes
+        self.current = landed.names[-1]
 
     def end(self) -> None:
         """The loader is done with the current weight; nothing of the caller's is kept.

@@ -49,7 +49,7 @@ class Plan:
 
     def still_holds(self, model: nn.Module, infos: Iterable[TensorInfo]) -> bool:
         """Whether the plan was made for exactly these tensors, on a model whose experts have not moved."""
-        same = tuple(self.infos.values()) == tuple(infos)
+        same = list(self.infos.values()) == list(infos)
         return same and self.placement == placement(complete_record_of(model))
 
     def raise_problems(self, source: str) -> None:

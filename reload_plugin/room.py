@@ -44,25 +44,22 @@ class StagingRoom:
         self._given[info.name] = place
         return place
 
-    def addresses(self, infos: Sequence[TensorInfo]) -> tuple[list[int], list[torch.UntypedStorage]] | None:
-        if self._by_hand:
-            return None
-        writes = [self._write_of(info) for info in infos]
-        if any(write is None for write in writes):
-            return None
-        bases: dict[str, int] = {}
-        held = []
-        for parameter in dict.fromkeys(write.parameter for write in writes if write is not None):
-            memory = self._memory(parameter)
-            if memory.device.type != "cpu":
+    @property
+    def key(self) -> object | None:
+        return None if self._by_hand else self._ledger.routes
+
+    def targets(self, infos: Sequence[TensorInfo]) -> Sequence[tuple[str, int]] | None:
+        found = []
+        for info in infos:
+            write = self._write_of(info)
+            if write is None:
                 return None
-            bases[parameter] = memory.data_ptr()
-            held.append(memory)
-        return [
-            bases[write.parameter] + write.target.offset * write.target_dtype.itemsize
-            for write in writes
-            if write is not None
-        ], held
+            found.append((write.parameter, write.target.offset * write.target_dtype.itemsize))
+        return found
+
+    def memory(self, parameter: str) -> torch.UntypedStorage | None:
+        memory = self._memory(parameter)
+        return memory if memory.device.type == "cpu" else None
 
     def took(self, name: str, tensor: torch.Tensor) -> bool:
         """Whether this weight was read to where it goes."""

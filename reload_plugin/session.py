@@ -247,10 +247,8 @@ class ReloadSession:
 
     def take_landed(self, landed: Landed) -> None:
         """Account for weights that were read to where they go, and process the layers that are complete."""
-        self._trace.note_landed(landed.infos)
-        names = [info.name for info in landed.infos]
-        self.ledger.note_landed(names)
-        self._close_all(self.ledger.complete_after_all(names))
+        self._trace.note_landed(landed)
+        self._close_all(self.ledger.note_landed(landed))
 
     def _memory(self, parameter: str) -> torch.UntypedStorage:
         storage = self.ledger.storage_of(parameter)
@@ -590,7 +588,8 @@ class ReloadSession:
         self.failed = None
 
     def _next_generation(self) -> Serving:
-        digest = digest_of(self._record) if self.digest else None
+        with self._timed("digest"):
+            digest = digest_of(self._record) if self.digest else None
         return Serving(self._record.serving.version + 1, self.weight_version, self.source, digest)
 
     # -- small things -----------------------------------------------------------------------------

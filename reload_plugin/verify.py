@@ -126,9 +126,9 @@ def check_slots(
             if storage.primary.is_parameter and not storage.coverage.complete:
                 _check_parameter(stage, storage, problems, kept, was_written)
     rejected = problems.unexpected.keys() | problems.misshapen.keys()
+    used = loaded.slots.keys() | {name for name, route in loaded.routes.items() if route.writes != ()}
     for name, shape in loaded.shapes.items():
-        used = name in loaded.slots or (name in loaded.routes and loaded.routes[name].writes != ())
-        if not used and name not in rejected:
+        if name not in used and name not in rejected:
             rule = rule_of(name, shape)
             if rule is None:
                 problems.unexpected[name] = "the model's loader has no place for it"

@@ -482,7 +482,7 @@ def test_an_engine_refuses_before_it_reads(
     engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make: Callable[[Engine, Path], None]
 ) -> None:
     make(engine, tmp_path)
-    monkeypatch.setattr(checkpoint, "read_places", lambda *_: pytest.fail("a weight was read"))
+    monkeypatch.setattr(checkpoint, "read_parcels", lambda *_: pytest.fail("a weight was read"))
     with pytest.raises(SourceError, match=REFUSED[make]) as caught:
         engine.reload(tmp_path)
     assert str(tmp_path) in str(caught.value)
@@ -528,15 +528,17 @@ def test_a_file_that_is_replaced_during_a_reload_leaves_the_engine_as_it_was(
     engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shutil.copytree(engine.folders["B"], tmp_path, dirs_exist_ok=True)
-    read = checkpoint.read_places
+    read = checkpoint.read_parcels
 
-    def replacing(*arguments: object) -> Iterator[object]:
-        for number, item in enumerate(read(*arguments)):
-            if number == 0 and any(str(tmp_path) in file for place in arguments[0] for file in place.files):
+    def replacing(
+        parcels: object, handles: object, paths: dict[str, str], *others: object
+    ) -> Iterator[object]:
+        for number, item in enumerate(read(parcels, handles, paths, *others)):
+            if number == 0 and any(str(tmp_path) in path for path in paths.values()):
                 replaced(tmp_path / "model.safetensors")
             yield item
 
-    monkeypatch.setattr(checkpoint, "read_places", replacing)
+    monkeypatch.setattr(checkpoint, "read_parcels", replacing)
     with pytest.raises(SourceError, match="changed while it was read"):
         engine.reload(tmp_path)
     engine.assert_on_a()

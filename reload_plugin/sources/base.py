@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -46,16 +46,20 @@ def tensor_info(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor
     return info
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Landed:
     """Tensors that were read to where they go, all at once; nobody has to hand them on."""
 
-    infos: Sequence[TensorInfo]
+    names: Sequence[str]
+    shapes: Mapping[str, tuple[int, ...]]
+    nbytes: int
+    parameters: Sequence[str]
+    """Everything they went to, each once."""
 
 
 Stream = Generator[tuple[str, torch.Tensor], None, None]
 """(checkpoint name, tensor) pairs; may be closed before its end. ``Landed`` stands for several of them where
-the room that was given knows addresses."""
+the room that was given has targets."""
 
 
 class Room(Protocol):
@@ -64,11 +68,18 @@ class Room(Protocol):
     def __call__(self, info: TensorInfo) -> torch.Tensor | None:
         """Memory of a tensor's shape and dtype, contiguous and on the CPU, to read it into, or None."""
 
-    def addresses(self, infos: Sequence[TensorInfo]) -> tuple[list[int], list[torch.UntypedStorage]] | None:
-        """Where to read all of these to, as addresses and the memory that they are in; None unless all can.
+    @property
+    def key(self) -> object | None:
+        """What ``targets`` depends on: same key, same answers. None where every tensor is handed over."""
 
-        The stream then gives ``Landed`` in place of the tensors.
+    def targets(self, infos: Sequence[TensorInfo]) -> Sequence[tuple[str, int]] | None:
+        """Where tensors go as they are, one behind the other: parameter and first byte in its memory.
+
+        None unless all can. The stream then gives ``Landed`` in place of the tensors.
         """
+
+    def memory(self, parameter: str) -> torch.UntypedStorage | None:
+        """Memory of a parameter that ``targets`` named; None when files cannot be read to it."""
 
 
 class Source(Protocol):

@@ -243,7 +243,7 @@ class ShardedSafetensorsSource(Checkpoint):
             header = read_header(str(file))
             self.stamps[str(file)] = header.stamp
             offsets = _offsets(file, header.metadata)
-            for place in header.places:
+            for place in header.layout.placed(str(file)).values():
                 at = offsets.get(place.info.name, (0,) * len(place.info.shape))
                 same = parts.setdefault(bare_name(place.info.name), {})
                 if at in same:

@@ -32,7 +32,7 @@ class OlmoSource(Checkpoint):
 
     def __init__(self, plain: SafetensorsSource, within: str | None = None) -> None:
         super().__init__(plain.description, "olmo")
-        self.stamps = dict(plain.stamps)
+        self.stamps, self.paths = dict(plain.stamps), dict(plain.paths)
         tree: dict[str, object] = {}
         for place in plain.places:
             path, is_pickled = _decoded(place.info.name, plain.description)

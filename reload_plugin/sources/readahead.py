@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import os
 import queue
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import NamedTuple
@@ -15,7 +16,7 @@ import torch
 
 from ..errors import SourceError
 
-_IOV_MAX = 512
+IOV_MAX = 512
 """Pieces of one vectored read (POSIX promises 16, Linux takes 1024)."""
 
 
@@ -38,26 +39,25 @@ class Piece:
         return self.tensor.numel() * self.tensor.element_size()
 
 
-class Spot(NamedTuple):
-    """Like ``Piece``, for memory that somebody else holds."""
+class Run(NamedTuple):
+    """Neighbouring bytes of a file, which one call reads, and the memory that they go to."""
 
     handle: int
     start: int
-    address: int
-    nbytes: int
-    file: str
-    name: str
+    memory: Sequence[memoryview]
+    place_at: Callable[[int], tuple[str, str]]
+    """Byte of the file -> the file and the tensor that it belongs to, for messages."""
 
 
 @dataclass(eq=False)
 class Batch:
-    """Pieces that are read together; ``wait`` returns when they are there."""
+    """Runs that are read together; ``wait`` returns when they are there."""
 
-    pieces: Sequence[Piece | Spot]
+    runs: Sequence[Run]
     by_waiter: bool = False
     """Nobody else reads it."""
-    held: Sequence[torch.UntypedStorage] = ()
-    """Memory of the spots."""
+    held: Sequence[object] = ()
+    """What owns the memory."""
     _done: threading.Event = field(default_factory=threading.Event)
     _error: BaseException | None = None
 
@@ -72,7 +72,7 @@ class Batch:
     def read(self) -> None:
         """Fill the memory; errors are kept for ``wait``."""
         try:
-            for run in _runs(self.pieces):
+            for run in self.runs:
                 _read_run(run)
         except BaseException as error:  # noqa: BLE001 - raised again where the batch is waited for
             self._error = error
@@ -108,9 +108,9 @@ class ReadAhead:
             self._batches.put(None)
             self._thread.join()
 
-    def submit(self, pieces: Sequence[Piece | Spot], held: Sequence[torch.UntypedStorage] = ()) -> Batch:
-        """Have ``pieces`` read soon; ``held`` is the memory of those that do not hold their own."""
-        batch = Batch(pieces, not self.threaded, held)
+    def submit(self, runs: Sequence[Run], held: Sequence[object]) -> Batch:
+        """Have ``runs`` read soon; ``held`` owns their memory."""
+        batch = Batch(runs, not self.threaded, held)
         if self.threaded:
             self._batches.put(batch)
         return batch
@@ -127,20 +127,27 @@ def _cores() -> int:
     return os.cpu_count() or 1
 
 
-def _runs(pieces: Sequence[Piece | Spot]) -> list[list[Piece | Spot]]:
-    """Neighbours in one file, which one call reads."""
-    runs: list[list[Piece | Spot]] = []
+def runs_of(pieces: Sequence[Piece]) -> list[Run]:
+    """Pieces as runs: neighbours in one file together."""
+    joined: list[list[Piece]] = []
     handle, end = -1, -1
     for piece in pieces:
         nbytes = piece.nbytes
         if not nbytes:
             continue
-        if piece.start == end and piece.handle == handle and len(runs[-1]) < _IOV_MAX:
-            runs[-1].append(piece)
+        if piece.start == end and piece.handle == handle and len(joined[-1]) < IOV_MAX:
+            joined[-1].append(piece)
         else:
-            runs.append([piece])
+            joined.append([piece])
         handle, end = piece.handle, piece.start + nbytes
-    return runs
+    return [
+        Run(run[0].handle, run[0].start, _memory_of(run), functools.partial(_place_at, run)) for run in joined
+    ]
+
+
+def _place_at(run: Sequence[Piece], position: int) -> tuple[str, str]:
+    cut = next(piece for piece in run if piece.start + piece.nbytes > position)
+    return cut.file, cut.name
 
 
 def read_piece(piece: Piece) -> None:
@@ -150,27 +157,30 @@ def read_piece(piece: Piece) -> None:
         SourceError: the file ends before.
 
     """
-    if piece.nbytes:
-        _read_run([piece])
+    for run in runs_of([piece]):
+        _read_run(run)
 
 
-def _read_run(run: list[Piece | Spot]) -> None:
-    """Read neighbouring pieces, going on after a short read."""
-    left = _memory_of(run)
-    position = run[0].start
+def _read_run(run: Run) -> None:
+    """Read neighbouring bytes, going on after a short read."""
+    left = list(run.memory)
+    position = run.start
     while left:
-        got = os.preadv(run[0].handle, left, position)
+        got = os.preadv(run.handle, left, position)
         position += got
         if got == 0:
-            cut = next(piece for piece in run if piece.start + piece.nbytes > position)
-            raise SourceError(f"{cut.file} ends in the middle of {cut.name}: it was cut while it was read.")
-        while left and got >= len(left[0]):
-            got -= len(left.pop(0))
+            file, name = run.place_at(position)
+            raise SourceError(f"{file} ends in the middle of {name}: it was cut while it was read.")
+        done = 0
+        while done < len(left) and got >= len(left[done]):
+            got -= len(left[done])
+            done += 1
+        del left[:done]
         if got:
             left[0] = left[0][got:]
 
 
-def _memory_of(run: list[Piece | Spot]) -> list[memoryview]:
+def _memory_of(run: Sequence[Piece]) -> list[memoryview]:
     """The memory that neighbours in a file go to, in as few parts as it has."""
     parts: list[list[int]] = []
     end = -1
@@ -181,4 +191,9 @@ def _memory_of(run: list[Piece | Spot]) -> list[memoryview]:
         else:
             parts.append([address, nbytes])
         end = address + nbytes
-    return [memoryview((ctypes.c_char * size).from_address(at)).cast("B") for at, size in parts]
+    return [view_of(address, nbytes) for address, nbytes in parts]
+
+
+def view_of(address: int, nbytes: int) -> memoryview:
+    """Memory as something to read into. Owns nothing."""
+    return memoryview((ctypes.c_char * nbytes).from_address(address)).cast("B")

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 
 from ..memory import HostPool, uses
 from .base import Landed, Room, Stream, TensorInfo
-from .readahead import Batch, Piece, ReadAhead, Spot
+from .readahead import IOV_MAX, Batch, Piece, ReadAhead, Run, read_piece, runs_of, view_of
 
 AHEAD = 16 << 20
 """Bytes that are being read before they are asked for; one batch more at most."""
@@ -23,7 +25,7 @@ SCRATCH = 8 << 20
 
 @dataclass(frozen=True)
 class Place:
-    """Where a tensor lies in one piece: file, first byte, number of bytes."""
+    """Where a tensor lies in one piece: file (or what its checkpoint calls it), first byte, bytes."""
 
     info: TensorInfo
     file: str
@@ -100,8 +102,78 @@ class Deferred:
 
 Placed = Place | Assembly | Deferred
 
-_Asked = tuple[list[Place | Assembly], list[torch.Tensor] | None, Batch]
-"""Places, the tensors they are read to (None where they land at once), and their reading."""
+
+class Stretch(NamedTuple):
+    """Neighbouring bytes of a file, and the parts of parameters' memory that they go to."""
+
+    file: str
+    start: int
+    parts: Sequence[tuple[int, int, int]]
+    """Number of the parameter, first byte, and the byte after the last."""
+
+
+@dataclass(frozen=True, eq=False)
+class Landing:
+    """How tensors that go as they are get from files to parameters."""
+
+    landed: Landed
+    stretches: Sequence[Stretch]
+
+
+@dataclass(eq=False)
+class Parcel:
+    """Tensors that one request reads. May be kept for the next reading of the same listing."""
+
+    places: Sequence[Place | Assembly]
+    nbytes: int
+    _landing: tuple[object, Landing | None] = (None, None)
+    """The last answer of ``landing``, and the key it was found by."""
+
+    def landing(self, room: Room) -> Landing | None:
+        """How to read all of it to where it goes; None unless that can be."""
+        key = room.key
+        if key is None:
+            return None
+        if self._landing[0] is not key:
+            self._landing = key, self._landing_in(room)
+        return self._landing[1]
+
+    def _landing_in(self, room: Room) -> Landing | None:
+        places = [place for place in self.places if isinstance(place, Place)]
+        targets = room.targets([place.info for place in places]) if len(places) == len(self.places) else None
+        if targets is None:
+            return None
+        parameters = tuple(dict.fromkeys(parameter for parameter, _ in targets))
+        shapes = {place.info.name: place.info.shape for place in places}
+        landed = Landed(tuple(shapes), shapes, self.nbytes, parameters)
+        numbers = {parameter: number for number, parameter in enumerate(parameters)}
+        return Landing(landed, _stretches(places, [(numbers[name], start) for name, start in targets]))
+
+    def place_at(self, file: str, path: str, position: int) -> tuple[str, str]:
+        """The tensor that a byte of a file belongs to, behind the file's path."""
+        inside = (p for p in self.places if isinstance(p, Place) and p.file == file)
+        return path, next(p.info.name for p in inside if p.start <= position < p.start + p.nbytes)
+
+
+def _stretches(places: Sequence[Place], targets: Sequence[tuple[int, int]]) -> list[Stretch]:
+    """Neighbours in a file together, and in memory too where they are neighbours in both."""
+    found: list[tuple[str, int, list[tuple[int, int, int]]]] = []
+    file, end = "", -1
+    for place, (parameter, target) in zip(places, targets, strict=True):
+        if not place.nbytes:
+            continue
+        if place.file != file or place.start != end or len(found[-1][2]) >= IOV_MAX:
+            found.append((place.file, place.start, []))
+        file, end = place.file, place.start + place.nbytes
+        parts, first = found[-1][2], target
+        if parts and parts[-1][0] == parameter and parts[-1][2] == target:
+            first = parts.pop()[1]
+        parts.append((parameter, first, target + place.nbytes))
+    return [Stretch(*stretch) for stretch in found]
+
+
+_Asked = tuple[Parcel, list[torch.Tensor] | Landed, Batch]
+"""A parcel, the tensors it is read to or where it lands, and its reading."""
 
 
 def placed(info: TensorInfo, part: Part) -> Place | Assembly:
@@ -124,66 +196,99 @@ def read_places(
 
     """
     settled = (place.resolve(handles) if isinstance(place, Deferred) else place for place in places)
-    yield from _Reading(handles, pool, room).all(settled)  # type: ignore[misc]
+    yield from read_parcels(parcels_of(settled), handles, {}, pool, room)
+
+
+def read_parcels(
+    parcels: Iterable[Parcel],
+    handles: Mapping[str, int],
+    paths: Mapping[str, str],
+    pool: HostPool,
+    room: Room | None,
+) -> Stream:
+    """The same for tensors that are sorted into parcels; ``paths`` says where files are that have names."""
+    yield from _Reading(handles, paths, pool, room).all(iter(parcels))  # type: ignore[misc]
+
+
+def parcels_of(places: Iterable[Place | Assembly]) -> Iterator[Parcel]:
+    """Tensors that are read by one request: small ones together."""
+    batch: list[Place | Assembly] = []
+    nbytes = 0
+    for place in places:
+        batch.append(place)
+        nbytes += place.nbytes
+        if nbytes >= BATCH:
+            yield Parcel(batch, nbytes)
+            batch, nbytes = [], 0
+    if batch:
+        yield Parcel(batch, nbytes)
 
 
 class _Reading:
-    """One pass over the tensors: batches are asked for ahead of the tensor that is handed out."""
+    """One pass over the tensors: parcels are asked for ahead of the tensor that is handed out."""
 
-    def __init__(self, handles: Mapping[str, int], pool: HostPool, room: Room | None) -> None:
+    def __init__(
+        self, handles: Mapping[str, int], paths: Mapping[str, str], pool: HostPool, room: Room | None
+    ) -> None:
         self._handles = handles
+        self._paths = paths
         self._pool = pool
         self._room = room
         self._lent: list[torch.UntypedStorage] = []
 
-    def all(self, places: Iterable[Place | Assembly]) -> Iterator[tuple[str, torch.Tensor] | Landed]:
+    def all(self, parcels: Iterator[Parcel]) -> Iterator[tuple[str, torch.Tensor] | Landed]:
         waiting: deque[_Asked] = deque()
         ahead = 0
-        batches = _batches(places)
-        following = next(batches, None)
+        following = next(parcels, None)
         with ReadAhead() as reader:
             while following or waiting:
                 while following and (not waiting or (reader.threaded and ahead < AHEAD)):
                     waiting.append(self._ask(reader, following))
-                    ahead += sum(place.nbytes for place in following)
-                    following = next(batches, None)
-                batch, tensors, read = waiting.popleft()
+                    ahead += following.nbytes
+                    following = next(parcels, None)
+                parcel, tensors, read = waiting.popleft()
                 read.wait()
-                ahead -= sum(place.nbytes for place in batch)
+                ahead -= parcel.nbytes
                 del read
-                if tensors is None:
-                    yield Landed([place.info for place in batch])
+                if isinstance(tensors, Landed):
+                    yield tensors
                     continue
                 tensors.reverse()
-                for place in batch:
+                for place in parcel.places:
                     if isinstance(place, Assembly):
                         self._gather(place, tensors[-1])
                     yield place.info.name, tensors.pop()
                 self._take_back()
 
-    def _ask(self, reader: ReadAhead, places: list[Place | Assembly]) -> _Asked:
-        """Have a batch read: to where all of it goes if that is known, else to a tensor each."""
-        spots = self._spots(places)
-        if spots is not None:
-            return places, None, reader.submit(*spots)
-        tensors = [self._memory(place) for place in places]
-        return places, tensors, reader.submit(self._pieces(places, tensors))
+    def _ask(self, reader: ReadAhead, parcel: Parcel) -> _Asked:
+        """Have a parcel read: to where all of it goes if that is known, else to a tensor each."""
+        landing = parcel.landing(self._room) if self._room is not None else None
+        if landing is not None and (memory := self._memory_for(landing)) is not None:
+            return parcel, landing.landed, reader.submit(self._runs(parcel, landing, memory), memory)
+        tensors = [self._memory(place) for place in parcel.places]
+        return parcel, tensors, reader.submit(runs_of(self._pieces(parcel.places, tensors)), tensors[:])
 
-    def _spots(
-        self, places: Sequence[Place | Assembly]
-    ) -> tuple[list[Spot], list[torch.UntypedStorage]] | None:
-        if self._room is None:
-            return None
-        plain = [place for place in places if isinstance(place, Place)]
-        found = self._room.addresses([place.info for place in plain]) if len(plain) == len(places) else None
-        if found is None:
-            return None
-        addresses, held = found
-        handles = self._handles
+    def _memory_for(self, landing: Landing) -> list[torch.UntypedStorage] | None:
+        assert self._room is not None, "only a room has a landing"
+        found = []
+        for parameter in landing.landed.parameters:
+            memory = self._room.memory(parameter)
+            if memory is None:
+                return None
+            found.append(memory)
+        return found
+
+    def _runs(self, parcel: Parcel, landing: Landing, memory: Sequence[torch.UntypedStorage]) -> list[Run]:
+        views = [view_of(storage.data_ptr(), storage.nbytes()) for storage in memory]
         return [
-            Spot(handles[place.file], place.start, address, place.nbytes, place.file, place.info.name)
-            for place, address in zip(plain, addresses, strict=True)
-        ], held
+            Run(
+                self._handles[file],
+                start,
+                [views[number][first:end] for number, first, end in parts],
+                functools.partial(parcel.place_at, file, self._paths.get(file, file)),
+            )
+            for file, start, parts in landing.stretches
+        ]
 
     def _pieces(self, places: Sequence[Place | Assembly], tensors: Sequence[torch.Tensor]) -> list[Piece]:
         pairs = zip(places, tensors, strict=True)
@@ -192,7 +297,8 @@ class _Reading:
     def _direct_pieces(self, place: Place | Assembly, tensor: torch.Tensor) -> Iterator[Piece]:
         """What can be read straight to where it belongs."""
         if isinstance(place, Place):
-            yield Piece(self._handles[place.file], place.start, tensor, place.file, place.info.name)
+            path = self._paths.get(place.file, place.file)
+            yield Piece(self._handles[place.file], place.start, tensor, path, place.info.name)
             return
         for part in place.parts:
             box = _box(tensor, part)
@@ -254,19 +360,4 @@ def _copy_strided(handle: int, part: Part, box: torch.Tensor, name: str) -> None
 
 
 def _read_whole(handle: int, part: Part, flat: torch.Tensor, name: str) -> None:
-    batch = Batch([Piece(handle, part.start, flat, part.file, name)], by_waiter=True)
-    batch.wait()
-
-
-def _batches(places: Iterable[Place | Assembly]) -> Iterator[list[Place | Assembly]]:
-    """Tensors that are read by one request: small ones together."""
-    batch: list[Place | Assembly] = []
-    nbytes = 0
-    for place in places:
-        batch.append(place)
-        nbytes += place.nbytes
-        if nbytes >= BATCH:
-            yield batch
-            batch, nbytes = [], 0
-    if batch:
-        yield batch
+    read_piece(Piece(handle, part.start, flat, part.file, name))

@@ -11,8 +11,11 @@ import contextlib
 import functools
 import math
 import os
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
 from typing import Any, TypeGuard
 
 import torch
@@ -22,7 +25,7 @@ from .base import Span, TensorInfo, tensor_info
 from .checkpoint import Checkpoint
 from .json_files import open_regular, strict_json
 from .readahead import Piece, read_piece
-from .reading import Place
+from .reading import Parcel, Place, parcels_of
 from .stamps import WRITE_AGAIN, Stamp, open_same, stamped
 
 _DTYPES: dict[str, torch.dtype] = {
@@ -64,18 +67,24 @@ class SafetensorsSource(Checkpoint):
         super().__init__(description, "safetensors")
         self.metadata: dict[str, Mapping[str, str]] = {}
         """File -> the ``__metadata__`` of its header."""
-        for file in files:
-            header = read_header(file)
-            self.stamps[file] = header.stamp
-            self.metadata[file] = header.metadata
-            for place in header.places:
-                if place.info.name in self._places:
-                    other = self.file_of[place.info.name]
-                    raise SourceError(
-                        f"{place.info.name} is in two files of one checkpoint, {other} and {file}. Take away "
-                        "the file that belongs to another save, or add an index that names the right ones."
-                    )
-                self._places[place.info.name] = place
+        names = Counter(Path(path).name for path in files)
+        layouts = []
+        for path in files:
+            file = Path(path).name if names[Path(path).name] == 1 else path
+            header = read_header(path)
+            self.stamps[path] = header.stamp
+            self.metadata[path] = header.layout.metadata
+            self.paths[file] = path
+            places = header.layout.placed(file)
+            if both := self._places.keys() & places.keys():
+                name = min(both)
+                raise SourceError(
+                    f"{name} is in two files of one checkpoint, {self.file_of[name]} and {path}. Take away "
+                    "the file that belongs to another save, or add an index that names the right ones."
+                )
+            self._places.update(places)
+            layouts.append(header.layout)
+        self._layouts = tuple(layouts)
 
     @property
     def places(self) -> Sequence[Place]:
@@ -84,8 +93,13 @@ class SafetensorsSource(Checkpoint):
 
     @property
     def file_of(self) -> Mapping[str, str]:
-        """Name -> the file that holds the tensor."""
-        return {name: place.files[0] for name, place in self._places.items()}
+        """Name -> the path of the file that holds the tensor."""
+        return {name: self.paths[place.files[0]] for name, place in self._places.items()}
+
+    def _parcels(self, order: Sequence[str] | None) -> Sequence[Parcel]:
+        if not isinstance(order, tuple):
+            return ()  # nobody asks for the same again
+        return _remembered_parcels(order, self._layouts, tuple(self.paths))
 
     def read_spans(self, name: str, spans: Sequence[Span], out: torch.Tensor) -> None:
         place = self._places[name]
@@ -94,10 +108,11 @@ class SafetensorsSource(Checkpoint):
         done = 0
         try:
             with contextlib.ExitStack() as stack:
-                handle = open_same([place.file], self.stamps, stack)[place.file]
+                path = self.paths[place.file]
+                handle = open_same([path], self.stamps, stack)[path]
                 for start, stop in spans:
                     memory = out[done : done + stop - start]
-                    read_piece(Piece(handle, place.start + start * size, memory, place.file, name))
+                    read_piece(Piece(handle, place.start + start * size, memory, path, name))
                     done += stop - start
         except OSError as error:
             raise SourceError(f"{self.description} could not be read: {error}.") from error
@@ -108,9 +123,12 @@ class Header:
     """What a safetensors file says before its data."""
 
     stamp: Stamp
-    metadata: Mapping[str, str]
-    places: Sequence[Place]
-    """In the order of the header."""
+    layout: Layout
+
+    @property
+    def metadata(self) -> Mapping[str, str]:
+        """What its ``__metadata__`` says."""
+        return self.layout.metadata
 
 
 def read_header(file: str) -> Header:
@@ -134,46 +152,63 @@ def read_header(file: str) -> Header:
         ) from error
     except (OSError, ValueError) as error:
         raise SourceError(f"{file} is not a whole safetensors file: {error}. {WRITE_AGAIN}") from error
-    base = 8 + length
-    if base + layout.end != stamp[0]:
+    if 8 + length + layout.end != stamp[0]:
         raise SourceError(
-            f"{file} is not a whole safetensors file: its tensors end at byte {base + layout.end:,} and the "
-            f"file has {stamp[0]:,}. {WRITE_AGAIN}"
+            f"{file} is not a whole safetensors file: its tensors end at byte {8 + length + layout.end:,} "
+            f"and the file has {stamp[0]:,}. {WRITE_AGAIN}"
         )
-    places = [Place(info, file, base + start, nbytes) for info, start, nbytes in layout.tensors]
-    return Header(stamp, layout.metadata, places)
+    return Header(stamp, layout)
 
 
 class UnknownDtypeError(Exception):
     """A tensor whose dtype torch has no name for: its name and its dtype."""
 
 
-@dataclass(frozen=True)
-class _Layout:
+@dataclass(eq=False)
+class Layout:
     """What the text of a header says, whatever file it is in."""
 
     metadata: Mapping[str, str]
     tensors: Sequence[tuple[TensorInfo, int, int]]
-    """Each with its first byte after the header, and its number of bytes."""
+    """Each with its first byte in the file, and its number of bytes."""
     end: int
     """Bytes of all tensors."""
+    _placed: tuple[str, Mapping[str, Place]] = ("", MappingProxyType({}))
+
+    def placed(self, file: str) -> Mapping[str, Place]:
+        """Name -> where the tensor lies, in the order of the header; the same objects for the same file."""
+        if self._placed[0] != file:
+            places = {info.name: Place(info, file, start, nbytes) for info, start, nbytes in self.tensors}
+            self._placed = file, places
+        return self._placed[1]
 
 
 REMEMBERED = 8 << 20
 """Bytes of a header from which on it is parsed again each time."""
 
 
-def _layout_of(text: bytes) -> _Layout:
+def _layout_of(text: bytes) -> Layout:
     """A trainer writes the same header at every step, so the last few are remembered."""
     return _remembered_layout(text) if len(text) <= REMEMBERED else _parse(text)
 
 
 @functools.lru_cache(maxsize=8)
-def _remembered_layout(text: bytes) -> _Layout:
+def _remembered_layout(text: bytes) -> Layout:
     return _parse(text)
 
 
-def _parse(text: bytes) -> _Layout:
+@functools.lru_cache(maxsize=2)
+def _remembered_parcels(
+    order: tuple[str, ...], layouts: tuple[Layout, ...], files: tuple[str, ...]
+) -> Sequence[Parcel]:
+    """The tensors of some files in parcels; the same for every save of the same layout."""
+    places: dict[str, Place] = {}
+    for layout, file in zip(layouts, files, strict=True):
+        places.update(layout.placed(file))
+    return list(parcels_of(places[name] for name in order))
+
+
+def _parse(text: bytes) -> Layout:
     """Tensors lie one behind the other (format description of the safetensors project).
 
     Raises:
@@ -193,7 +228,8 @@ def _parse(text: bytes) -> _Layout:
             kind = "overlaps the tensor before it" if start < end else "leaves a gap before it"
             raise ValueError(f"{name} begins at byte {start:,} of the data and {kind}, which ends at {end:,}")
         end = stop
-    return _Layout(metadata or {}, [_tensor(name, entry) for name, entry in header.items()], end)
+    base = 8 + len(text)
+    return Layout(metadata or {}, [_tensor(name, entry, base) for name, entry in header.items()], end)
 
 
 def _offsets(name: str, entry: Any) -> tuple[int, int]:
@@ -206,7 +242,7 @@ def _offsets(name: str, entry: Any) -> tuple[int, int]:
     return offsets[0], offsets[1]
 
 
-def _tensor(name: str, entry: dict[str, Any]) -> tuple[TensorInfo, int, int]:
+def _tensor(name: str, entry: dict[str, Any], base: int) -> tuple[TensorInfo, int, int]:
     start, end = entry["data_offsets"]
     nbytes = end - start
     shape, kind = entry.get("shape"), entry.get("dtype")
@@ -218,7 +254,7 @@ def _tensor(name: str, entry: dict[str, Any]) -> tuple[TensorInfo, int, int]:
     if math.prod(shape) * dtype.itemsize != nbytes:
         raise ValueError(f"{name} has the shape {_brief(shape)} in {kind} and {nbytes:,} bytes")
     named = TensorInfo if nbytes else tensor_info  # bytes that are there vouch for the shape
-    return named(name, tuple(shape), dtype), start, nbytes
+    return named(name, tuple(shape), dtype), base + start, nbytes
 
 
 def _naturals(value: Any) -> TypeGuard[list[int]]:
