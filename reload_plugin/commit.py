@@ -26,6 +26,7 @@ from .holders import (
     cell_content,
     equal,
     is_foreign,
+    owns_native,
     read,
     slots_of,
     tensors_in,
@@ -177,7 +178,7 @@ class _Graft:
         if isinstance(old, (list, dict)):
             self.contents(path, old, read(old), read(new))
             return old
-        if hasattr(type(old), "__del__"):
+        if owns_native(old):
             self._commit.trades.append((old, new))
             return old
         if isinstance(old, nn.Module) or _is_plain_object(old):

@@ -213,8 +213,13 @@ def holders_of(layer: nn.Module) -> Iterator[tuple[str, object]]:
                 stack.append((f"{path}.{name}" if path else str(name), value))
 
 
-def tensors_in(value: object, seen: set[int] | None = None) -> Iterator[torch.Tensor]:
+def tensors_in(value: object) -> Iterator[torch.Tensor]:
     """Every tensor reachable from a held value: through helpers, containers, closures and partials."""
+    return (found for found in reachable(value) if isinstance(found, torch.Tensor))
+
+
+def reachable(value: object, seen: set[int] | None = None) -> Iterator[object]:
+    """A held value and all it holds; tensors as often as they are held, everything else once."""
     seen = set() if seen is None else seen
     if isinstance(value, torch.Tensor):
         yield value
@@ -222,8 +227,14 @@ def tensors_in(value: object, seen: set[int] | None = None) -> Iterator[torch.Te
     if id(value) in seen:
         return
     seen.add(id(value))
+    yield value
     for part in _parts(value):
-        yield from tensors_in(part, seen)
+        yield from reachable(part, seen)
+
+
+def owns_native(value: object) -> bool:
+    """Whether an object releases something that is not Python's when it goes away."""
+    return hasattr(type(value), "__del__")
 
 
 def cell_content(cell: types.CellType) -> object:

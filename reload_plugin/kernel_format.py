@@ -8,8 +8,10 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
+from .digest import digest_of
 from .errors import KernelFormatError, weights_error
-from .holders import ABSENT, tensors_in
+from .holders import ABSENT, owns_native, tensors_in
+from .options import ReloadOptions
 from .record import LayerRecord, ModelRecord
 from .serving import Serving
 from .session import SERVES_OLD, complete_record_of
@@ -17,7 +19,7 @@ from .verify import ReloadReport
 
 
 def copy_kernel_format(
-    model: nn.Module, weights: Iterable[tuple[str, torch.Tensor]], source: str
+    model: nn.Module, weights: Iterable[tuple[str, torch.Tensor]], source: str, chosen: ReloadOptions
 ) -> ReloadReport:
     """Copy tensors into the served parameters and buffers of the same names.
 
@@ -48,7 +50,8 @@ def copy_kernel_format(
     with torch.inference_mode(False), torch.no_grad():
         for name, tensor in staged.items():
             served[name].copy_(tensor)
-    record.serving = Serving(record.serving.version + 1, source=source)
+    digest = digest_of(record) if chosen.digest else None
+    record.serving = Serving(record.serving.version + 1, chosen.weight_version, source, digest)
     record.last_good = None
     nbytes = sum(t.numel() * t.element_size() for t in staged.values())
     return ReloadReport(
@@ -60,6 +63,8 @@ def copy_kernel_format(
         staging_bytes=nbytes,
         seconds={"total": time.perf_counter() - started},
         version=record.serving.version,
+        weight_version=chosen.weight_version,
+        digest=digest,
     )
 
 
@@ -115,6 +120,6 @@ def _is_opaque(layer: LayerRecord) -> bool:
             value = getattr(held, str(key[1]), ABSENT) if key[0] == "attribute" else None
             if callable(value) and not isinstance(value, nn.Module) and any(True for _ in tensors_in(value)):
                 return True
-            if hasattr(type(value), "__del__"):
+            if owns_native(value):
                 return True
     return False

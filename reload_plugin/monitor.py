@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Callable, Iterable
 from typing import Any, Literal, get_args
@@ -9,9 +10,10 @@ from typing import Any, Literal, get_args
 from pydantic import BaseModel, ConfigDict
 from torch import nn
 
+from .digest import digest_of
 from .errors import ReloadError
 from .session import complete_record_of
-from .verify import ReloadReport, digest_of
+from .verify import ReloadReport
 
 
 class ReloadStatus(BaseModel):
@@ -26,7 +28,7 @@ class ReloadStatus(BaseModel):
     weight_version: str | None
     """The caller's name for the served weights."""
     digest: str | None
-    """Of what the kernels read: from the commit, or computed now when that was asked for."""
+    """Of what the kernels read (``digest.digest_of``); None when it is not known."""
     source: str
     """Where the served weights came from."""
     since: float
@@ -40,12 +42,13 @@ class ReloadStatus(BaseModel):
     rank: int = 0
 
 
-def status_of(model: nn.Module, digest: bool = False, rank: int = 0) -> ReloadStatus:
+def status_of(model: nn.Module, digest: bool = True, rank: int = 0) -> ReloadStatus:
     """The state of a model.
 
     Args:
         model: a recorded model.
-        digest: hash what the kernels read now, if that was not done at the commit. Reads all weights once.
+        digest: where the commit has not hashed what the kernels read (the start does not), do it now and
+            remember it. Reads all weights once; not done while an update is open.
         rank: what to put into the answer.
 
     Raises:
@@ -58,12 +61,13 @@ def status_of(model: nn.Module, digest: bool = False, rank: int = 0) -> ReloadSt
     if session is not None:
         update = f"{session.source}, {session.holder}, {len(session.loaded.shapes)} weights so far"
         update += f", failed: {session.failed}" if session.failed else ""
-    found = serving.digest or (digest_of(record) if digest else None)
+    if digest and serving.digest is None and session is None:
+        serving = record.serving = dataclasses.replace(serving, digest=digest_of(record))
     return ReloadStatus(
         state="broken" if record.broken is not None else "updating" if update else "serving",
         version=serving.version,
         weight_version=serving.weight_version,
-        digest=found,
+        digest=None if record.broken is not None else serving.digest,
         source=serving.source,
         since=serving.since,
         update=update,
@@ -73,12 +77,12 @@ def status_of(model: nn.Module, digest: bool = False, rank: int = 0) -> ReloadSt
     )
 
 
-def status(engine: Any, digest: bool = False) -> list[ReloadStatus]:
+def status(engine: Any, digest: bool = True) -> list[ReloadStatus]:
     """The state of every rank of a running engine; over HTTP: ``/collective_rpc`` with ``reload_status``.
 
     Args:
         engine: a ``vllm.LLM`` (or anything else with ``collective_rpc``), or a model in this process.
-        digest: hash what the kernels read now, if that was not done at the commit.
+        digest: hash what the kernels read now, if the commit has not.
 
     """
     if isinstance(engine, nn.Module):

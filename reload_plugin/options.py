@@ -40,7 +40,7 @@ class ReloadOptions(BaseModel):
     weight_version: str | None = None
     keep_load_format: Literal["host", "spill"] | None = None
     spill_dir: str | None = None
-    digest: bool = False
+    digest: bool = True
     require_marker: str | None = None
 
 

@@ -140,6 +140,7 @@ def _recording_processing(original: Callable[..., None]) -> Callable[..., None]:
     def process_weights_after_loading(
         model: nn.Module, model_config: Any, target_device: torch.device
     ) -> None:
+        from .native import watching_native
         from .record import TailWatch, finish_record, look, record_of
         from .sources.config import start_config
 
@@ -148,7 +149,7 @@ def _recording_processing(original: Callable[..., None]) -> Callable[..., None]:
             original(model, model_config, target_device)
             return
         loaded = look(record)
-        with TailWatch(model, record) as watch:
+        with TailWatch(model, record) as watch, watching_native(target_device, record.handles):
             original(model, model_config, target_device)
         finish_record(record, loaded, watch.before_tail, model_config, target_device)
         record.start_stamps = _stamps(record.vllm_config, model_config)
@@ -226,7 +227,7 @@ def _add_worker_calls(worker: type) -> None:
     from .monitor import status_of
     from .session import complete_record_of
 
-    def reload_status(self: Any, digest: bool = False) -> dict[str, Any]:
+    def reload_status(self: Any, digest: bool = True) -> dict[str, Any]:
         """The state of this worker's model, as JSON; see ``monitor.ReloadStatus``."""
         answer = status_of(self.model_runner.get_model(), digest, int(getattr(self, "rank", 0)))
         return answer.model_dump(mode="json")

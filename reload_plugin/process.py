@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable
 
-import torch
 from torch import nn
 
 from . import _vllm
 from .errors import ProcessingError, ReloadError
+from .native import watching_native
 from .record import ModelRecord
 from .staging import Stage
 
@@ -18,50 +16,24 @@ ProcessWeights = Callable[..., None]
 """vLLM's ``process_weights_after_loading(model, model_config, target_device)``, unpatched."""
 
 
-@contextlib.contextmanager
-def watching_native(device: torch.device | None) -> Iterator[list[torch.Tensor]]:
-    """Notes the memory that native handles point into: what their constructors were given.
-
-    oneDNN's int8 handler keeps the address of the weight scales it was made with, so that memory has
-    to live as long as the handler does. The constructors themselves are wrapped for the time: a
-    dispatch mode does not see them (they are composite), and a function mode breaks the
-    ``torch.compile`` that some methods use while processing.
-    """
-    captured: list[torch.Tensor] = []
-
-    def wrap(constructor: Callable[..., Any], positions: tuple[int, ...] | None) -> Callable[..., Any]:
-        def noting(*args: Any, **kwargs: Any) -> Any:
-            given = (*args, *kwargs.values())
-            if positions is not None and not kwargs:
-                given = tuple(args[position] for position in positions)
-            captured.extend(value.detach() for value in given if isinstance(value, torch.Tensor))
-            return constructor(*args, **kwargs)
-
-        return noting
-
-    replaced = []
-    try:
-        if device is not None and device.type == "cpu":
-            for library, name, positions in _vllm.native_constructors():
-                constructor = getattr(library, name)
-                setattr(library, name, wrap(constructor, positions))
-                replaced.append((library, name, constructor))
-        yield captured
-    finally:
-        for library, name, constructor in replaced:
-            setattr(library, name, constructor)
-
-
-def process_stage(stage: Stage, record: ModelRecord, original: ProcessWeights) -> None:
+def process_stage(stage: Stage, record: ModelRecord, original: ProcessWeights, hashed: bool = True) -> None:
     """Process a loaded group; afterwards its layers are in kernel format with the new values.
 
     Layers of online methods are first processed the way they are while a cold start streams the
     weights in, and then once more with everything else, as a cold start does.
+
+    Args:
+        stage: the group.
+        record: of the model; learns of the native handles that are made.
+        original: vLLM's own processing.
+        hashed: whether a digest is wanted of what native handles are made of.
+
     """
     stage.materialise()
     try:
         effect = any(layer.effect for layer in stage.group.layers)
-        with watching_native(record.target_device if effect else None) as captured:
+        device = record.target_device if effect else None
+        with watching_native(device, record.handles, hashed) as captured:
             for layer in stage.group.layers:
                 module = layer.ref()
                 if module is not None and layer.online:

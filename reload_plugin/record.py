@@ -203,6 +203,8 @@ class ModelRecord:
     """ReloadReport of the last good reload."""
     last_error: str | None = None
     """What the last reload that failed said; None once one succeeded."""
+    handles: dict[int, bytes | None] = field(default_factory=dict)
+    """Native handle -> digest of what it was made of; see ``native.Handles``."""
     native: dict[str, list[torch.Tensor]] = field(default_factory=dict)
     """Group name -> memory that the group's native handles point into."""
     session: Any = None

@@ -97,7 +97,7 @@ def reload_weights(
             * ``spill_dir``: folder for temporary files.
             * ``weight_version``: a name for these weights, for ``status``.
             * ``require_marker``: name of a file that the trainer writes last; a folder without it is refused.
-            * ``digest``: hash what the kernels read, in the step that commits.
+            * ``digest``: hash what the kernels read, in the step that commits; on unless it is False.
             * ``whole_model``: load everything before anything is processed; for models whose loader comes
               back to layers it has finished.
 
@@ -117,14 +117,14 @@ def reload_weights(
             raise SourceError(f"Give weights_iterator or weights_path, not both. {SERVES_OLD}")
         if weights_iterator is not None:
             if not is_checkpoint_format:
-                report = copy_kernel_format(model, weights_iterator, "the iterator")
+                report = copy_kernel_format(model, weights_iterator, "the iterator", chosen)
             else:
                 report = _from_iterator(model, record, weights_iterator, chosen)
         else:
             path = record.model_config.model if weights_path is None else str(weights_path)
             source = _opened(path, model, record, chosen.require_marker)
             if not is_checkpoint_format:
-                report = copy_kernel_format(model, source.read(), path)
+                report = copy_kernel_format(model, source.read(), path, chosen)
             else:
                 report = _from_source(model, record, source, chosen)
         report = note_report(record, report)

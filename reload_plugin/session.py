@@ -25,6 +25,7 @@ from torch import nn
 
 from . import _vllm
 from .commit import Commit, plan_commit
+from .digest import digest_of
 from .errors import NotRecordedError, SessionError, SourceError, weights_error
 from .interrupts import between, deliver, held, let_through
 from .ledger import Expected, Ledger
@@ -38,7 +39,7 @@ from .routes import Route, Routes, follow
 from .serving import Serving
 from .sources import Landed
 from .staging import Stage, StagedStorage, WrappedTree, rewrap_tree, unwrap_tree
-from .verify import ReloadReport, check_slots, digest_of, ignorable
+from .verify import ReloadReport, check_slots, ignorable
 
 Policy = Literal["staged", "streaming"]
 
@@ -109,7 +110,7 @@ class ReloadSession:
         self.report: ReloadReport | None = None
         self.failed: str | None = None
         """What the last ``load`` or ``finish`` that raised said."""
-        self.digest = False
+        self.digest = True
         """Whether to hash what the kernels read, at the commit."""
         self.holder = f"opened by thread {threading.current_thread().name} of process {os.getpid()}"
         self.weight_version: str | None = None
@@ -520,7 +521,7 @@ class ReloadSession:
     def _process(self, stage: Stage) -> None:
         self._spoiled = f"processing {stage.group.name or 'the model'} did not end well"
         with self._timed("process"):
-            process_stage(stage, self._record, original_process_weights())
+            process_stage(stage, self._record, original_process_weights(), self.digest)
         self._spoiled = None
 
     def _keep_to_budget(self, stage: Stage) -> None:

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any
 
-import torch
 from pydantic import BaseModel, ConfigDict, Field
-from torch import nn
 
 from .load import Loaded, Problems
-from .record import ModelRecord, storage_id
+from .record import storage_id
 from .staging import Stage, StagedStorage
 
 
@@ -48,7 +45,7 @@ class ReloadReport(BaseModel):
     weight_version: str | None = None
     """The caller's name for the weights served now."""
     digest: str | None = None
-    """Of what the kernels read now, where it was asked for; see ``digest_of``."""
+    """Of what the kernels read now; see ``digest.digest_of``. None with ``digest=False``."""
     spilled_bytes: int = 0
     """Bytes that went through a file because they came in an order that staging had no room for."""
     partial: bool = False
@@ -57,33 +54,6 @@ class ReloadReport(BaseModel):
     """Weights read again from the old source, because those that came share a layer with them."""
     caches: dict[str, str] = Field(default_factory=dict)
     """Cache that depends on the weights -> whether it was reset."""
-
-
-def digest_of(record: ModelRecord) -> str:
-    """BLAKE2b-128 (hex) over the tensors that a model's layers hold: names, dtypes, shapes, bytes.
-
-    Memory of native handles (packed weights of oneDNN) cannot be read and is not in it.
-    """
-    total = hashlib.blake2b(digest_size=16)
-    seen: set[int] = set()
-    for layer in record.layers:
-        module = layer.ref()
-        for name, tensor in () if module is None else _own_tensors(module):
-            total.update(f"{layer.name}.{name} {tensor.dtype} {list(tensor.shape)}".encode())
-            if not tensor.is_meta and tensor.untyped_storage().nbytes() and tensor.data_ptr() not in seen:
-                seen.add(tensor.data_ptr())
-                _update(total, tensor)
-    return total.hexdigest()
-
-
-def _own_tensors(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    found = (*module._parameters.items(), *module._buffers.items())
-    yield from ((name, tensor.data) for name, tensor in found if tensor is not None)
-
-
-def _update(total: hashlib.blake2b, tensor: torch.Tensor) -> None:
-    for row in tensor.unsqueeze(0) if tensor.dim() < 2 else tensor:
-        total.update(row.detach().contiguous().reshape(-1).view(torch.uint8).cpu().numpy())
 
 
 _RULES: tuple[tuple[str, str], ...] = (

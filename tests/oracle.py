@@ -337,6 +337,8 @@ class Snapshot:
 
     answers: list
     tensors: dict[str, Live]
+    digest: str = ""
+    """What the plugin says it serves; empty without the plugin."""
 
 
 @dataclass(frozen=True)
@@ -392,12 +394,24 @@ def named(kind: str, paths: dict[str, None], limit: int) -> str:
 
 def snapshot(llm: object, case: Case) -> Snapshot:
     """Answers first: serving may fill lazily made state."""
-    return Snapshot(answer(llm, case.pooling), live_tensors(model_of(llm)))
+    answers = answer(llm, case.pooling)
+    return Snapshot(answers, live_tensors(model_of(llm)), served_digest(llm))
+
+
+def served_digest(llm: object) -> str:
+    """The digest in the plugin's status, hashed anew at an engine's start and else by the last commit."""
+    if not reload_module().startswith("reload_plugin"):
+        return ""
+    import reload_plugin
+
+    return reload_plugin.status(llm)[0].digest or "unknown"
 
 
 def compare_values(leg: str, warm: Snapshot, cold: Snapshot) -> list[Difference]:
     """Answers and tensor values, of two engines or of one at two times."""
     found = [Difference(leg, kind) for kind in differing_answers(warm.answers, cold.answers)]
+    if warm.digest != cold.digest or warm.digest == "unknown":
+        found.append(Difference(leg, "digest", f"{warm.digest} instead of {cold.digest}"))
     for path in sorted(warm.tensors.keys() | cold.tensors.keys()):
         ours, theirs = warm.tensors.get(path), cold.tensors.get(path)
         if ours is None or theirs is None:

@@ -711,6 +711,16 @@ def test_status_tells_version_digest_source_and_the_last_error(on_a: Engine) -> 
     assert states[0].digest == before.digest
     assert states[0].source == str(on_a.folders["A"])
     assert states[0].report.caches["prefix"] == states[0].report.caches["encoder"] == "reset"
+    name = "model.layers.0.self_attn.o_proj.weight"
+    one_changed = [(n, -w if n == name else w) for n, w in on_a.weights("A")]
+    on_a.push(iter(one_changed), digest=False)
+    assert reload_plugin.status(on_a.llm, digest=False)[0].digest is None
+    on_a.push(iter(one_changed))
+    served = reload_plugin.status(on_a.llm, digest=False)[0]
+    assert served.digest not in (None, before.digest)
+    assert served.report.digest == served.digest
+    on_a.reload(str(on_a.folders["A"]))
+    assert reload_plugin.status(on_a.llm)[0].digest == before.digest
     with pytest.raises(reload_plugin.ReloadError, match="No cache is called prefixes"):
         reload_plugin.reload_engine(on_a.llm, str(on_a.folders["A"]), reset_caches=("prefixes",))
 

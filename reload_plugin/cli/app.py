@@ -240,7 +240,7 @@ def push(
         bool, typer.Option("--partial", help="Only the weights that are there change.")
     ] = False,
     check_finite: Annotated[bool, typer.Option("--check-finite", help="Refuse NaN and infinity.")] = False,
-    digest: Annotated[bool, typer.Option("--digest", help="Hash what is served afterwards.")] = False,
+    digest: Annotated[bool, typer.Option("--digest/--no-digest", help="Hash what is then served.")] = True,
     api_key: ApiKey = None,
     timeout: Timeout = 3600.0,
     json: Json = False,

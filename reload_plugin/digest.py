@@ -1,0 +1,91 @@
+"""One short text for everything that a model's kernels read."""
+
+from __future__ import annotations
+
+import torch
+import xxhash
+
+from .hashing import add_tensor
+from .holders import Contents, owns_native, reachable, read
+from .record import HolderRecord, ModelRecord, TensorRecord, storage_id
+
+
+def digest_of(record: ModelRecord) -> str | None:
+    """XXH3-128 (hex) over all that was recorded of a model's layers, as it is now.
+
+    That is: parameters and buffers, what processing put beside them (packed weights, scales as numbers,
+    closures, helper objects), and for native handles what they were made of. Not in it: what is bound after
+    the start (KV caches, adapters). Two engines on one kind of device that serve the same weights have the
+    same digest.
+
+    Returns:
+        None when native handles were made unseen, or without being hashed (``digest=False``).
+
+    """
+    book = _Book(record)
+    for layer in record.layers:
+        for holder in layer.holders:
+            held = holder.ref()
+            if held is not None:
+                book.add_holder(f"{layer.name}.{holder.path}", holder, read(held))
+    return book.close()
+
+
+class _Book:
+    """Adds up one model, each tensor's values once."""
+
+    def __init__(self, record: ModelRecord) -> None:
+        self._total = xxhash.xxh3_128()
+        self._handles = record.handles
+        self._found: set[int] = set()
+        self._known = True
+        """No native handle so far whose contents are not known."""
+        self._seen: dict[tuple[object, ...], str] = {}
+
+    def close(self) -> str | None:
+        """The digest; forgets handles that the model no longer holds."""
+        for gone in self._handles.keys() - self._found:
+            del self._handles[gone]
+        return self._total.hexdigest() if self._known else None
+
+    def add_holder(self, path: str, holder: HolderRecord, contents: Contents) -> None:
+        keys = holder.constructed.keys() | holder.undo.keys()
+        for key in sorted(keys & contents.keys(), key=str):
+            value, constructed = contents[key], holder.constructed.get(key)
+            replaced = isinstance(constructed, TensorRecord) and constructed.ref() is not value
+            if not (replaced and key not in holder.undo):  # else it was bound later, like a KV cache
+                self._add(f"{path}.{key[1]}", value)
+
+    def _add(self, path: str, value: object) -> None:
+        if isinstance(value, (bool, int, float)):
+            self._total.update(f"{path} {value!r};".encode())
+            return
+        for found in reachable(value):
+            if isinstance(found, torch.Tensor):
+                self._total.update(f"{path};".encode())
+                if not self._is_handle(found):
+                    self._add_tensor(path, found)
+            elif owns_native(found):
+                held = [part for part in read(found).values() if isinstance(part, torch.Tensor)]
+                self._known &= any(self._is_handle(tensor) for tensor in held)
+
+    def _is_handle(self, tensor: torch.Tensor) -> bool:
+        """vLLM keeps a handle as a number in a tensor, so that compiled code does not inline it."""
+        if tensor.dtype != torch.int64 or tensor.numel() != 1 or tensor.device.type != "cpu":
+            return False
+        made_of = self._handles.get(handle := int(tensor), b"")
+        if made_of == b"":
+            return False
+        self._found.add(handle)
+        self._known &= made_of is not None
+        self._total.update(made_of or b"")
+        return True
+
+    def _add_tensor(self, path: str, tensor: torch.Tensor) -> None:
+        stored = storage_id(tensor)
+        place = (stored, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()) if stored else None
+        before = self._seen.setdefault(place, path) if place is not None and tensor.numel() else path
+        if before != path:
+            self._total.update(f"as {before};".encode())
+        else:
+            add_tensor(self._total, tensor)

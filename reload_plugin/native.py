@@ -1,0 +1,77 @@
+"""Native handles: what they were made of, since nobody can look into them afterwards.
+
+oneDNN's matmul handlers own a packed copy of the weights that no tensor shows. Their constructors are
+watched while layers are processed: the memory that a handle goes on reading has to live as long as it
+does, and a digest of what it was made of stands for what it holds.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import xxhash
+
+from . import _vllm
+from .hashing import add_tensor
+
+Handles = dict[int, bytes | None]
+"""Handle -> digest of all that its constructor was given; None where that was not hashed."""
+
+
+@contextlib.contextmanager
+def watching_native(
+    device: torch.device | None, handles: Handles, hashed: bool = True
+) -> Iterator[list[torch.Tensor]]:
+    """Notes what native handles are made of while they are made.
+
+    The constructors themselves are wrapped for the time: a dispatch mode does not see them (they are
+    composite), and a function mode breaks the ``torch.compile`` that some methods use while processing.
+
+    Args:
+        device: where layers are processed; only a CPU has such constructors. None watches nothing.
+        handles: receives every handle that is made.
+        hashed: whether its arguments are hashed.
+
+    Yields:
+        The tensors that the new handles point into: oneDNN's int8 handler keeps the address of the
+        weight scales it was made with.
+
+    """
+    captured: list[torch.Tensor] = []
+
+    def wrap(constructor: Callable[..., Any], positions: tuple[int, ...] | None) -> Callable[..., Any]:
+        def noting(*args: Any, **kwargs: Any) -> Any:
+            given = (*args, *kwargs.values())
+            kept = given if positions is None or kwargs else tuple(args[position] for position in positions)
+            captured.extend(value.detach() for value in kept if isinstance(value, torch.Tensor))
+            made_of = _digest_of(given) if hashed else None
+            handle = constructor(*args, **kwargs)
+            handles[int(handle)] = made_of
+            return handle
+
+        return noting
+
+    replaced = []
+    try:
+        if device is not None and device.type == "cpu":
+            for library, name, positions in _vllm.native_constructors():
+                constructor = getattr(library, name)
+                setattr(library, name, wrap(constructor, positions))
+                replaced.append((library, name, constructor))
+        yield captured
+    finally:
+        for library, name, constructor in replaced:
+            setattr(library, name, constructor)
+
+
+def _digest_of(arguments: tuple[Any, ...]) -> bytes:
+    total = xxhash.xxh3_128()
+    for value in arguments:
+        if isinstance(value, torch.Tensor):
+            add_tensor(total, value)
+        else:
+            total.update(f"{value!r};".encode())
+    return total.digest()

@@ -1,0 +1,115 @@
+"""The digest of what is served: which changes it sees, and that it is the same wherever it should be."""
+
+import pytest
+import torch
+import xxhash
+
+from reload_plugin import _vllm
+from reload_plugin.digest import digest_of
+from reload_plugin.hashing import _CHUNK, add_tensor, device_sums
+from reload_plugin.native import watching_native
+from reload_plugin.record import finish_record, look, record_constructed
+
+
+def hashed(tensor: torch.Tensor) -> str:
+    total = xxhash.xxh3_128()
+    add_tensor(total, tensor)
+    return total.hexdigest()
+
+
+BASE = torch.arange(24, dtype=torch.float32).reshape(4, 6)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        BASE.reshape(6, 4),
+        BASE.t().contiguous().t(),
+        BASE.to(torch.float64),
+        BASE.view(torch.int32),
+        BASE + torch.eye(4, 6) * 1e-6,
+        BASE.flip(0),
+        BASE[:, :5],
+    ],
+    ids=["shape", "strides", "dtype", "same bits", "one bit", "order", "part"],
+)
+def test_hash_sees_bits_order_shape_strides_and_dtype(other: torch.Tensor) -> None:
+    assert hashed(other) != hashed(BASE)
+
+
+LAYOUTS = {
+    "pieces": lambda base: base[:, ::2],
+    "transposed": lambda base: base.t(),
+    "expanded": lambda base: base.expand(3, 4, 6),
+    "scalar": lambda base: base[0, 0] > 0,
+    "fp8": lambda base: base.to(torch.float8_e4m3fn),
+    "conjugate": lambda base: torch.complex(base, base).conj(),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_layout_is_hashed_by_its_values(layout: str) -> None:
+    make = LAYOUTS[layout]
+    changed = BASE.clone()
+    changed[0, 0] = 7
+    assert hashed(make(BASE)) == hashed(make(BASE.clone()))
+    assert hashed(make(BASE)) != hashed(make(changed))
+
+
+def test_a_tensor_without_values_is_hashed_by_what_it_says_of_itself() -> None:
+    for without in (torch.zeros(0, 3), torch.zeros(2, 3, device="meta")):
+        assert hashed(without) == hashed(without.clone())
+        assert hashed(without) != hashed(without.to(torch.int8))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.int8, torch.int64, torch.float8_e5m2])
+def test_sums_of_a_device_see_one_word_and_two_that_change_places(dtype: torch.dtype) -> None:
+    count = _CHUNK * 8 // dtype.itemsize + 5  # more than one chunk, and no whole number of words
+    tensor = (torch.arange(count) % 120).to(dtype)
+    before = device_sums(tensor)
+    assert torch.equal(before, device_sums(tensor.clone()))
+    changed = tensor.clone()
+    changed[-1] = changed[0]
+    assert not torch.equal(before, device_sums(changed))
+    words = 16  # elements: further apart than any word is wide
+    changed = tensor.clone()
+    changed[:words], changed[words : 2 * words] = tensor[words : 2 * words], tensor[:words]
+    assert not torch.equal(before, device_sums(changed))
+
+
+class Packed(torch.nn.Module):
+    """A layer whose processing hands its weight to oneDNN and keeps a handle."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(32, 32, dtype=torch.bfloat16))
+
+    def process(self) -> None:
+        from vllm._custom_ops import create_onednn_mm
+
+        self.handler = create_onednn_mm(self.weight.t(), 32)
+        self.weight = torch.nn.Parameter(torch.empty(0))
+
+
+def packed(value: float, hashes: bool = True, watched: bool = True) -> str | None:
+    pytest.importorskip("vllm._custom_ops")
+    layer = Packed()
+    layer.weight.data[3, 5] = value
+    record = record_constructed(layer, None, None)
+    loaded = look(record)
+    if not _vllm.native_constructors():
+        pytest.skip("this build of vLLM has no native constructors")
+    with watching_native(torch.device("cpu" if watched else "meta"), record.handles, hashes):
+        layer.process()
+    finish_record(record, loaded, None, None, torch.device("cpu"))
+    return digest_of(record)
+
+
+def test_what_a_native_handle_was_made_of_is_in_the_digest() -> None:
+    assert packed(2) == packed(2)
+    assert packed(2) != packed(3)
+
+
+def test_a_handle_nobody_hashed_leaves_no_digest() -> None:
+    assert packed(2, hashes=False) is None
+    assert packed(2, watched=False) is None
