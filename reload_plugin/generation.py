@@ -246,10 +246,32 @@ def _broken(record: ModelRecord, reason: str) -> EngineBrokenError:
     )
 
 
-def note_report(record: ModelRecord, report: ReloadReport) -> None:
-    """Keep a good reload's report for ``status``, without its long lists."""
+CACHES = {
+    "prefix": "not reset by the reload; reset_prefix_cache() on the engine drops it",
+    "encoder": "not reset by the reload; reset_encoder_cache() on the engine drops it",
+    "multimodal": "not reset by the reload; reset_mm_cache() on the engine drops it",
+}
+"""Caches that depend on the weights of an engine, and what a reload of one model can say about each."""
+EMPTIED_BY_RUNNER = {
+    "encoder": "emptied in the worker by vLLM's runner; the scheduler still lists what it held: "
+    "reset_encoder_cache() on the engine resets both",
+}
+"""What both of vLLM's runners do after the weights changed."""
+
+
+def note_report(record: ModelRecord, report: ReloadReport) -> ReloadReport:
+    """Keep a good reload's report, without its long lists, for ``status``. Returns it, all caches named."""
+    report = report.model_copy(update={"caches": CACHES})
     record.last_error = None
     record.last_report = report.model_copy(update={"kept": {}, "ignored": {}})
+    return report
+
+
+def note_caches(record: ModelRecord, outcomes: dict[str, str]) -> None:
+    """Put into the last report what became of some caches after the reload."""
+    if record.last_report is not None:
+        caches = record.last_report.caches | outcomes
+        record.last_report = record.last_report.model_copy(update={"caches": caches})
 
 
 def after_commit(

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+import logging
+from collections.abc import Callable, Iterable
 from typing import Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict
@@ -90,6 +91,8 @@ def status(engine: Any, digest: bool = True) -> list[ReloadStatus]:
     return [ReloadStatus.model_validate(answer) for answer in answers]
 
 
+logger = logging.getLogger("vllm.reload_plugin")
+
 Cache = Literal["prefix", "encoder", "multimodal"]
 
 
@@ -102,11 +105,13 @@ def reload_engine(
         llm: a running engine.
         weights_path: folder to read; None for the engine's own model path.
         reset_caches: ``prefix`` (keys and values of shared prompts), ``encoder`` and ``multimodal`` (outputs
-            of encoders). What is not named keeps what it holds, but for what vLLM's runners reset themselves.
+            of encoders). What is not named keeps what it holds, but for outputs of encoders in the workers,
+            which vLLM's runners drop after every reload.
         **how: options of ``reload_weights``.
 
     Returns:
-        The state of every rank; each report says which caches were reset.
+        The state of every rank; ``report.caches`` says of each cache whether it was reset, and why not: vLLM
+        resets no prefix cache of which a running request holds a block. The new weights are served then.
 
     Raises:
         ReloadError: the reload failed and the engine serves what it served before.
@@ -122,15 +127,18 @@ def reload_engine(
         "encoder": engine.reset_encoder_cache,
         "multimodal": engine.reset_mm_cache,
     }
-    done: dict[str, str] = {}
-    for cache in asked:
-        refused = calls[cache]() is False
-        done[cache] = "not reset: vLLM refused, requests are running" if refused else "reset"
-    return [_with_caches(answer, done) for answer in status(llm)]
+    if asked:
+        outcomes = {cache: _reset(cache, calls[cache]) for cache in asked}
+        llm.collective_rpc("note_reset_caches", kwargs={"outcomes": outcomes})
+    return status(llm)
 
 
-def _with_caches(answer: ReloadStatus, done: dict[str, str]) -> ReloadStatus:
-    if answer.report is None:
-        return answer
-    report = answer.report.model_copy(update={"caches": answer.report.caches | done})
-    return answer.model_copy(update={"report": report})
+def _reset(cache: Cache, call: Callable[[], object]) -> str:
+    """Reset one cache; how that went. Never raises: the new weights are served already."""
+    try:
+        reason = "running requests hold parts of it; reset it when they have ended" if call() is False else ""
+    except Exception as error:  # noqa: BLE001 - whatever it was, it is told and not lost
+        reason = f"{type(error).__name__}: {error}"
+    if reason:
+        logger.warning("The %s cache holds results of the old weights. It was not reset: %s", cache, reason)
+    return f"not reset: {reason}" if reason else "reset"

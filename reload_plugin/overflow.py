@@ -14,6 +14,9 @@ Order = Callable[[Sequence[TensorInfo]], Sequence[str]]
 
 OPEN_BUDGET = 64 << 20
 """Bytes of staging, beyond the largest layer, that layers may hold while they wait for the rest of theirs."""
+OPEN_STREAMING = 32 << 20
+"""The same where layers are committed one by one: the heap that is packed into needs its part as well. Small
+layers without processing (norms) make one group, which waits for the last of them; so this is not nothing."""
 
 
 class Overflow:
@@ -49,10 +52,11 @@ class Overflow:
             self._file = SpillFile(self._folder, "the weights put aside")
         self._file.add(name, tensor)
 
-    def replay(self, room: Room) -> Stream:
-        """What was put aside, layer by layer."""
+    def replay(self, room: Room, begun: Callable[[str], bool]) -> Stream:
+        """What was put aside, layer by layer; first what layers that have ``begun`` (by name) wait for."""
         if self._file is not None:
-            yield from self._file.read(self._order(self._file.infos()), HostPool(), room)
+            names = sorted(self._order(self._file.infos()), key=begun, reverse=True)
+            yield from self._file.read(names, HostPool(), room)
 
     def close(self) -> None:
         """Give the disk space back."""

@@ -200,29 +200,41 @@ _asked: contextvars.ContextVar[dict[str, Any] | None] = contextvars.ContextVar("
 
 def _runner_reloading(original: Callable[..., Any]) -> Callable[..., Any]:
     """A runner's ``reload_weights`` that takes our options and the older name of ``is_checkpoint_format``."""
+    from .generation import EMPTIED_BY_RUNNER, note_caches
     from .options import OPTION_NAMES
+    from .record import record_of
 
     def reload_weights(self: Any, *args: Any, **kwargs: Any) -> Any:
         if "process_weights_after_loading" in kwargs:
             kwargs["is_checkpoint_format"] = kwargs.pop("process_weights_after_loading")
         token = _asked.set({name: kwargs.pop(name) for name in OPTION_NAMES & kwargs.keys()})
         try:
-            return original(self, *args, **kwargs)
+            returned = original(self, *args, **kwargs)
         finally:
             _asked.reset(token)
+        if (record := record_of(self.get_model())) is not None:
+            note_caches(record, EMPTIED_BY_RUNNER)
+        return returned
 
     return reload_weights
 
 
 def _add_worker_calls(worker: type) -> None:
-    """What ``collective_rpc`` reaches by name: the state of a worker's model, and the end of an update."""
-    from .generation import abandon_all_updates
+    """What ``collective_rpc`` reaches by name: the state of a worker's model, what became of the engine's
+    caches, and the end of an update.
+    """
+    from .generation import abandon_all_updates, note_caches
     from .monitor import status_of
+    from .session import complete_record_of
 
     def reload_status(self: Any, digest: bool = True) -> dict[str, Any]:
         """The state of this worker's model, as JSON; see ``monitor.ReloadStatus``."""
         answer = status_of(self.model_runner.get_model(), digest, int(getattr(self, "rank", 0)))
         return answer.model_dump(mode="json")
+
+    def note_reset_caches(self: Any, outcomes: dict[str, str]) -> None:
+        """Put into the last report what became of caches (by name) that only the engine can reset."""
+        note_caches(complete_record_of(self.model_runner.get_model()), outcomes)
 
     def abort_weight_update(self: Any) -> bool:
         """End the open weight update; says whether one was open."""
@@ -232,7 +244,8 @@ def _add_worker_calls(worker: type) -> None:
         self._weight_update_active = False
         return abandon_all_updates()
 
-    for name, function in (("reload_status", reload_status), ("abort_weight_update", abort_weight_update)):
+    for function in (reload_status, note_reset_caches, abort_weight_update):
+        name = function.__name__
         if not hasattr(worker, name):
             setattr(worker, name, function)
             _additions.append((worker, name))

@@ -63,12 +63,6 @@ logger = logging.getLogger("vllm.reload_plugin")
 Weights = Iterable[tuple[str, torch.Tensor]]
 Kept = HostCopy | SpillFile
 
-_CACHES = {
-    "encoder": "reset by vLLM's runner, when the reload went through it",
-    "multimodal": "reset by vLLM's runner, when the reload went through it",
-    "prefix": "not reset: it belongs to the scheduler; call reset_prefix_cache() on the engine",
-}
-
 SMALL_UPDATE = 64 << 20
 """Bytes of a partial update that are collected in memory; more go to a file."""
 
@@ -133,8 +127,7 @@ def reload_weights(
                 report = copy_kernel_format(model, source.read(), path, chosen)
             else:
                 report = _from_source(model, record, source, chosen)
-        report = report.model_copy(update={"caches": _CACHES})
-        note_report(record, report)
+        report = note_report(record, report)
     trim_heap()
     return report
 

@@ -31,11 +31,11 @@ from .interrupts import between, deliver, held, let_through
 from .ledger import Expected, Ledger
 from .load import Feed, Fetching, Loaded, LoadTrace, Problems, load_all, load_by_routes
 from .memory import SMALL, Gauge, HostPool, resident, trim_heap
-from .overflow import OPEN_BUDGET, Overflow
+from .overflow import OPEN_BUDGET, OPEN_STREAMING, Overflow
 from .process import ProcessWeights, process_stage, process_tail
-from .record import ModelRecord, record_of, storage_id
+from .record import Group, ModelRecord, record_of, storage_id
 from .room import StagingRoom
-from .routes import Routes, follow
+from .routes import Route, Routes, follow
 from .serving import Serving
 from .sources import Landed
 from .staging import Stage, StagedStorage, WrappedTree, rewrap_tree, unwrap_tree
@@ -125,7 +125,9 @@ class ReloadSession:
         self._replaying = False
         self._results = 0
         """Bytes of staging that belong to layers which are done."""
-        self._open = OPEN_BUDGET if policy == "staged" else 0  # the heap that is packed into needs its part
+        self._begun: dict[str, int] = {}
+        """Group that waits for the rest of its weights -> bytes of all its staging."""
+        self._open = OPEN_BUDGET if policy == "staged" else OPEN_STREAMING
         self._prepared = 0
         """Bytes of the layers that wait for the commit, about as much as their new values take."""
         self._from_served = from_served
@@ -209,10 +211,38 @@ class ReloadSession:
         if name in self._overflow:
             self.problems.duplicate[name] = "sent more than once"
             return True
-        if self._gauge.held - self._results <= self._largest + self._open or self._has_room(name, tensor):
+        if self._has_room(name, tensor) or self._admits(name, tensor):
             return False
         self._overflow.add(name, tensor)
         return True
+
+    def _admits(self, name: str, tensor: torch.Tensor) -> bool:
+        """Whether what a weight begins still fits beside the layers that wait for the rest of theirs. A layer
+        counts in whole from its first weight on: it takes that much before it is done.
+        """
+        limit = self._largest + self._open
+        if self._gauge.held - self._results > limit:
+            return False
+        begins = {group.name: group.nbytes for group in self._groups_of(self.ledger.route_for(name, tensor))}
+        if sum((self._begun | begins).values()) > limit:
+            return begins.keys() <= self._begun.keys()
+        self._begun |= begins
+        return True
+
+    def _groups_of(self, route: Route | None) -> list[Group]:
+        """Groups that a route leads to and that are processed as soon as they are complete."""
+        writes = (route.writes or ()) if route is not None else ()
+        groups = [self._group_of[write.parameter] for write in writes]
+        return [group for group in groups if not group.deferred]
+
+    @functools.cached_property
+    def _group_of(self) -> dict[str, Group]:
+        return {tensor.name: group for group in self._record.groups for tensor in group.tensors}
+
+    def _has_begun(self, name: str) -> bool:
+        routes = self.ledger.routes
+        found = self._groups_of(routes.of.get(name) if routes is not None else None)
+        return any(group.name in self._begun for group in found)
 
     def _has_room(self, name: str, tensor: torch.Tensor) -> bool:
         """Whether a weight goes where there is memory for it already."""
@@ -226,7 +256,7 @@ class ReloadSession:
             return
         self._replaying = True
         try:
-            with contextlib.closing(self._overflow.replay(self.room)) as weights:
+            with contextlib.closing(self._overflow.replay(self.room, self._has_begun)) as weights:
                 self.load(weights, between)
         finally:
             self._replaying = False
@@ -472,6 +502,7 @@ class ReloadSession:
     def _close(self, stage: Stage) -> None:
         """Process one group; keep or commit its result, and show what it serves."""
         stage.unwrap_loaders()
+        self._begun.pop(stage.group.name, None)
         self._keep_to_budget(stage)
         with self._untraced():
             self._process(stage)

@@ -48,7 +48,7 @@ def restore_for_reloading(model: nn.Module) -> Iterator[ReloadSession]:
                 yield session
             report = session.finish()
         after_commit(record, None, session)
-        note_report(record, report)
+        session.report = note_report(record, report)
         trim_heap()
 
 
@@ -92,7 +92,7 @@ def finish_layerwise(model: nn.Module) -> ReloadReport:
     record.session = None
     needs_attention.discard(record)
     after_commit(record, None, session)
-    note_report(record, report)
+    report = note_report(record, report)
     trim_heap()
     return report
 

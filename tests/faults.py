@@ -598,7 +598,7 @@ def trapped(
     return Kind(name, places, reload, **fields)
 
 
-LINES = 120
+LINES = 500
 """Lines of the package at which Ctrl-C is pressed, of some fifty thousand that a reload runs through."""
 
 

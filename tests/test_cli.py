@@ -26,6 +26,7 @@ from tests.zoo import case_named
 
 CASE = case_named("llama_tied")
 KEY = "secret"
+PROMPT = oracle.PROMPTS[1]
 
 
 @dataclass(frozen=True)
@@ -357,6 +358,7 @@ def server(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -
     command += ["--host", "127.0.0.1", "--port", str(port), "--enforce-eager", "--dtype", "bfloat16"]
     command += ["--max-model-len", "96", "--max-num-seqs", "4", "--served-model-name", "policy"]
     command += ["--kv-cache-memory-bytes", str(64 << 20), "--api-key", KEY]
+    command += ["--enable-prefix-caching", "--block-size", "32", "--enable-prompt-tokens-details"]
     command += ["--weight-transfer-config", json.dumps({"backend": transfer.BACKEND})]
     variables = environment(VLLM_SERVER_DEV_MODE="1", VLLM_ENABLE_V1_MULTIPROCESSING="1")
     log = work / "log"
@@ -372,14 +374,18 @@ def server(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -
                 process.kill()
 
 
-def tokens(url: str) -> list:
-    """Greedy tokens and logprobs of the first prompt."""
-    body = {"model": "policy", "prompt": oracle.PROMPTS[0], "max_tokens": 8, "temperature": 0, "logprobs": 1}
+def tokens(url: str, cached: int | None = None) -> list:
+    """Greedy tokens and logprobs after a prompt of more than one block; `cached` tokens of it were known."""
+    assert len(PROMPT) > 32
+    body = {"model": "policy", "prompt": PROMPT, "max_tokens": 8, "temperature": 0, "logprobs": 1}
     headers = {"Authorization": f"Bearer {KEY}"}
     answer = httpx.post(
         f"{url}/v1/completions", json=body | {"ignore_eos": True}, headers=headers, timeout=60
     )
-    choice = answer.raise_for_status().json()["choices"][0]["logprobs"]
+    said = answer.raise_for_status().json()
+    details = said["usage"]["prompt_tokens_details"] or {"cached_tokens": 0}
+    assert cached is None or details["cached_tokens"] == cached
+    choice = said["choices"][0]["logprobs"]
     return [choice["tokens"], choice["token_logprobs"]]
 
 
@@ -387,7 +393,7 @@ def test_a_server_is_pushed_to_and_says_what_it_serves(
     run: Run, server: str, folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("VLLM_API_KEY", KEY)
-    on_a = tokens(server)
+    on_a = tokens(server, cached=0)
     (state,) = run("status", server, "--json").json
     assert (state["state"], state["version"]) == ("serving", 0)
 
@@ -395,7 +401,7 @@ def test_a_server_is_pushed_to_and_says_what_it_serves(
     assert said.code == 0, said.err
     (state,) = said.json
     assert (state["version"], state["weight_version"], len(state["digest"])) == (1, "step 12", 32)
-    on_b = tokens(server)
+    on_b = tokens(server, cached=0)
     assert on_b != on_a, "the weights are the same, or the prefix cache is the old one"
 
     tensors = read_tensors(folders["A"])
@@ -412,7 +418,27 @@ def test_a_server_is_pushed_to_and_says_what_it_serves(
         complaint(run("push", bad, "--url", server))
     said = run("push", folders["A"], "--url", server, "--pause", "none", "--reset-prefix-cache")
     assert (said.code, f"serves {folders['A']}" in said.out) == (0, True), said.err
-    assert tokens(server) == on_a
+    assert tokens(server, cached=0) == on_a
+
+
+def test_a_push_resets_the_prefix_cache_of_a_server_when_asked_and_the_status_says_which(
+    run: Run, server: str, folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without a pause, which would clear it by itself."""
+    monkeypatch.setenv("VLLM_API_KEY", KEY)
+    push = ("--url", server, "--pause", "none")
+    assert run("push", folders["B"], *push, "--reset-prefix-cache").code == 0
+    on_b = tokens(server, cached=0)
+    assert run("push", folders["A"], *push).code == 0
+    stale = tokens(server, cached=32)
+    (state,) = run("status", server, "--json").json
+    assert state["report"]["caches"]["prefix"].startswith("not reset by the reload")
+    said = run("push", folders["A"], *push, "--reset-prefix-cache", "--json")
+    assert said.json[0]["report"]["caches"]["prefix"] == "reset"
+    (state,) = run("status", server, "--json").json
+    assert state["report"]["caches"]["prefix"] == "reset"
+    on_a = tokens(server, cached=0)
+    assert stale not in (on_a, on_b), "the stale keys and values answer like the new ones"
 
 
 def test_a_server_is_pushed_to_in_chunks(

@@ -6,7 +6,9 @@ good reload works. Values are compared with what the same engine answers after a
 """
 
 import json
+import mmap
 import shutil
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -116,6 +118,26 @@ def by_strided_tensors(engine: Engine) -> None:
     engine.push((n, torch.nn.Parameter(t) if t.is_floating_point() else t) for n, t in strided)
 
 
+def by_read_only_memory(engine: Engine) -> None:
+    """Tensors in mapped pages: who writes to one dies."""
+    folder = engine.folders["B"]
+    infos = reload_plugin.open_source(folder).infos()
+    (file,) = folder.glob("*.safetensors")
+    with file.open("rb") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as pages:
+        length = int.from_bytes(pages[:8], "little")
+        header = json.loads(pages[8 : 8 + length])
+        mapped = {}
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "The given buffer is not writable")
+            for info in infos:
+                start, end = (8 + length + offset for offset in header[info.name]["data_offsets"])
+                flat = torch.frombuffer(memoryview(pages)[start:end], dtype=info.dtype)
+                mapped[info.name] = flat.view(info.shape)
+        engine.push(mapped.items())
+        mapped.clear()
+        del flat
+
+
 def by_float32(engine: Engine) -> None:
     """A trainer that keeps float32 masters: exactly what bf16 values give."""
     engine.push((n, t.float() if t.dtype == torch.bfloat16 else t) for n, t in engine.weights("B"))
@@ -221,6 +243,7 @@ GOOD = (
     by_shuffled_iterator,
     by_one_buffer,
     by_strided_tensors,
+    by_read_only_memory,
     by_float32,
     by_block,
     by_block_in_pieces,
@@ -687,6 +710,33 @@ def test_a_full_spill_disk_is_named_and_changes_nothing(
     with pytest.raises(reload_plugin.SourceError, match="spill folder /nowhere"):
         on_a.push(iter(on_a.weights("B")), policy="spill", spill_dir="/nowhere")
     on_a.assert_is("A")
+
+
+def test_auto_takes_the_policy_that_there_is_memory_for_and_the_report_says_which(
+    on_a: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from reload_plugin import reload
+
+    def chosen() -> str:
+        return reload_plugin.status(on_a.model)[0].report.old_generation
+
+    needed = sum(group.nbytes for group in record_of(on_a.model).groups)
+    for room, policy in ((2 * needed, "host"), (needed, "spill")):
+        on_a.reload(on_a.folders["A"])  # whatever was served before, what is served now is in files
+        on_a.reload(on_a.folders["A"])
+        assert chosen() == "reread", "both are in files, so memory does not matter"
+        monkeypatch.setattr(reload, "available", lambda _, room=room: room)
+        on_a.push(iter(on_a.weights("B")))
+        assert chosen() == policy
+        on_a.assert_is("B")
+
+
+def test_what_is_ignored_is_ignored_by_a_rule_with_a_name(on_a: Engine) -> None:
+    extra = {"model.layers.0.self_attn.rotary_emb.inv_freq": ("rotary table", torch.zeros(16))}
+    sent = [*on_a.weights("B"), *((name, tensor) for name, (_, tensor) in extra.items())]
+    report = reload_plugin.reload_weights(on_a.model, weights_iterator=iter(sent))
+    assert {name: report.ignored.get(name) for name in extra} == {n: rule for n, (rule, _) in extra.items()}
+    on_a.assert_is("B")
 
 
 # --- what is served ---

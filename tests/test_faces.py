@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+import reload_plugin
 from reload_plugin import _vllm
 from reload_plugin.record import record_of
 from tests import oracle
@@ -170,9 +171,15 @@ def as_json(value: object) -> object:
 
 
 @pytest.fixture(scope="module")
-def cold_b(folders: dict[str, Path]) -> list:
+def cold(folders: dict[str, Path]) -> tuple[list, str]:
+    """What a cold start on B answers, and the digest of what its kernels read."""
     with oracle.running(CASE, folders["B"]) as llm:
-        return oracle.answer(llm)
+        return oracle.answer(llm), reload_plugin.status(llm, digest=True)[0].digest
+
+
+@pytest.fixture(scope="module")
+def cold_b(cold: tuple[list, str]) -> list:
+    return cold[0]
 
 
 def test_an_engine_in_processes_of_its_own(folders: dict[str, Path], cold_b: list, tmp_path: Path) -> None:
@@ -271,19 +278,46 @@ def served_tokens(port: int) -> list:
     return [choice["logprobs"]["tokens"], choice["logprobs"]["token_logprobs"]]
 
 
-def test_over_http_with_curl(server: int, folders: dict[str, Path], cold_b: list) -> None:
+def status(port: int, **how: object) -> dict:
+    """What the one rank says over HTTP."""
+    (state,) = curl(port, "/collective_rpc", {"method": "reload_status", "kwargs": how})["results"]
+    return state
+
+
+def test_over_http_with_curl(
+    server: int, folders: dict[str, Path], cold_b: list, cold: tuple[list, str]
+) -> None:
     on_a = served_tokens(server)
+    started = status(server)
+    assert (started["version"], started["source"], started["report"]) == (0, "the engine's start", None)
+    assert started["since"] < time.time()
     options = {"weights_path": str(folders["B"]), "weight_version": "step 12", "digest": True}
     curl(server, "/collective_rpc", {"method": "reload_weights", "kwargs": options})
     warm = served_tokens(server)
-    (state,) = curl(server, "/collective_rpc", {"method": "reload_status"})["results"]
+    state = status(server)
     assert (state["state"], state["version"], state["weight_version"]) == ("serving", 1, "step 12")
-    assert len(state["digest"]) == 32
+    assert state["digest"] == state["report"]["digest"] == cold[1]
+    assert started["since"] < state["since"] < time.time()
     assert state["report"]["source"] == state["source"] == str(folders["B"])
+    assert state["report"]["caches"].keys() == {"prefix", "encoder", "multimodal"}
+    curl(
+        server,
+        "/collective_rpc",
+        {"method": "reload_weights", "kwargs": {"weights_path": "/nowhere/at/all"}},
+        expect=500,
+    )
+    failed = status(server)
+    assert "There is no folder /nowhere/at/all" in failed["last_error"]
+    assert failed == state | {"last_error": failed["last_error"]}, "a reload that failed changed the state"
+    assert served_tokens(server) == warm
     assert warm != on_a
     assert warm[0] == [f"t{token}" for token in cold_tokens(cold_b)]
     curl(server, "/collective_rpc", {"method": "reload_weights"})
     assert served_tokens(server) == on_a
+    healed = status(server, digest=True)
+    assert (healed["version"], healed["weight_version"], healed["last_error"]) == (2, None, None)
+    assert len(healed["digest"]) == 32
+    assert healed["digest"] != state["digest"]
 
 
 def cold_tokens(answers: list) -> list[int]:

@@ -193,11 +193,8 @@ def push(
     else:
         _push_chunks(server, path, options, pause, chunk_bytes)
     seconds = time.perf_counter() - started
-    if reset_prefix_cache and not server.post("reset_prefix_cache", timeout=QUICK).get("success", True):
-        raise CommandError(
-            "The new weights are served, but the prefix cache could not be reset: requests are running.",
-            "Push with --pause wait, which lets them end and clears it.",
-        )
+    if reset_prefix_cache:
+        _reset_prefix_cache(server)
     states = server.status()
     if any(now.version == then.version for now, then in zip(states, before, strict=False)):
         raise CommandError(
@@ -209,6 +206,15 @@ def push(
         print(f"{server.url} serves {path} ({human(nbytes)}) after {seconds:.1f} s")
     _print_states(states, in_json)
     return FINE
+
+
+def _reset_prefix_cache(server: Server) -> None:
+    if not server.post("reset_prefix_cache", timeout=QUICK).get("success", True):
+        raise CommandError(
+            "The new weights are served, but the prefix cache could not be reset: requests are running.",
+            "Push with --pause wait, which lets them end and clears it.",
+        )
+    server.rpc("note_reset_caches", QUICK, outcomes={"prefix": "reset"})
 
 
 def _path_on_server(checkpoint: str) -> str:
