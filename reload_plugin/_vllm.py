@@ -37,6 +37,7 @@ TORCH_UTILS = "vllm.utils.torch_utils"
 CONFIGS = "vllm.transformers_utils.config"
 REPOSITORIES = "vllm.transformers_utils.repo_utils"
 TRANSFER = "vllm.distributed.weight_transfer"
+MODEL_UTILS = "vllm.model_executor.models.utils"
 
 RUNNERS = (
     ("vllm.v1.worker.gpu_model_runner", "GPUModelRunner"),
@@ -61,6 +62,7 @@ SEAMS: tuple[tuple[str, str], ...] = (
     ("vllm.config", "get_current_vllm_config_or_none"),
     ("vllm.model_executor.model_loader.default_loader", "DefaultModelLoader"),
     (DUMMY, "DummyModelLoader"),
+    (MODEL_UTILS, "AutoWeightsLoader"),
     EXECUTOR,
     WORKER_PROCESS,
     (CONFIGS, "_CONFIG_REGISTRY"),
@@ -188,11 +190,23 @@ def finalize_layerwise(model: nn.Module, model_config: Any) -> None:
     get(RELOAD, "finalize_layerwise_reload")(model, model_config)
 
 
-def partial_loading() -> contextlib.AbstractContextManager[object]:
-    """Keeps draft models from calling a chunk an incomplete checkpoint."""
-    module = "vllm.model_executor.model_loader.mtp_validation"
-    context: contextlib.AbstractContextManager[object] = get(module, "disable_mtp_completeness_check")()
-    return context
+@contextlib.contextmanager
+def partial_loading() -> Iterator[None]:
+    """Keeps loaders from calling a part of a checkpoint incomplete.
+
+    Draft models count their layers, and vLLM's automatic loader wants the embedding beside a head that is
+    tied to it, in one and the same call.
+    """
+    loader, check = get(MODEL_UTILS, "AutoWeightsLoader"), "_check_skipped_aliases"
+    original = vars(loader).get(check)
+    with get("vllm.model_executor.model_loader.mtp_validation", "disable_mtp_completeness_check")():
+        if original is not None:
+            setattr(loader, check, lambda self, loaded: None)  # noqa: ARG005 - the shape of the original
+        try:
+            yield
+        finally:
+            if original is not None:
+                setattr(loader, check, original)
 
 
 def transfer_engine(name: str, cls: type) -> type:

@@ -627,7 +627,8 @@ class ReloadSession:
 
     def _load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> Any:
         load_weights: Any = type(self.model).load_weights  # type: ignore[attr-defined]
-        return load_weights(self.model, weights)
+        with _vllm.partial_loading():  # what is missing shows in the ledger
+            return load_weights(self.model, weights)
 
     def _rule_of(self, name: str, shape: tuple[int, ...]) -> str | None:
         if name in self._expected.start_shapes:

@@ -137,7 +137,7 @@ class FilesTransfer:
         source = open_folder(update_info.path, self.vllm_config, self.model_config, self.model)
         order = _order(source, update_info.names)
         load_weights: Any = self.model.load_weights
-        with contextlib.closing(source.read(order)) as weights, _vllm.partial_loading():
+        with contextlib.closing(source.read(order)) as weights:
             load_weights(weights)
 
 

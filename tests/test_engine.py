@@ -739,6 +739,26 @@ def test_what_is_ignored_is_ignored_by_a_rule_with_a_name(on_a: Engine) -> None:
     on_a.assert_is("B")
 
 
+def test_a_trainer_may_send_the_tied_head_as_well(on_a: Engine) -> None:
+    """Routes of a checkpoint without the head are known; the head then takes vLLM's loader, by itself."""
+    if on_a.case.name != "llama_tied":
+        pytest.skip("its head is its own")
+    plain = on_a.weights("B")
+    sent = [*plain, ("lm_head.weight", dict(plain)["model.embed_tokens.weight"].clone())]
+    for weights in (sent, plain, sent[::-1]):
+        report = reload_plugin.reload_weights(on_a.model, iter(weights))
+        assert report.ignored == ({"lm_head.weight": "tied head"} if len(weights) > len(plain) else {})
+        on_a.assert_is("B")
+    with reload_plugin.restore_for_reloading(on_a.model):
+        for weight in sent:
+            on_a.model.load_weights([weight])
+    on_a.assert_is("B")
+    head_alone = [pair for pair in sent if "embed" not in pair[0]]
+    with pytest.raises(reload_plugin.MissingWeightsError, match="embed_tokens"):
+        on_a.push(iter(head_alone))
+    on_a.assert_is("B")
+
+
 # --- what is served ---
 
 
