@@ -57,6 +57,13 @@ STORABLE: Mapping[torch.dtype, str] = {
 _NEXT = "Take it out, or turn it into tensors, numbers, strings, lists, tuples or dicts."
 
 
+@dataclass(frozen=True)
+class NotMade:
+    """Stands in a nested state dict for an object that nobody made; ``kind`` is the name of its class."""
+
+    kind: str
+
+
 @dataclass(frozen=True, eq=False)
 class Stored:
     """One tensor of the flat table, not yet copied: ``tensor`` may have any layout and shares its memory."""
@@ -128,9 +135,12 @@ def unflatten(flat: Mapping[str, torch.Tensor], structure: Structure) -> Any:
         ) from error
 
 
-def lay_out(nested: Any) -> tuple[list[Stored], Structure]:
-    """As ``flatten``, with tensors that are not copied yet, in the order in which they are met."""
-    walk = _Walk()
+def lay_out(nested: Any, *, outline: bool = False) -> tuple[list[Stored], Structure]:
+    """As ``flatten``, with tensors that are not copied yet, in the order in which they are met.
+
+    With ``outline`` all tensors are on meta: they say how others lie in memory that is elsewhere.
+    """
+    walk = _Walk(outline)
     try:
         tree = walk.node(nested, ())
     except RecursionError:
@@ -176,8 +186,9 @@ class _Leaf:
 class _Walk:
     """One pass over a nested state dict."""
 
-    def __init__(self) -> None:
+    def __init__(self, outline: bool) -> None:
         self.refused: list[str] = []
+        self._outline = outline
         self._leaves: list[_Leaf] = []
         self._open: set[int] = set()
         self._names: set[str] = {RESERVED}
@@ -190,7 +201,7 @@ class _Walk:
             return self._tensor(value, path)
         if kind in _SCALARS:
             return _scalar(value)
-        return self._refuse(path, f"is {_indefinite(kind)}")
+        return self._refuse(path, f"is {_indefinite(value)}")
 
     def _container(self, value: Any, path: Path) -> Any:
         if id(value) in self._open:
@@ -201,7 +212,10 @@ class _Walk:
                 return [self.node(item, (*path, i)) for i, item in enumerate(value)]
             if type(value) is tuple:
                 return {"tuple": [self.node(item, (*path, i)) for i, item in enumerate(value)]}
-            entries = [[self._key(key, path), self.node(item, (*path, key))] for key, item in value.items()]
+            entries = [
+                [self._key(key, path), self.node(item, (*path, key))]
+                for key, item in type(value).items(value)
+            ]
             if type(value) is dict:
                 return {"dict": entries}
             return {"ordered": entries} | self._attributes(value, path)
@@ -213,7 +227,7 @@ class _Walk:
             return _scalar(key)
         if type(key) is tuple:
             return {"tuple": [self._key(part, path) for part in key]}
-        return self._refuse(path, f"has a key that is {_indefinite(type(key))}")
+        return self._refuse(path, f"has a key that is {_indefinite(key)}")
 
     def _attributes(self, value: OrderedDict[Any, Any], path: Path) -> dict[str, Any]:
         """``state_dict()`` hangs the versions of its modules on its result."""
@@ -226,10 +240,10 @@ class _Walk:
 
     def _tensor(self, value: torch.Tensor, path: Path) -> Any:
         if type(value) not in (torch.Tensor, nn.Parameter):
-            return self._refuse(path, f"is {_indefinite(type(value))}")
+            return self._refuse(path, f"is {_indefinite(value)}")
         if value.layout != torch.strided or value.is_quantized or value.is_nested:
             return self._refuse(path, f"is a tensor of the layout {value.layout}")
-        if value.is_meta:
+        if value.is_meta and not self._outline:
             return self._refuse(path, "is a meta tensor, without values")
         node: dict[str, Any] = {"tensor": None}
         if type(value) is nn.Parameter:
@@ -388,7 +402,10 @@ def _spelled(path: Path) -> str:
     return "the state dict itself" if not path else "".join(f"[{part!r}]" for part in path)
 
 
-def _indefinite(kind: type) -> str:
+def _indefinite(value: Any) -> str:
+    if isinstance(value, NotMade):
+        return f"of the type {value.kind}"
+    kind = type(value)
     name = (
         kind.__qualname__
         if kind.__module__ in ("builtins", "__main__")

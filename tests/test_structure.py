@@ -43,6 +43,7 @@ LINE = (
     "transfer",
     "plugin",
     "nested",
+    "nested_file",
     "writing",
     "conversion",
     "slices",
