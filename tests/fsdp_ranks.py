@@ -202,8 +202,6 @@ def one_rank_fails(checkpoint: Path, when: str) -> Found:
     source = open_source(checkpoint)
     if dist.get_rank() == 1 and when == "opening":
         source = checkpoint.with_name("nowhere.safetensors")
-    if dist.get_rank() == 1 and when == "reading":
-        source.read_spans = failing  # type: ignore[method-assign]
     try:
         restore_fsdp(model, source, timeout=20)
         error = None
@@ -212,8 +210,66 @@ def one_rank_fails(checkpoint: Path, when: str) -> Found:
     return {"error": type(error).__name__, "text": str(error), "same": same(full_state(model), before)}
 
 
-def failing(name: str, spans: object, out: torch.Tensor) -> None:
-    raise OSError(5, "the disk is gone")
+def failing_after(reads: int, source: object, fault: Callable[[], BaseException]) -> list[str]:
+    """Let a source fail at a later read; returns what is read."""
+    seen: list[str] = []
+    original = source.read_spans
+
+    def read_spans(name: str, spans: object, out: torch.Tensor) -> None:
+        seen.append(name)
+        if len(seen) > reads:
+            raise fault()
+        original(name, spans, out)
+
+    source.read_spans = read_spans
+    return seen
+
+
+def local_bits(model: nn.Module) -> list[bytes]:
+    """Everything that lies on this rank, padding too."""
+    tensors = [*model.parameters(), *model.buffers()]
+    if isinstance(model, FullyShardedDataParallel):
+        tensors += [m._handle.flat_param for m in FullyShardedDataParallel.fsdp_modules(model)]
+    local = [t.to_local() if isinstance(t, DTensor) else t for t in tensors]
+    return [bytes(t.detach().contiguous().view(-1).view(torch.uint8).tolist()) for t in local]
+
+
+def one_rank_fails_half_way(kind: str, checkpoint: Path) -> Found:
+    """Rank 1 cannot read on after some tensors; then a restore that works."""
+    torch.manual_seed(3)
+    model = BUILDERS[kind]()
+    before, memory = full_state(model), local_bits(model)
+    source, seen = open_source(checkpoint), []
+    if dist.get_rank() == 1:
+        seen = failing_after(5, source, lambda: OSError(5, "the disk is gone"))
+    try:
+        restore_fsdp(model, source, timeout=20)
+        error = None
+    except ReloadError as caught:
+        error = caught
+    result = {
+        "error": type(error).__name__,
+        "text": str(error),
+        "untouched": local_bits(model) == memory,
+        "same": same(full_state(model), before),
+        "reads": len(seen),
+    }
+    restore_fsdp(model, checkpoint, timeout=20)
+    return result | {"restored": same(full_state(model), load_file(checkpoint))}
+
+
+def one_rank_is_interrupted(checkpoint: Path) -> Found:
+    """Ctrl-C on rank 1 while it reads."""
+    model = BUILDERS["fsdp1"]()
+    before, source = full_state(model), open_source(checkpoint)
+    if dist.get_rank() == 1:
+        failing_after(4, source, KeyboardInterrupt)
+    try:
+        restore_fsdp(model, source, timeout=20)
+        error = None
+    except (ReloadError, KeyboardInterrupt) as caught:
+        error = caught
+    return {"error": type(error).__name__, "same": same(full_state(model), before)}
 
 
 def one_rank_never_comes(checkpoint: Path) -> Found:

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from reload_plugin.slices import Division, Ledger, local_shape, spans_of
+from reload_plugin.fsdp.slices import Coverage, Division, local_shape, spans_of
 from tests.fsdp_ranks import BUILDERS, Model
 
 RANKS = 2
@@ -75,7 +75,9 @@ def cases(paths: dict[str, Path]) -> dict[str, list]:
         found[f"{kind}/parts"] = ["from_whole_tensors", {"kind": kind, "checkpoint": "whole"}]
     found["olmo"] = ["checks_of_olmo_and_ours", {"checkpoint": "finite"}]
     found["opening"] = ["one_rank_fails", {"checkpoint": "whole", "when": "opening"}]
-    found["reading"] = ["one_rank_fails", {"checkpoint": "whole", "when": "reading"}]
+    for kind in ("fsdp1", "fsdp2"):
+        found[f"{kind}/half way"] = ["one_rank_fails_half_way", {"kind": kind, "checkpoint": "whole"}]
+    found["interrupted"] = ["one_rank_is_interrupted", {"checkpoint": "whole"}]
     found["absent"] = ["one_rank_never_comes", {"checkpoint": "whole"}]
     found["fsdp2/after all that"] = ["restored", {"kind": "fsdp2", "checkpoint": "whole"}]
     for _, arguments in found.values():
@@ -128,7 +130,7 @@ def test_every_rank_reads_its_slices_and_the_model_is_the_checkpoint(
         assert answer["forward"]
         report = answer["report"]
         assert report["elements"] == answer["elements"]
-        assert report["bytes_read"] == 4 * (answer["elements"] - 6) + 8 * 6
+        assert report["bytes_read"] == report["staged_bytes"] == 4 * (answer["elements"] - 6) + 8 * 6
         assert report["whole"] == report["ignored"] == {}
         assert report["bytes_of_ranks"] == [other["report"]["bytes_read"] for other in answers]
 
@@ -207,13 +209,27 @@ def test_a_rank_that_cannot_open_stops_all_before_anything_is_changed(ranks: lis
     assert "Nothing was changed, on any rank." in first["text"]
 
 
-def test_a_rank_that_cannot_read_makes_all_say_what_the_model_holds(ranks: list[dict]) -> None:
-    first, second = found(ranks, "reading")
+@pytest.mark.parametrize("kind", ["fsdp1", "fsdp2"])
+def test_a_rank_that_cannot_read_on_half_way_leaves_every_rank_as_it_was(
+    ranks: list[dict], kind: str
+) -> None:
+    first, second = found(ranks, f"{kind}/half way")
     assert (first["error"], second["error"]) == ("RanksDisagreeError", "ReloadError")
     for answer in (first, second):
+        assert answer["same"], "bit for bit what it had"
+        assert answer["untouched"], "and the memory as well, padding included"
         assert "the disk is gone" in answer["text"]
-        assert "mixture of old and new weights: restore it again" in answer["text"]
+        assert "Nothing was changed, on any rank." in answer["text"]
+        assert answer["restored"], "the next restore is right"
+    assert second["reads"] > 3
     assert all(answer["same"] for answer in found(ranks, "fsdp2/after all that"))
+
+
+def test_ctrl_c_while_one_rank_reads_stops_all(ranks: list[dict]) -> None:
+    first, second = found(ranks, "interrupted")
+    assert (first["error"], second["error"]) == ("RanksDisagreeError", "KeyboardInterrupt")
+    assert first["same"]
+    assert second["same"]
 
 
 def test_a_rank_that_never_comes_is_not_waited_for(ranks: list[dict]) -> None:
@@ -270,19 +286,19 @@ def test_tensor_parallel_before_fsdp_as_torch_documents_it() -> None:
     assert rows == {(0, 0): [(0, 2)], (0, 1): [(4, 6)], (1, 0): [(2, 4)], (1, 1): [(6, 8)]}
 
 
-def test_the_ledger_names_what_is_missing_twice_or_padding() -> None:
-    ledger = Ledger()
+def test_the_table_names_what_is_missing_twice_or_padding() -> None:
+    table = Coverage()
     for place in ("whole", "short", "twice", "padding", "excused"):
-        ledger.need(place, [(0, 4), (6, 9)])
+        table.need(place, [(0, 4), (6, 9)])
     for place in ("whole", "short", "twice", "padding", "excused"):
-        ledger.wrote(place, 0, 4)
+        table.wrote(place, 0, 4)
     for place in ("whole", "twice", "padding"):
-        ledger.wrote(place, 6, 3)
-    ledger.wrote("short", 6, 1)
-    ledger.wrote("twice", 3, 1)
-    ledger.wrote("padding", 5, 1)
-    ledger.excuse("excused", 6, 3)
-    assert ledger.faults() == {
+        table.wrote(place, 6, 3)
+    table.wrote("short", 6, 1)
+    table.wrote("twice", 3, 1)
+    table.wrote("padding", 5, 1)
+    table.excuse("excused", 6, 3)
+    assert table.faults() == {
         "short": "elements 7 to 9 were not written",
         "twice": "element 3 was written twice",
         "padding": "elements 5 to 6 are padding and were written",

@@ -46,7 +46,6 @@ LINE = (
     "nested_file",
     "writing",
     "conversion",
-    "slices",
     "fsdp",
     "cli",
 )
