@@ -93,14 +93,40 @@ def paths(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 @pytest.fixture(scope="module")
 def ranks(paths: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
     """What each rank found in every case; one start of two processes for all."""
-    work = tmp_path_factory.mktemp("ranks")
+    return run(RANKS, cases(paths), tmp_path_factory.mktemp("ranks"))
+
+
+GRIDS = [(columns, by_ranks) for columns in (False, True) for by_ranks in (False, True)]
+
+
+@pytest.fixture(scope="module")
+def grid(paths: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
+    """The same of four ranks on a mesh of two by two."""
+    work = tmp_path_factory.mktemp("grid")
+    asked = {
+        f"{columns}/{by_ranks}": [
+            "restored_on_a_grid",
+            {
+                "checkpoint": str(paths["whole"]),
+                "work": str(work),
+                "columns": columns,
+                "by_ranks": by_ranks,
+            },
+        ]
+        for columns, by_ranks in GRIDS
+    }
+    return run(4, asked, work)
+
+
+def run(count: int, asked: dict[str, list], work: Path) -> list[dict]:
+    """What each of ``count`` processes found."""
     root = str(Path(__file__).resolve().parent.parent)
     command = [sys.executable, "-W", "ignore", "-m", "tests.fsdp_ranks"]
-    arguments = [str(work), json.dumps(cases(paths))]
+    arguments = [str(work), json.dumps(asked)]
     environment = {**os.environ, "PYTHONPATH": root, "OMP_NUM_THREADS": "1"}
     processes = [
-        subprocess.Popen([*command, str(rank), str(RANKS), *arguments], cwd=root, env=environment)
-        for rank in range(RANKS)
+        subprocess.Popen([*command, str(rank), str(count), *arguments], cwd=root, env=environment)
+        for rank in range(count)
     ]
     try:
         for process in processes:
@@ -109,7 +135,7 @@ def ranks(paths: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> l
         for process in processes:
             process.kill()
             process.wait()
-    return [json.loads((work / f"rank{rank}.json").read_text()) for rank in range(RANKS)]
+    return [json.loads((work / f"rank{rank}.json").read_text()) for rank in range(count)]
 
 
 def found(ranks: list[dict], case: str) -> list[dict]:
@@ -236,6 +262,24 @@ def test_a_rank_that_never_comes_is_not_waited_for(ranks: list[dict]) -> None:
     first, _ = found(ranks, "absent")
     assert first["error"] == "RanksDisagreeError"
     assert "rank 1: did not answer rank 0 within 1 s" in first["text"]
+
+
+@pytest.mark.parametrize(("columns", "by_ranks"), GRIDS)
+def test_fsdp_with_tensor_parallelism_gets_the_shards_that_torch_cuts(
+    grid: list[dict], columns: bool, by_ranks: bool
+) -> None:
+    """Rows that divide evenly neither by two nor by four; compared shard by shard with torch's own."""
+    answers = found(grid, f"{columns}/{by_ranks}")
+    for answer in answers:
+        assert answer["before"], "the ranks held something else before"
+        assert answer["local"]
+        assert answer["same"]
+        report = answer["report"]
+        assert report["staged_bytes"] == sum(answer["bytes"])
+        assert bool(report["whole"]) is by_ranks
+        if not by_ranks:
+            assert report["bytes_read"] == report["staged_bytes"]
+    assert any("_StridedShard" in answer["placements"] for answer in answers)
 
 
 # --- who holds what ---

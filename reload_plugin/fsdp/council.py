@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 from ..errors import RanksDisagreeError, ReloadError, SourceError
-from ..interrupts import held
+from ..interrupts import held, let_through
 from ..ranks import Vote, vote_among
 from .layout import UNTOUCHED
 
@@ -45,8 +45,8 @@ class Council:
 
         """
         vote = next(self._votes)
-        found = _prepared(vote, prepare)
         with held():
+            found = _prepared(vote, prepare)
             _decide(vote)
         if vote is not None and vote.postponed is not None:
             raise vote.postponed
@@ -69,8 +69,8 @@ class Council:
 
         """
         vote = next(self._votes)
-        number = _prepared(vote, prepare)
         with held():
+            number = _prepared(vote, prepare)
             if vote is not None:
                 vote.note(str(number))
             _decide(vote)
@@ -85,10 +85,11 @@ class Council:
 
 
 def _prepared(vote: Vote | None, prepare: Callable[[], Found]) -> Found:
-    """What a step gives; if it fails, the other ranks are told."""
+    """What a step gives; if it fails or is interrupted, the other ranks are told."""
     try:
         try:
-            return prepare()
+            with let_through():
+                return prepare()
         except SourceError as error:
             if UNTOUCHED in str(error):
                 raise
