@@ -16,8 +16,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 
 from .errors import SourceError
-from .nested import Structure, unflatten
-from .nested_file import NestedFile
+from .nested import NestedFile, Structure, unflatten
 from .sources import Checkpoint, open_source
 from .sources.safetensors_files import read_header
 from .sources.sidecar import KEY, origin_of_files, why_stale

@@ -43,7 +43,6 @@ LINE = (
     "transfer",
     "plugin",
     "nested",
-    "nested_file",
     "writing",
     "conversion",
     "fsdp",

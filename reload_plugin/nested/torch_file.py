@@ -15,21 +15,23 @@ from typing import Any
 import torch
 from torch import nn
 
-from .errors import SourceError
-from .memory import HostPool
-from .nested import STORABLE, NotMade, lay_out
-from .sources import Checkpoint, Room, Stream, TensorInfo
-from .sources.pickles import ForeignTensor, Inert, Ordered, StoredTensor
-from .sources.reading import Part, placed
-from .sources.stamps import WRITE_AGAIN
-from .sources.torch_files import TorchFile, read_torch_file
+from ..errors import SourceError
+from ..memory import HostPool
+from ..sources import Checkpoint, Room, Stream, TensorInfo
+from ..sources.pickles import ForeignTensor, Inert, Ordered, StoredTensor
+from ..sources.reading import Part, placed
+from ..sources.stamps import WRITE_AGAIN
+from ..sources.torch_files import TorchFile, read_torch_file
+from .form import STORABLE
+from .table import lay_out
+from .walk import NotMade
 
 
 class NestedFile(Checkpoint):
     """Everything in a file of torch.save, under names and in the form that a safetensors file can have.
 
     Attributes:
-        structure: where each tensor belongs; ``nested.unflatten`` takes it.
+        structure: where each tensor belongs; ``unflatten`` takes it.
 
     Raises:
         SourceError: the file is damaged, its pickle names what it may not, or it holds what cannot be stored.
