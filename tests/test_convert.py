@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from random import Random
 
 import numpy as np
 import pytest
@@ -17,8 +18,9 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from reload_plugin import convert, is_stale, read_nested, writing
+from reload_plugin import convert, is_stale, read_nested, unflatten, writing
 from reload_plugin.errors import SourceError
+from reload_plugin.nested import NestedFile
 from reload_plugin.sources import open_folder, open_source
 from tests.test_nested import NESTED, assert_same, filled
 from tests.test_sources import DTYPES, SHAPES
@@ -231,6 +233,40 @@ def test_damaged_torch_files_are_refused_or_read(trainer: Path) -> None:
             except SourceError:
                 continue
     assert {file.name for file in trainer.parent.iterdir()} <= {"trainer.pt", "out.safetensors"}
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_damaged_pickle_is_refused_or_read(trainer: Path, zipped: bool) -> None:
+    """Bytes of the listing are replaced, often by operations of a pickle."""
+    state = torch.nn.BatchNorm1d(3).state_dict(keep_vars=True)
+    lazy, negative = (torch.randn(3, dtype=torch.complex64).conj() for _ in range(2))
+    rich = {
+        "model": state,
+        "lazy": lazy,
+        "negative": negative.imag,
+        "t": TRAINER["model"]["t"],
+        "o": (1, {0: 2j}),
+    }
+    torch.save(rich, trainer, _use_new_zipfile_serialization=zipped)
+    opened = NestedFile(trainer)
+    assert_same(unflatten(dict(opened.read()), opened.structure), rich)
+    whole, random = trainer.read_bytes(), Random(5)
+    listing = whole.index(b"byteorder") if zipped else len(whole)
+    outcomes = set()
+    for _ in range(400):
+        changed = bytearray(whole)
+        for _ in range(random.choice([1, 1, 3])):
+            some = random.choice(b"\x00\x01(.)}]estuabRQhK\xff")
+            changed[random.randrange(listing)] = random.choice([some, random.randrange(256)])
+        trainer.write_bytes(changed)
+        try:
+            opened = NestedFile(trainer)
+            if sum(info.nbytes for info in opened.infos()) < 1 << 24:
+                unflatten(dict(opened.read()), opened.structure)
+            outcomes.add("read")
+        except SourceError:
+            outcomes.add("refused")
+    assert outcomes == {"read", "refused"}
 
 
 def test_nothing_is_overwritten_unasked(folder: Path, trainer: Path) -> None:
