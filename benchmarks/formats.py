@@ -220,8 +220,7 @@ def measure(names: list[str], size: dict[str, int], root: Path) -> dict[str, Any
                 if runs[-1].pop("answer") != truth["B"] or back.pop("answer") != truth["A"]:
                     raise SystemExit(f"{name}: another answer than a cold start's")
                 runs[-1]["back"] = back
-            report = llm.collective_rpc("reload_status")[0]["report"]
-            rows.append({"format": name, "policy": report["policy"], "runs": runs})
+            rows.append({"format": name, "runs": runs})
             shutil.rmtree(folder)
     return {"bytes": bytes_of(folders["B"]), "largest": largest(size), "rows": rows}
 
