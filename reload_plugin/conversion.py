@@ -3,24 +3,21 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import errno
 import json
-import mmap
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-import torch
 from pydantic import BaseModel, ConfigDict
 
 from .errors import SourceError
-from .nested import STORABLE, Stored, Structure, lay_out, unflatten
-from .sources import Checkpoint, TensorInfo, open_source
+from .nested import NestedFile, Structure, unflatten
+from .sources import Checkpoint, open_source
 from .sources.safetensors_files import read_header
 from .sources.sidecar import KEY, origin_of_files, why_stale
 from .writing import FilePlan, appearing, index_of, plan_files, write_file
@@ -34,7 +31,6 @@ _WEIGHTS = (*TORCH_FILES, ".safetensors", ".distcp", ".metadata", ".gguf", ".h5"
 _INDEX = ".index.json"
 _SMALL = 256 << 20
 """Bytes; larger files beside the weights are taken for weights."""
-_DONTNEED = 4
 
 Progress = Callable[[int, int], None]
 """Called with the bytes written so far and the bytes there are."""
@@ -98,7 +94,7 @@ def convert(
         raise SourceError(f"max_file_bytes is {max_file_bytes} and has to be positive.")
     content = _open(src, weights_only)
     single = dst.suffix == ".safetensors"
-    plans = plan_files(content.infos(), None if single else max_file_bytes)
+    plans = plan_files(content.source.infos(), None if single else max_file_bytes)
     beside = [] if single else _companions(src, None if config is None else Path(config))
     try:
         with appearing(dst, overwrite) as partial:
@@ -108,7 +104,7 @@ def convert(
             else:
                 partial.mkdir()
                 writing.folder(partial, beside)
-            if not content.unchanged():
+            if not content.source.unchanged():
                 raise SourceError(
                     f"{src} changed while it was read. Convert it when the trainer has finished writing."
                 )
@@ -117,7 +113,7 @@ def convert(
     return ConvertReport(
         source=str(src),
         target=str(dst),
-        format=content.format,
+        format=content.source.format,
         nested=content.structure is not None,
         tensors=sum(len(plan.infos) for plan in plans),
         nbytes=sum(plan.nbytes for plan in plans),
@@ -185,125 +181,20 @@ def _failed(dst: Path, error: OSError) -> str:
 # -- what is converted ----------------------------------------------------------------------------
 
 
-class _Content(Protocol):
-    """A checkpoint, seen as what can be written."""
+@dataclass(frozen=True)
+class _Content:
+    """A checkpoint, and the structure of the nested state dict it is, if it is one."""
 
     src: Path
-    format: str
+    source: Checkpoint
     structure: Structure | None
-    files: Sequence[Path]
-
-    def infos(self) -> Sequence[TensorInfo]: ...
-
-    def read(
-        self, order: Sequence[str]
-    ) -> contextlib.AbstractContextManager[Iterator[tuple[str, torch.Tensor]]]: ...
-
-    def unchanged(self) -> bool: ...
 
 
 def _open(src: Path, weights_only: bool) -> _Content:
     if src.is_file() and src.suffix in TORCH_FILES and not weights_only:
-        return _TorchFile(src)
-    return _Weights(open_source(src), src)
-
-
-class _Weights:
-    """The weights of a source; where it was converted from a nested state dict, with its structure."""
-
-    def __init__(self, source: Checkpoint, src: Path) -> None:
-        self.src = src
-        self._source = source
-        self.format = source.format
-        self.files: Sequence[Path] = [Path(file) for file in source.files]
-        self.structure: Structure | None = _structure_of(src)
-
-    def infos(self) -> Sequence[TensorInfo]:
-        return self._source.infos()
-
-    @contextlib.contextmanager
-    def read(self, order: Sequence[str]) -> Iterator[Iterator[tuple[str, torch.Tensor]]]:
-        with contextlib.closing(self._source.read(order)) as tensors:
-            yield tensors
-
-    def unchanged(self) -> bool:
-        return self._source.unchanged()
-
-
-@dataclass(frozen=True)
-class _Seen:
-    size: int
-    modified_ns: int
-    inode: int
-
-
-class _TorchFile:
-    """A torch file as the nested state dict it is, its tensors mapped and not read."""
-
-    format = "torch"
-
-    def __init__(self, file: Path) -> None:
-        self.src = file
-        self.files: Sequence[Path] = [file]
-        self._seen = _seen(file)
-        self._mapped, nested = _load(file)
-        stored, structure = lay_out(nested)
-        self.structure: Structure | None = structure
-        self._stored: dict[str, Stored] = {item.name: item for item in stored}
-
-    def infos(self) -> Sequence[TensorInfo]:
-        return [_info(item) for item in self._stored.values()]
-
-    @contextlib.contextmanager
-    def read(self, order: Sequence[str]) -> Iterator[Iterator[tuple[str, torch.Tensor]]]:
-        yield self._each(order)
-
-    def _each(self, order: Sequence[str]) -> Iterator[tuple[str, torch.Tensor]]:
-        for name in order:
-            yield name, self._stored[name].contiguous()
-            if self._mapped:
-                _forget(self._stored[name].tensor)
-
-    def unchanged(self) -> bool:
-        return _seen(self.files[0]) == self._seen
-
-
-def _seen(file: Path) -> _Seen:
-    try:
-        found = file.stat()
-    except OSError as error:
-        raise SourceError(f"{file} cannot be read: {error}. Write or copy it again.") from error
-    return _Seen(found.st_size, found.st_mtime_ns, found.st_ino)
-
-
-def _info(item: Stored) -> TensorInfo:
-    tensor = item.tensor
-    if tensor.dtype in STORABLE:
-        return TensorInfo(item.name, tuple(tensor.shape), tensor.dtype)
-    return TensorInfo(item.name, (tensor.numel() * tensor.element_size(),), torch.uint8)
-
-
-def _load(file: Path) -> tuple[bool, Any]:
-    """(whether it is mapped, what it holds). Files of torch before 1.6 cannot be mapped."""
-    try:
-        with file.open("rb") as handle:
-            mapped = handle.read(4) == b"PK\x03\x04"
-        return mapped, torch.load(file, map_location="cpu", mmap=mapped, weights_only=True)
-    except Exception as error:  # a damaged pickle may raise anything
-        reason = str(error).strip().partition("\n")[0]
-        raise SourceError(
-            f"{file} is no torch file that can be read without running code from it: {reason} Save a state "
-            "dict of tensors, numbers, strings, lists, tuples and dicts."
-        ) from error
-
-
-def _forget(tensor: torch.Tensor) -> None:
-    """Pages of a mapped file that were read leave this process; they stay in the system's cache."""
-    storage = tensor.untyped_storage()
-    start = -(-storage.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
-    end = (storage.data_ptr() + storage.nbytes()) // mmap.PAGESIZE * mmap.PAGESIZE
-    if end > start:
-        ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), _DONTNEED)
+        nested = NestedFile(src)
+        return _Content(src, nested, nested.structure)
+    return _Content(src, open_source(src), _structure_of(src))
 
 
 # -- what is written ------------------------------------------------------------------------------
@@ -330,11 +221,12 @@ class _Writing:
     def file(self, path: Path, plan: FilePlan, first: bool) -> None:
         """Write one file. The first one tells where all of it came from, and how it was nested."""
         metadata = {"format": "pt"} | (self._notes() if first else {})
-        with self._content.read([info.name for info in plan.infos]) as tensors:
+        order = [info.name for info in plan.infos]
+        with contextlib.closing(self._content.source.read(order)) as tensors:
             write_file(path, plan, metadata, tensors, self._wrote)
 
     def _notes(self) -> dict[str, str]:
-        origin = origin_of_files(self._content.src, self._content.files)
+        origin = origin_of_files(self._content.src, map(Path, self._content.source.files))
         notes = {KEY: origin.model_dump_json()}
         if self._content.structure is not None:
             notes[STRUCTURE] = json.dumps(self._content.structure)

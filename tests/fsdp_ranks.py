@@ -16,7 +16,8 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy, StateDictType, fully_shard
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 from reload_plugin import restore_fsdp
 from reload_plugin.errors import ReloadError
@@ -202,8 +203,6 @@ def one_rank_fails(checkpoint: Path, when: str) -> Found:
     source = open_source(checkpoint)
     if dist.get_rank() == 1 and when == "opening":
         source = checkpoint.with_name("nowhere.safetensors")
-    if dist.get_rank() == 1 and when == "reading":
-        source.read_spans = failing  # type: ignore[method-assign]
     try:
         restore_fsdp(model, source, timeout=20)
         error = None
@@ -212,8 +211,67 @@ def one_rank_fails(checkpoint: Path, when: str) -> Found:
     return {"error": type(error).__name__, "text": str(error), "same": same(full_state(model), before)}
 
 
-def failing(name: str, spans: object, out: torch.Tensor) -> None:
-    raise OSError(5, "the disk is gone")
+def failing_after(reads: int, source: object, fault: Callable[[], BaseException]) -> list[str]:
+    """Let a source fail at a later read; returns what is read."""
+    seen: list[str] = []
+    original = source.read_spans
+
+    def read_spans(name: str, spans: object, out: torch.Tensor) -> None:
+        seen.append(name)
+        if len(seen) > reads:
+            raise fault()
+        original(name, spans, out)
+
+    source.read_spans = read_spans
+    return seen
+
+
+def local_bits(model: nn.Module) -> list[bytes]:
+    """Everything that lies on this rank, padding too."""
+    tensors = [*model.parameters(), *model.buffers()]
+    if isinstance(model, FullyShardedDataParallel):
+        tensors += [m._handle.flat_param for m in FullyShardedDataParallel.fsdp_modules(model)]
+    return [
+        bytes(t.detach().contiguous().view(-1).view(torch.uint8).tolist()) for t in map(local_part, tensors)
+    ]
+
+
+def one_rank_fails_half_way(kind: str, checkpoint: Path) -> Found:
+    """Rank 1 cannot read on after some tensors; then a restore that works."""
+    torch.manual_seed(3)
+    model = BUILDERS[kind]()
+    before, memory = full_state(model), local_bits(model)
+    source, seen = open_source(checkpoint), []
+    if dist.get_rank() == 1:
+        seen = failing_after(5, source, lambda: OSError(5, "the disk is gone"))
+    try:
+        restore_fsdp(model, source, timeout=20)
+        error = None
+    except ReloadError as caught:
+        error = caught
+    result = {
+        "error": type(error).__name__,
+        "text": str(error),
+        "untouched": local_bits(model) == memory,
+        "same": same(full_state(model), before),
+        "reads": len(seen),
+    }
+    restore_fsdp(model, checkpoint, timeout=20)
+    return result | {"restored": same(full_state(model), load_file(checkpoint))}
+
+
+def one_rank_is_interrupted(checkpoint: Path) -> Found:
+    """Ctrl-C on rank 1 while it reads."""
+    model = BUILDERS["fsdp1"]()
+    before, source = full_state(model), open_source(checkpoint)
+    if dist.get_rank() == 1:
+        failing_after(4, source, KeyboardInterrupt)
+    try:
+        restore_fsdp(model, source, timeout=20)
+        error = None
+    except (ReloadError, KeyboardInterrupt) as caught:
+        error = caught
+    return {"error": type(error).__name__, "same": same(full_state(model), before)}
 
 
 def one_rank_never_comes(checkpoint: Path) -> Found:
@@ -229,6 +287,55 @@ def one_rank_never_comes(checkpoint: Path) -> Found:
         error = caught
     dist.barrier()
     return {"error": type(error).__name__, "text": str(error)}
+
+
+def two_dimensional(state: dict[str, torch.Tensor] | None = None, columns: bool = False) -> nn.Module:
+    """Tensor parallelism inside of FSDP2 on a mesh of two by two; the weights are cut by torch's own code."""
+    torch.manual_seed(3)
+    model = Model()
+    if state is not None:
+        model.load_state_dict(state, strict=False)
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor"))
+    plan = {
+        "head": ColwiseParallel(output_layouts=Replicate()),
+        "embed": RowwiseParallel(input_layouts=Replicate()),
+    }
+    for number in range(len(model.blocks)):
+        plan |= {f"blocks.{number}.up": ColwiseParallel(), f"blocks.{number}.down": RowwiseParallel()}
+    parallelize_module(model, mesh["tensor"], plan)
+    how = {"shard_placement_fn": by_columns} if columns else {}
+    for block in model.blocks:
+        fully_shard(block, mesh=mesh["data"], **how)
+    return fully_shard(model, mesh=mesh["data"], **how)
+
+
+def restored_on_a_grid(checkpoint: Path, work: Path, columns: bool, by_ranks: bool) -> Found:
+    """A model on a mesh of two dimensions, from safetensors or from the files of its ranks."""
+    expected = load_file(checkpoint)
+    reference = two_dimensional(expected, columns)
+    source = checkpoint
+    if by_ranks:
+        source = work / f"ranks-{columns}"
+        source.mkdir(exist_ok=True)
+        file = source / f"model_world_size_{dist.get_world_size()}_rank_{dist.get_rank()}.pt"
+        torch.save(reference.state_dict(), file)
+        dist.barrier()
+    model = two_dimensional(columns=columns)
+    other = local_bits(model) != local_bits(reference)
+    report = restore_fsdp(model, source, timeout=20)
+    strided = {type(placement).__name__ for p in model.parameters() for placement in p.placements}
+    return {
+        "before": other,
+        "local": local_bits(model) == local_bits(reference),
+        "same": same(full_state(model), expected),
+        "placements": sorted(strided),
+        "report": report.model_dump(mode="json"),
+        "bytes": [t.nbytes for t in map(local_part, model.state_dict().values())],
+    }
+
+
+def local_part(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def checks_of_olmo_and_ours(checkpoint: Path) -> Found:
@@ -284,7 +391,7 @@ def main() -> None:
 
 
 def convert_path(key: str, value: object) -> object:
-    return Path(str(value)) if key == "checkpoint" else value
+    return Path(str(value)) if key in ("checkpoint", "work") else value
 
 
 if __name__ == "__main__":

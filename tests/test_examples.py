@@ -93,3 +93,13 @@ def test_memory_benchmark_samples_right_answers(tmp_path: Path) -> None:
         assert len(model[side]["runs"]) == 2
         assert model[side]["summary"]["RSS before"] > model[side]["summary"]["RssAnon before"] > 0
     assert (tmp_path / "memory.md").read_text().strip() in printed
+
+
+def test_formats_benchmark_reloads_right_answers_from_each(tmp_path: Path) -> None:
+    """One format of one process, and one that ranks write."""
+    chosen = [word for name in ("torch", "fsdp, columns") for word in ("--format", name)]
+    printed = run("benchmarks/formats.py", *chosen, "--output", tmp_path, *TINY)
+    rows = json.loads((tmp_path / "formats.json").read_text())["rows"]
+    assert [row["format"] for row in rows] == ["torch", "fsdp, columns"]
+    assert all(len(row["runs"]) == 2 and row["runs"][0]["seconds"] > 0 for row in rows)
+    assert (tmp_path / "formats.md").read_text().strip() in printed

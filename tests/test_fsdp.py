@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from reload_plugin.slices import Division, Ledger, local_shape, spans_of
+from reload_plugin.fsdp.slices import Coverage, Division, local_shape, spans_of
 from tests.fsdp_ranks import BUILDERS, Model
 
 RANKS = 2
@@ -75,7 +75,9 @@ def cases(paths: dict[str, Path]) -> dict[str, list]:
         found[f"{kind}/parts"] = ["from_whole_tensors", {"kind": kind, "checkpoint": "whole"}]
     found["olmo"] = ["checks_of_olmo_and_ours", {"checkpoint": "finite"}]
     found["opening"] = ["one_rank_fails", {"checkpoint": "whole", "when": "opening"}]
-    found["reading"] = ["one_rank_fails", {"checkpoint": "whole", "when": "reading"}]
+    for kind in ("fsdp1", "fsdp2"):
+        found[f"{kind}/half way"] = ["one_rank_fails_half_way", {"kind": kind, "checkpoint": "whole"}]
+    found["interrupted"] = ["one_rank_is_interrupted", {"checkpoint": "whole"}]
     found["absent"] = ["one_rank_never_comes", {"checkpoint": "whole"}]
     found["fsdp2/after all that"] = ["restored", {"kind": "fsdp2", "checkpoint": "whole"}]
     for _, arguments in found.values():
@@ -91,14 +93,40 @@ def paths(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 @pytest.fixture(scope="module")
 def ranks(paths: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
     """What each rank found in every case; one start of two processes for all."""
-    work = tmp_path_factory.mktemp("ranks")
+    return run(RANKS, cases(paths), tmp_path_factory.mktemp("ranks"))
+
+
+GRIDS = [(columns, by_ranks) for columns in (False, True) for by_ranks in (False, True)]
+
+
+@pytest.fixture(scope="module")
+def grid(paths: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
+    """The same of four ranks on a mesh of two by two."""
+    work = tmp_path_factory.mktemp("grid")
+    asked = {
+        f"{columns}/{by_ranks}": [
+            "restored_on_a_grid",
+            {
+                "checkpoint": str(paths["whole"]),
+                "work": str(work),
+                "columns": columns,
+                "by_ranks": by_ranks,
+            },
+        ]
+        for columns, by_ranks in GRIDS
+    }
+    return run(4, asked, work)
+
+
+def run(count: int, asked: dict[str, list], work: Path) -> list[dict]:
+    """What each of ``count`` processes found."""
     root = str(Path(__file__).resolve().parent.parent)
     command = [sys.executable, "-W", "ignore", "-m", "tests.fsdp_ranks"]
-    arguments = [str(work), json.dumps(cases(paths))]
+    arguments = [str(work), json.dumps(asked)]
     environment = {**os.environ, "PYTHONPATH": root, "OMP_NUM_THREADS": "1"}
     processes = [
-        subprocess.Popen([*command, str(rank), str(RANKS), *arguments], cwd=root, env=environment)
-        for rank in range(RANKS)
+        subprocess.Popen([*command, str(rank), str(count), *arguments], cwd=root, env=environment)
+        for rank in range(count)
     ]
     try:
         for process in processes:
@@ -107,7 +135,7 @@ def ranks(paths: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> l
         for process in processes:
             process.kill()
             process.wait()
-    return [json.loads((work / f"rank{rank}.json").read_text()) for rank in range(RANKS)]
+    return [json.loads((work / f"rank{rank}.json").read_text()) for rank in range(count)]
 
 
 def found(ranks: list[dict], case: str) -> list[dict]:
@@ -128,7 +156,7 @@ def test_every_rank_reads_its_slices_and_the_model_is_the_checkpoint(
         assert answer["forward"]
         report = answer["report"]
         assert report["elements"] == answer["elements"]
-        assert report["bytes_read"] == 4 * (answer["elements"] - 6) + 8 * 6
+        assert report["bytes_read"] == report["staged_bytes"] == 4 * (answer["elements"] - 6) + 8 * 6
         assert report["whole"] == report["ignored"] == {}
         assert report["bytes_of_ranks"] == [other["report"]["bytes_read"] for other in answers]
 
@@ -207,19 +235,51 @@ def test_a_rank_that_cannot_open_stops_all_before_anything_is_changed(ranks: lis
     assert "Nothing was changed, on any rank." in first["text"]
 
 
-def test_a_rank_that_cannot_read_makes_all_say_what_the_model_holds(ranks: list[dict]) -> None:
-    first, second = found(ranks, "reading")
+@pytest.mark.parametrize("kind", ["fsdp1", "fsdp2"])
+def test_a_rank_that_cannot_read_on_half_way_leaves_every_rank_as_it_was(
+    ranks: list[dict], kind: str
+) -> None:
+    first, second = found(ranks, f"{kind}/half way")
     assert (first["error"], second["error"]) == ("RanksDisagreeError", "ReloadError")
     for answer in (first, second):
+        assert answer["same"], "bit for bit what it had"
+        assert answer["untouched"], "and the memory as well, padding included"
         assert "the disk is gone" in answer["text"]
-        assert "mixture of old and new weights: restore it again" in answer["text"]
+        assert "Nothing was changed, on any rank." in answer["text"]
+        assert answer["restored"], "the next restore is right"
+    assert second["reads"] > 3
     assert all(answer["same"] for answer in found(ranks, "fsdp2/after all that"))
+
+
+def test_ctrl_c_while_one_rank_reads_stops_all(ranks: list[dict]) -> None:
+    first, second = found(ranks, "interrupted")
+    assert (first["error"], second["error"]) == ("RanksDisagreeError", "KeyboardInterrupt")
+    assert first["same"]
+    assert second["same"]
 
 
 def test_a_rank_that_never_comes_is_not_waited_for(ranks: list[dict]) -> None:
     first, _ = found(ranks, "absent")
     assert first["error"] == "RanksDisagreeError"
     assert "rank 1: did not answer rank 0 within 1 s" in first["text"]
+
+
+@pytest.mark.parametrize(("columns", "by_ranks"), GRIDS)
+def test_fsdp_with_tensor_parallelism_gets_the_shards_that_torch_cuts(
+    grid: list[dict], columns: bool, by_ranks: bool
+) -> None:
+    """Rows that divide evenly neither by two nor by four; compared shard by shard with torch's own."""
+    answers = found(grid, f"{columns}/{by_ranks}")
+    for answer in answers:
+        assert answer["before"], "the ranks held something else before"
+        assert answer["local"]
+        assert answer["same"]
+        report = answer["report"]
+        assert report["staged_bytes"] == sum(answer["bytes"])
+        assert bool(report["whole"]) is by_ranks
+        if not by_ranks:
+            assert report["bytes_read"] == report["staged_bytes"]
+    assert any("_StridedShard" in answer["placements"] for answer in answers)
 
 
 # --- who holds what ---
@@ -270,19 +330,19 @@ def test_tensor_parallel_before_fsdp_as_torch_documents_it() -> None:
     assert rows == {(0, 0): [(0, 2)], (0, 1): [(4, 6)], (1, 0): [(2, 4)], (1, 1): [(6, 8)]}
 
 
-def test_the_ledger_names_what_is_missing_twice_or_padding() -> None:
-    ledger = Ledger()
+def test_the_table_names_what_is_missing_twice_or_padding() -> None:
+    table = Coverage()
     for place in ("whole", "short", "twice", "padding", "excused"):
-        ledger.need(place, [(0, 4), (6, 9)])
+        table.need(place, [(0, 4), (6, 9)])
     for place in ("whole", "short", "twice", "padding", "excused"):
-        ledger.wrote(place, 0, 4)
+        table.wrote(place, 0, 4)
     for place in ("whole", "twice", "padding"):
-        ledger.wrote(place, 6, 3)
-    ledger.wrote("short", 6, 1)
-    ledger.wrote("twice", 3, 1)
-    ledger.wrote("padding", 5, 1)
-    ledger.excuse("excused", 6, 3)
-    assert ledger.faults() == {
+        table.wrote(place, 6, 3)
+    table.wrote("short", 6, 1)
+    table.wrote("twice", 3, 1)
+    table.wrote("padding", 5, 1)
+    table.excuse("excused", 6, 3)
+    assert table.faults() == {
         "short": "elements 7 to 9 were not written",
         "twice": "element 3 was written twice",
         "padding": "elements 5 to 6 are padding and were written",

@@ -224,6 +224,12 @@ def test_an_ordered_dict_keeps_the_versions_of_its_modules() -> None:
     assert back._metadata[""] == {"version": 2}
 
 
+def test_an_ordered_dict_keeps_the_order_it_was_given_later() -> None:
+    moved = OrderedDict(a=1, b=2)
+    moved.move_to_end("a")
+    assert_same(moved, there_and_back(moved))
+
+
 Point = namedtuple("Point", "x y")
 
 

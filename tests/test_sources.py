@@ -292,6 +292,30 @@ def test_a_file_that_is_replaced_while_it_is_read_is_an_error(
         list(iterator)
 
 
+@pytest.mark.parametrize("in_place", [False, True])
+def test_a_file_at_the_same_path_is_read_by_its_own_header(tmp_path: Path, in_place: bool) -> None:
+    """Whatever is remembered of headers: one of the same length, and then the first one again."""
+    path, other = tmp_path / "model.safetensors", tmp_path / "new.safetensors"
+    steps = [
+        {"a": torch.arange(6.0), "b": torch.ones(2, 3)},
+        {"a": torch.arange(6.0).flip(0), "b": torch.zeros(3, 2)},
+        {"b": torch.arange(6.0), "a": torch.ones(2, 3)},
+        {"a": torch.arange(6.0), "b": torch.ones(2, 3)},
+    ]
+    times, lengths = None, set()
+    for tensors in steps:
+        save_file(tensors, other)
+        lengths.add(other.read_bytes()[:8])
+        if in_place and path.exists():
+            path.write_bytes(other.read_bytes())
+        else:
+            other.rename(path)
+        times = times or path.stat()
+        os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+        assert everything(source_of(path)) == {name: bits_of(tensor) for name, tensor in tensors.items()}
+    assert len(lengths) == 1
+
+
 def test_a_file_that_is_rewritten_in_place_is_an_error(large: Path) -> None:
     source, whole = source_of(large), large.read_bytes()
     iterator = source.read()

@@ -48,7 +48,6 @@ LINE = (
     "nested",
     "writing",
     "conversion",
-    "slices",
     "fsdp",
     "cli",
 )

@@ -46,6 +46,19 @@ PLAIN = frozenset(
 )
 """What lies beside the weights in a trainer's file. None of it is made: it stays ``Inert``."""
 
+NOT_STORED = frozenset(
+    {
+        "builtins.set",
+        "builtins.bytearray",
+        "collections.Counter",
+        *(
+            f"torch._utils._rebuild_{kind}"
+            for kind in ("sparse_tensor", "qtensor", "nested_tensor", "meta_tensor_no_storage")
+        ),
+    }
+)
+"""What torch.load takes and no safetensors file can hold. None of it is made: messages say where it is."""
+
 SHARDS = frozenset(
     {
         "torch._utils._rebuild_wrapper_subclass",

@@ -11,12 +11,12 @@ from __future__ import annotations
 import io
 import pickle
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any, BinaryIO, NoReturn
 
 import torch
 
-from .pickle_names import DTYPES, PLAIN, STORAGES
+from .pickle_names import DTYPES, NOT_STORED, PLAIN, STORAGES
 
 
 class Refused(pickle.UnpicklingError):
@@ -43,6 +43,11 @@ class StoredTensor:
     offset: int
     shape: tuple[int, ...]
     strides: tuple[int, ...]
+    conj: bool = False
+    """Whether its values are the conjugates of what lies there; so with ``neg``."""
+    neg: bool = False
+    parameter: bool = field(default=False, compare=False)
+    requires_grad: bool = field(default=False, compare=False)
 
     @property
     def start(self) -> int:
@@ -65,6 +70,16 @@ class Inert:
     def get(self, name: str, default: Any = None) -> Any:
         """An attribute of the object, if its state says so."""
         return self.state.get(name, default) if isinstance(self.state, dict) else default
+
+
+class Ordered(dict[Any, Any]):
+    """An OrderedDict, and the attributes that were hung on it."""
+
+    __slots__ = ("attributes",)
+
+    def __init__(self, items: Any = ()) -> None:
+        super().__init__(items)
+        self.attributes: Any = None
 
 
 Maker = Callable[..., Any]
@@ -94,8 +109,8 @@ def _sizes(*found: Any) -> None:
 
 
 def _tensor(storage: Any, offset: Any, shape: Any, strides: Any, *rest: Any) -> StoredTensor:
-    dtype = _dtype_of(storage)
-    return _stored(storage[0], dtype, offset, shape, strides, rest[2] if len(rest) > 2 else None)
+    grad, _hooks, metadata = (*rest, None, None, None)[:3]
+    return _stored(storage, _dtype_of(storage), offset, shape, strides, grad, metadata)
 
 
 def _tensor_v3(
@@ -103,15 +118,14 @@ def _tensor_v3(
     offset: Any,
     shape: Any,
     strides: Any,
-    _grad: Any,
+    grad: Any,
     _hooks: Any,
     dtype: Any,
     metadata: Any = None,
 ) -> StoredTensor:
-    _dtype_of(storage)
     if type(dtype) is not torch.dtype:
         raise Refused("a tensor has no dtype")
-    return _stored(storage[0], dtype, offset, shape, strides, metadata)
+    return _stored(storage, dtype, offset, shape, strides, grad, metadata)
 
 
 def _dtype_of(storage: Any) -> torch.dtype:
@@ -122,18 +136,40 @@ def _dtype_of(storage: Any) -> torch.dtype:
 
 
 def _stored(
-    storage: Storage, dtype: torch.dtype, offset: Any, shape: Any, strides: Any, metadata: Any
+    kept: Any, dtype: torch.dtype, offset: Any, shape: Any, strides: Any, grad: Any, metadata: Any
 ) -> StoredTensor:
+    _dtype_of(kept)
+    storage: Storage = kept[0]
     _sizes((offset,), shape, strides)
     if len(shape) != len(strides):
         raise Refused("a tensor has more dimensions than strides")
-    if metadata and any(metadata.values()):
-        raise Refused("a tensor is stored as a lazy conjugate or negative; save a plain copy of it")
+    bits = {name for name, value in metadata.items() if value} if type(metadata) is dict else set()
+    if bits - {"conj", "neg"}:
+        raise Refused(f"a tensor has the property {_brief(min(map(str, bits)))}, which is not known")
     if 0 not in shape:
         last = offset + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
         if (last + 1) * dtype.itemsize > storage.nbytes:
             raise Refused(f"a tensor of shape {list(shape)} reaches beyond the end of its storage")
-    return StoredTensor(storage, dtype, offset, shape, strides)
+    lazy = "conj" in bits, "neg" in bits
+    return StoredTensor(storage, dtype, offset, shape, strides, *lazy, requires_grad=grad is True)
+
+
+def _values(make: Maker) -> Maker:
+    """Only tensors whose values are what lies in the file."""
+
+    def made(*args: Any) -> StoredTensor:
+        tensor: StoredTensor = make(*args)
+        if tensor.conj or tensor.neg:
+            raise Refused("a tensor is stored as a lazy conjugate or negative; save a plain copy of it")
+        return tensor
+
+    return made
+
+
+def _kept_parameter(data: Any, requires_grad: Any = True, *_rest: Any) -> Any:
+    if type(data) is not StoredTensor:
+        return data
+    return replace(data, parameter=True, requires_grad=requires_grad is True)
 
 
 def _parameter(data: Any, *_rest: Any) -> Any:
@@ -162,24 +198,48 @@ def _sequence(items: Any = ()) -> tuple[Any, ...]:
 
 
 def _dictionary(*items: Any) -> dict[Any, Any]:
-    found = items[0] if items else ()
+    return dict(_pairs(*items))
+
+
+def _ordered(*items: Any) -> Ordered:
+    return Ordered(_pairs(*items))
+
+
+def _pairs(found: Any = ()) -> Any:
     if type(found) not in (list, tuple):
         raise Refused("a dict is made from something else than pairs")
     for key, _ in found:
         _check_key(key)
-    return dict(found)
+    return found
+
+
+def _complex(real: Any, imaginary: Any) -> complex:
+    if type(real) is not float or type(imaginary) is not float:
+        raise Refused("a complex number is made from something else than two numbers")
+    return complex(real, imaginary)
 
 
 _CALLS: Mapping[str, Maker] = {
-    "torch._utils._rebuild_tensor": _tensor,
-    "torch._utils._rebuild_tensor_v2": _tensor,
-    "torch._utils._rebuild_tensor_v3": _tensor_v3,
+    "torch._utils._rebuild_tensor": _values(_tensor),
+    "torch._utils._rebuild_tensor_v2": _values(_tensor),
+    "torch._utils._rebuild_tensor_v3": _values(_tensor_v3),
     "torch._utils._rebuild_parameter": _parameter,
     "torch._utils._rebuild_parameter_with_state": _parameter,
     "torch._tensor._rebuild_from_type_v2": _from_type,
     "torch.Size": _sequence,
     "collections.OrderedDict": _dictionary,
 }
+_EXACT: Mapping[str, Maker] = {
+    **_CALLS,
+    "torch._utils._rebuild_tensor_v2": _tensor,
+    "torch._utils._rebuild_tensor_v3": _tensor_v3,
+    "torch._utils._rebuild_parameter": _kept_parameter,
+    "torch._utils._rebuild_parameter_with_state": _kept_parameter,
+    "torch.Size": lambda *args: Inert("torch.Size", args),
+    "collections.OrderedDict": _ordered,
+    "builtins.complex": _complex,
+}
+"""The same where more than the weights is wanted: nothing looks like something else then."""
 
 
 def unpickle(
@@ -188,6 +248,7 @@ def unpickle(
     *,
     tensors: bool = True,
     plain: bool = True,
+    exact: bool = False,
     storages: dict[str, Storage] | None = None,
 ) -> Any:
     """What a pickle describes. Nothing is imported, called or made that it names.
@@ -197,16 +258,19 @@ def unpickle(
         extra: names that it may use beside tensors, of the form ``module.name``; they become ``Inert``.
         tensors: whether it may use tensors.
         plain: whether it may use what lies beside the weights in a trainer's file.
+        exact: whether everything has to be told apart: an OrderedDict becomes ``Ordered``, torch.Size and
+            tensors that are no plain ones ``Inert``, and tensors say whether they are parameters.
         storages: collects the storages it names, by key.
 
     Raises:
         ValueError: it is damaged, or names anything else.
 
     """
-    allowed = frozenset(extra) | (PLAIN if plain else frozenset())
+    allowed = frozenset(extra) | (PLAIN if plain else frozenset()) | (NOT_STORED if exact else frozenset())
+    calls = _EXACT if exact else _CALLS
     file = io.BytesIO(data) if isinstance(data, bytes) else data
     try:
-        return _Unpickler(file, allowed, tensors, {} if storages is None else storages).load()
+        return _Unpickler(file, allowed, calls, tensors, {} if storages is None else storages).load()
     except Refused as error:
         raise ValueError(str(error)) from error
     except Exception as error:  # whatever a damaged pickle leads to
@@ -221,10 +285,16 @@ class _Unpickler(pickle._Unpickler):  # type: ignore[misc, name-defined, unused-
     pop_mark: Callable[[], list[Any]]
 
     def __init__(
-        self, file: Any, allowed: Collection[str], tensors: bool, storages: dict[str, Storage]
+        self,
+        file: Any,
+        allowed: Collection[str],
+        calls: Mapping[str, Maker],
+        tensors: bool,
+        storages: dict[str, Storage],
     ) -> None:
         super().__init__(file, encoding="utf-8", errors="strict")
         self._allowed = allowed
+        self._calls = calls
         self._tensors = tensors
         self._storages = storages
 
@@ -239,8 +309,8 @@ class _Unpickler(pickle._Unpickler):  # type: ignore[misc, name-defined, unused-
             return _Global(full, _wrapper)
         if full == "builtins.getattr" and full in self._allowed:
             return _Global(full, self._attribute)
-        if full in _CALLS and (self._tensors or full in ("torch.Size", "collections.OrderedDict")):
-            return _Global(full, _CALLS[full])
+        if full in self._calls and (self._tensors or full in ("torch.Size", "collections.OrderedDict")):
+            return _Global(full, self._calls[full])
         if full in self._allowed:
             return _Global(full, lambda *args: Inert(full, args))
         raise Refused(f"its pickle asks for {_brief(full)}, which is not loaded because it could run code")
@@ -284,6 +354,8 @@ class _Unpickler(pickle._Unpickler):  # type: ignore[misc, name-defined, unused-
             slots = type(state) is tuple and len(state) == 2 and type(state[1]) is dict
             plain = state[0] if slots and type(state[0]) is dict else {}
             target.state = plain | state[1] if slots else state
+        elif type(target) is Ordered:
+            target.attributes = state
         elif type(target) is not dict:  # an OrderedDict carries _metadata, which is no weight
             raise Refused(f"its pickle sets the state of {_brief(target)}")
 
@@ -358,7 +430,7 @@ def _view(whole: Storage, view: Any) -> Storage:
 
 
 def _put(target: Any, items: Any) -> None:
-    if type(target) is not dict or len(items) % 2:
+    if type(target) not in (dict, Ordered) or len(items) % 2:
         raise Refused("its pickle sets items of something that is no dict")
     for index in range(0, len(items), 2):
         _check_key(items[index])
@@ -367,7 +439,7 @@ def _put(target: Any, items: Any) -> None:
 
 def _check_key(key: Any) -> None:
     """Keys that are cheap to hash: nested tuples can take longer than the universe has."""
-    simple = (str, int, float, bool, bytes, type(None), Inert, torch.dtype)
+    simple = (str, int, float, complex, bool, bytes, type(None), Inert, torch.dtype)
     if type(key) not in simple and not (type(key) is tuple and all(type(item) in simple for item in key)):
         raise Refused("its pickle has a dict with keys that are no names")
 

@@ -7,10 +7,11 @@ mapped into memory: a mapped file that is truncated while it is read kills the p
 
 from __future__ import annotations
 
+import functools
 import io
 import os
 import zipfile
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -58,12 +59,16 @@ class TorchFile:
         )
 
 
-def read_torch_file(file: str | Path, extra: Collection[str] = ()) -> TorchFile:
+Unpickle = Callable[..., Any]
+
+
+def read_torch_file(file: str | Path, extra: Collection[str] = (), *, exact: bool = False) -> TorchFile:
     """List a file of torch.save. Nothing in it is run, and no weight is read.
 
     Args:
         file: path of the file.
         extra: names that its pickle may use; see ``unpickle``.
+        exact: whether what is no weight has to be told apart too; see ``unpickle``.
 
     Raises:
         SourceError: it is missing, truncated or something else, or its pickle names what it may not.
@@ -72,7 +77,7 @@ def read_torch_file(file: str | Path, extra: Collection[str] = ()) -> TorchFile:
     try:
         with open_regular(file) as handle:
             stamp = stamped(os.fstat(handle.fileno()))
-            tree, records = _contents(handle, stamp[0], extra)
+            tree, records = _contents(handle, stamp[0], functools.partial(unpickle, extra=extra, exact=exact))
     except (OSError, ValueError) as error:
         raise SourceError(
             f"{file} cannot be read as a file of torch.save: {error}. {_next(error)}"
@@ -87,7 +92,7 @@ def read_chunk(handle: int, file: str, start: int, nbytes: int) -> TorchFile:
         ValueError: it is damaged.
 
     """
-    tree, records = _archive(io.BufferedReader(_Window(handle, start, nbytes)), start, ())
+    tree, records = _archive(io.BufferedReader(_Window(handle, start, nbytes)), start, unpickle)
     return TorchFile(file, (0, 0, 0), tree, records)
 
 
@@ -100,25 +105,21 @@ def _next(error: Exception) -> str:
     return WRITE_AGAIN
 
 
-def _contents(
-    handle: BinaryIO, size: int, extra: Collection[str]
-) -> tuple[Any, Mapping[str, tuple[int, int]]]:
+def _contents(handle: BinaryIO, size: int, read: Unpickle) -> tuple[Any, Mapping[str, tuple[int, int]]]:
     head = handle.read(4)
     handle.seek(0)
     if head == b"PK\x03\x04":
-        return _archive(handle, 0, extra)
+        return _archive(handle, 0, read)
     if head[:2] == b"\x80\x02":
-        return _legacy(handle, size, extra)
+        return _legacy(handle, size, read)
     raise ValueError("it is neither a zip archive nor a pickle")
 
 
 # -- since torch 1.6 ------------------------------------------------------------------------------
 
 
-def _archive(
-    handle: BinaryIO, base: int, extra: Collection[str]
-) -> tuple[Any, Mapping[str, tuple[int, int]]]:
-    """``base`` is where the archive begins in its file."""
+def _archive(handle: BinaryIO, base: int, read: Unpickle) -> tuple[Any, Mapping[str, tuple[int, int]]]:
+    """``base`` is where the archive begins in its file, ``read`` what its pickle is given to."""
     try:
         with zipfile.ZipFile(handle) as archive:
             entries, end = archive.infolist(), archive.start_dir
@@ -138,7 +139,7 @@ def _archive(
     if order in located and _bytes(handle, *located[order]) != b"little":
         raise ValueError("it was written on a machine of another byte order; save it again on this kind")
     pickled = _bytes(handle, *located[f"{root}/data.pkl"])
-    tree = unpickle(pickled, extra)
+    tree = read(pickled)
     prefix = f"{root}/data/"
     records = {
         name.removeprefix(prefix): (base + start, nbytes)
@@ -202,7 +203,7 @@ class _Window(io.RawIOBase):
 # -- before torch 1.6 -----------------------------------------------------------------------------
 
 
-def _legacy(handle: BinaryIO, size: int, extra: Collection[str]) -> tuple[Any, Mapping[str, tuple[int, int]]]:
+def _legacy(handle: BinaryIO, size: int, read: Unpickle) -> tuple[Any, Mapping[str, tuple[int, int]]]:
     """Pickles of a magic number, a version, the machine, the objects and the storages' keys; then the
     storages, each an int64 of its elements and their bytes.
     """
@@ -213,7 +214,7 @@ def _legacy(handle: BinaryIO, size: int, extra: Collection[str]) -> tuple[Any, M
     if type(machine) is not dict or machine.get("little_endian") is not True:
         raise ValueError("it was written on a machine of another byte order; save it again on this kind")
     storages: dict[str, Storage] = {}
-    tree = unpickle(handle, extra, storages=storages)
+    tree = read(handle, storages=storages)
     keys = unpickle(handle, plain=False, tensors=False)
     if type(keys) is not list or len(set(map(str, keys))) != len(keys):
         raise ValueError("its list of storages is damaged")

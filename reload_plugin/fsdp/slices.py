@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from .sources import Span
+from ..sources import Span
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ def _joined(spans: Iterable[Span]) -> Iterator[Span]:
         yield held
 
 
-class Ledger:
+class Coverage:
     """Which elements of each place have to be written, and which were. A place is named by its owner.
 
     It looks at positions and never at values: padding is simply not asked for, and any value may be written.
