@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass, field
 from typing import Any
@@ -113,11 +114,16 @@ def box_of(view: Geometry, base: Geometry) -> Box | None:
 
 def _start_indices(offset: int, base: Geometry) -> list[int] | None:
     starts = [0] * len(base.size)
-    for dim in sorted(range(len(base.size)), key=lambda d: -base.stride[d]):
+    for dim in _outermost_first(base):
         if base.size[dim] > 1 and base.stride[dim]:
             starts[dim] = min(offset // base.stride[dim], base.size[dim] - 1)
             offset -= starts[dim] * base.stride[dim]
     return starts if offset == 0 else None
+
+
+@functools.lru_cache(maxsize=64)
+def _outermost_first(base: Geometry) -> tuple[int, ...]:
+    return tuple(sorted(range(len(base.size)), key=lambda dim: -base.stride[dim]))
 
 
 def _spread(size: int, stride: int, base: Geometry, starts: list[int], extents: list[int]) -> bool:
@@ -143,7 +149,7 @@ class Coverage:
 
     def __init__(self, base: Geometry) -> None:
         self.base = base
-        self.boxes: list[Box] = []
+        self.boxes: dict[Box, None] = {}
         self.volume = 0
         self.overlaps = False
         """Something was written whole a second time, or into what was complete."""
@@ -162,7 +168,7 @@ class Coverage:
         if self._complete or box in self.boxes:
             self.overlaps = True
             return box
-        self.boxes.append(box)
+        self.boxes[box] = None
         self.volume += math.prod(stop - start for start, stop in box)
         return box
 
@@ -179,7 +185,7 @@ class Coverage:
             self._checked_at = self.volume
             self._complete = self._uncovered() is None
             if self._complete:
-                self.boxes = self.boxes[:1]
+                self.boxes = dict.fromkeys(list(self.boxes)[:1])
         return self._complete
 
     def describe_gap(self) -> str:

@@ -106,6 +106,27 @@ def _key(tensor: torch.Tensor) -> int:
     return int(tensor.untyped_storage()._cdata)
 
 
+_VIEWS = frozenset(
+    getattr(getattr(torch.ops.aten, name), overload)
+    for name, overload in (
+        ("alias", "default"),
+        ("detach", "default"),
+        ("narrow", "default"),
+        ("permute", "default"),
+        ("select", "int"),
+        ("slice", "Tensor"),
+        ("split", "Tensor"),
+        ("squeeze", "dim"),
+        ("t", "default"),
+        ("transpose", "int"),
+        ("unbind", "int"),
+        ("unsqueeze", "default"),
+        ("view", "default"),
+    )
+)
+"""Operators that only look at memory from another side: nearly all that a loader does beside copies."""
+
+
 class LoadTrace(TorchDispatchMode):
     """Watches loaders while active: allocates staging, notes slots, protects served tensors.
 
@@ -138,6 +159,11 @@ class LoadTrace(TorchDispatchMode):
         self._writes: list[Write | None] = []
         self._looked = False
         """The loader read a value, so what it writes next may depend on it."""
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """No wrapper of torch's around ``__torch_dispatch__``, which would cost more than what is in it."""
+        return False
 
     def take_recent(self) -> set[int]:
         """Storages written to since this was last asked."""
@@ -199,13 +225,13 @@ class LoadTrace(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if self.dry and func in _VIEWS:
+            self._touch(args[0])
+            return func(*args, **kwargs)
         source = ""
         inputs = list(_tensors(args, kwargs))
         for tensor in inputs:
-            key = _key(tensor)
-            storage = self.storages.get(key)
-            if storage is not None and not storage.materialised:
-                self._materialise(storage)
+            key = self._touch(tensor)
             source = source or self._sources.get(key, "")
         if written := _written_arguments(func):
             for index in written:
@@ -221,6 +247,14 @@ class LoadTrace(TorchDispatchMode):
         if source and not written:
             self._follow(out, source)
         return out
+
+    def _touch(self, tensor: torch.Tensor) -> int:
+        """Give a placeholder memory. Returns the identity of the tensor's storage."""
+        key = _key(tensor)
+        storage = self.storages.get(key)
+        if storage is not None and not storage.materialised:
+            self._materialise(storage)
+        return key
 
     def _materialise(self, storage: StagedStorage) -> None:
         if storage.closed:
@@ -407,6 +441,8 @@ class Feed:
             self.exhausted = True
             raise StopIteration
         try:
+            if self._trace.dry:  # meta tensors of our own, which are there already
+                return next(self._weights)
             with _disable_current_modes(), self._fetching():
                 return next(self._weights)
         except StopIteration:

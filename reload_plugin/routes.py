@@ -95,7 +95,7 @@ def follow(route: Route, tensor: torch.Tensor, memory: Callable[[str], torch.Unt
             copy_into(view, base.as_strided(write.source.size, write.source.stride, offset))
 
 
-_DIRECT_BYTES = 4 << 20
+_DIRECT_BYTES = 1 << 20
 """Plain memory up to this size is moved by one core: for an expert's matrix, waking the others and
 waiting for them costs more than the copy."""
 
