@@ -1,0 +1,131 @@
+"""Reading straight to where tensors go: one plan of it for every save of the same layout."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from reload_plugin.errors import SourceError
+from reload_plugin.sources import Landed, TensorInfo
+from reload_plugin.sources import reading as reading_module
+from reload_plugin.sources.safetensors_files import SafetensorsSource
+
+EXPERTS = 5
+ORDER = (*(f"experts.{n}.{part}" for n in range(EXPERTS) for part in ("gate", "up", "down")), "norm", "empty")
+
+
+class StackedRoom:
+    """Memory as a layer of experts has it: gate and up of an expert one behind the other, down elsewhere."""
+
+    def __init__(self) -> None:
+        self.key = self
+        self.asked = 0
+        self.stacked = torch.zeros(EXPERTS, 2, 4, 8, dtype=torch.bfloat16)
+        self.down = torch.zeros(EXPERTS, 8, 4, dtype=torch.bfloat16)
+        self.norm = torch.zeros(8, dtype=torch.float32)
+
+    def targets(self, infos: list[TensorInfo]) -> list[tuple[str, int]] | None:
+        self.asked += 1
+        return [self._target(info.name) for info in infos]
+
+    def _target(self, name: str) -> tuple[str, int]:
+        if not name.startswith("experts"):
+            return "norm", 0
+        _, number, part = name.split(".")
+        row = int(number) * 64 * 2
+        return {"gate": ("stacked", row), "up": ("stacked", row + 64), "down": ("down", row // 2)}[part]
+
+    def memory(self, parameter: str) -> torch.UntypedStorage:
+        return getattr(self, parameter).untyped_storage()
+
+    def __call__(self, info: TensorInfo) -> torch.Tensor | None:
+        return None
+
+    def holds(self, tensors: dict[str, torch.Tensor]) -> None:
+        for n in range(EXPERTS):
+            assert torch.equal(self.stacked[n, 0], tensors[f"experts.{n}.gate"])
+            assert torch.equal(self.stacked[n, 1], tensors[f"experts.{n}.up"])
+            assert torch.equal(self.down[n], tensors[f"experts.{n}.down"])
+        assert torch.equal(self.norm, tensors["norm"])
+
+
+def save(folder: Path, seed: int) -> dict[str, torch.Tensor]:
+    """A checkpoint in two files."""
+    generator = torch.Generator().manual_seed(seed)
+    shapes = {"gate": (4, 8), "up": (4, 8), "down": (8, 4)}
+    tensors = {
+        name: torch.randn(shapes[name.rsplit(".", 1)[1]], generator=generator).to(torch.bfloat16)
+        for name in ORDER
+        if name.startswith("experts")
+    }
+    tensors |= {"norm": torch.randn(8, generator=generator), "empty": torch.empty(0, dtype=torch.float32)}
+    folder.mkdir()
+    names = list(tensors)
+    for number, part in enumerate((names[:7], names[7:])):
+        save_file({name: tensors[name] for name in part}, folder / f"model-{number}.safetensors")
+    return tensors
+
+
+def source_of(folder: Path) -> SafetensorsSource:
+    return SafetensorsSource([str(file) for file in sorted(folder.iterdir())], str(folder))
+
+
+@pytest.fixture(autouse=True)
+def small_parcels(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reading_module, "BATCH", 300)
+
+
+def test_what_lands_is_where_it_goes_and_is_accounted_for(tmp_path: Path) -> None:
+    tensors = save(tmp_path / "1", seed=1)
+    room = StackedRoom()
+    found = list(source_of(tmp_path / "1").read(ORDER, room=room))
+    assert all(isinstance(landed, Landed) for landed in found)
+    room.holds(tensors)
+    assert [name for landed in found for name in landed.names] == list(ORDER)
+    assert sum(landed.nbytes for landed in found) == sum(tensor.nbytes for tensor in tensors.values())
+    assert {name: shape for landed in found for name, shape in landed.shapes.items()} == {
+        name: tuple(tensor.shape) for name, tensor in tensors.items()
+    }
+
+
+def test_the_next_save_is_read_by_the_same_plan_and_has_its_own_values(tmp_path: Path) -> None:
+    room = StackedRoom()
+    for step in ("1", "2"):
+        tensors = save(tmp_path / step, seed=int(step))
+        first = list(source_of(tmp_path / step).read(ORDER, room=room))
+        room.holds(tensors)
+        asked = room.asked if step == "1" else asked
+    assert room.asked == asked, "the second save was planned again"
+    other = StackedRoom()
+    again = list(source_of(tmp_path / "1").read(ORDER, room=other))
+    assert other.asked == asked, "another room has other places"
+    assert [landed.names for landed in again] == [landed.names for landed in first]
+    assert torch.equal(other.stacked[0, 0], save(tmp_path / "1 again", seed=1)["experts.0.gate"])
+
+
+def test_other_shapes_under_the_same_names_are_planned_anew(tmp_path: Path) -> None:
+    save(tmp_path / "1", seed=1)
+    list(source_of(tmp_path / "1").read(ORDER, room=StackedRoom()))
+    changed = save(tmp_path / "2", seed=2) | {"norm": torch.arange(4.0)}
+    for file in (tmp_path / "2").iterdir():
+        file.unlink()
+    save_file(changed, tmp_path / "2" / "model-0.safetensors")
+    room = StackedRoom()
+    list(source_of(tmp_path / "2").read(ORDER, room=room))
+    assert room.norm.tolist() == [0, 1, 2, 3, 0, 0, 0, 0]
+    assert torch.equal(room.down[4], changed["experts.4.down"])
+
+
+def test_a_cut_file_and_its_tensor_are_named(tmp_path: Path) -> None:
+    save(tmp_path / "1", seed=1)
+    list(source_of(tmp_path / "1").read(ORDER, room=StackedRoom()))
+    save(tmp_path / "2", seed=2)
+    source, second = source_of(tmp_path / "2"), tmp_path / "2" / "model-1.safetensors"
+    with pytest.raises(SourceError, match=rf"{second} ends in the middle of norm") as caught:
+        for number, _ in enumerate(source.read(ORDER, room=StackedRoom())):
+            if number == 0:
+                size = second.stat().st_size
+                with second.open("r+b") as handle:
+                    handle.truncate(size - 4)
+    assert "cut while it was read" in str(caught.value)
