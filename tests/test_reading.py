@@ -1,5 +1,6 @@
 """Reading straight to where tensors go: one plan of it for every save of the same layout."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -67,6 +68,12 @@ def save(folder: Path, seed: int) -> dict[str, torch.Tensor]:
     return tensors
 
 
+def save_and_read(folder: Path, seed: int, room: StackedRoom) -> dict[str, torch.Tensor]:
+    tensors = save(folder, seed)
+    assert all(isinstance(landed, Landed) for landed in source_of(folder).read(ORDER, room=room))
+    return tensors
+
+
 def source_of(folder: Path) -> SafetensorsSource:
     return SafetensorsSource([str(file) for file in sorted(folder.iterdir())], str(folder))
 
@@ -91,17 +98,15 @@ def test_what_lands_is_where_it_goes_and_is_accounted_for(tmp_path: Path) -> Non
 
 def test_the_next_save_is_read_by_the_same_plan_and_has_its_own_values(tmp_path: Path) -> None:
     room = StackedRoom()
-    for step in ("1", "2"):
-        tensors = save(tmp_path / step, seed=int(step))
-        first = list(source_of(tmp_path / step).read(ORDER, room=room))
-        room.holds(tensors)
-        asked = room.asked if step == "1" else asked
+    room.holds(save_and_read(tmp_path / "1", 1, room))
+    asked = room.asked
+    tensors = save_and_read(tmp_path / "2", 2, room)
+    room.holds(tensors)
     assert room.asked == asked, "the second save was planned again"
     other = StackedRoom()
-    again = list(source_of(tmp_path / "1").read(ORDER, room=other))
+    list(source_of(tmp_path / "2").read(ORDER, room=other))
     assert other.asked == asked, "another room has other places"
-    assert [landed.names for landed in again] == [landed.names for landed in first]
-    assert torch.equal(other.stacked[0, 0], save(tmp_path / "1 again", seed=1)["experts.0.gate"])
+    other.holds(tensors)
 
 
 def test_other_shapes_under_the_same_names_are_planned_anew(tmp_path: Path) -> None:
@@ -122,10 +127,11 @@ def test_a_cut_file_and_its_tensor_are_named(tmp_path: Path) -> None:
     list(source_of(tmp_path / "1").read(ORDER, room=StackedRoom()))
     save(tmp_path / "2", seed=2)
     source, second = source_of(tmp_path / "2"), tmp_path / "2" / "model-1.safetensors"
-    with pytest.raises(SourceError, match=rf"{second} ends in the middle of norm") as caught:
-        for number, _ in enumerate(source.read(ORDER, room=StackedRoom())):
-            if number == 0:
-                size = second.stat().st_size
-                with second.open("r+b") as handle:
-                    handle.truncate(size - 4)
-    assert "cut while it was read" in str(caught.value)
+    last = max((place for place in source.places if place.file == second.name), key=lambda place: place.start)
+    reading = source.read(ORDER, room=StackedRoom())
+    next(reading)
+    os.truncate(second, second.stat().st_size - 4)
+    with pytest.raises(
+        SourceError, match=rf"{second} ends in the middle of {last.info.name}: it was cut while"
+    ):
+        list(reading)
