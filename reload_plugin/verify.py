@@ -66,6 +66,9 @@ _RULES: tuple[tuple[str, str], ...] = (
     ("draft (MTP) layer", r"(^|\.)mtp(_|\.)"),
 )
 
+_HEAD = re.compile(r"^(?!.*\.\d+\.)(.*\.)?(lm_head|embed_out|output)\.weight$")
+"""A head is in no numbered layer: those have an ``output`` of their own."""
+
 
 def ignorable(name: str, shape: tuple[int, ...], config: Any, quantized: bool, world_size: int) -> str | None:
     """The rule by which a weight that the model's loader passed over may be ignored, if there is one.
@@ -82,9 +85,7 @@ def ignorable(name: str, shape: tuple[int, ...], config: Any, quantized: bool, w
         if re.search(pattern, name) and not (rule == "attention mask buffer" and len(shape) == 1):
             return rule
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    if getattr(text, "tie_word_embeddings", False) and re.search(
-        r"(lm_head|embed_out|output)\.weight$", name
-    ):
+    if getattr(text, "tie_word_embeddings", False) and _HEAD.search(name):
         return "tied head"
     layers = getattr(text, "num_hidden_layers", None)
     found = re.search(r"layers\.(\d+)\.", name)
