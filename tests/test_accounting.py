@@ -14,8 +14,8 @@ import reload_plugin
 from reload_plugin.errors import UnexpectedWeightsError, WeightsError
 from reload_plugin.sources import checkpoint
 from reload_plugin.verify import ignorable
-from tests import checkpoints, oracle
-from tests.checkpoints import WEIGHTS, Config, read_tensors
+from tests import oracle
+from tests.checkpoints import WEIGHTS, read_tensors
 from tests.zoo import Case, case_named
 
 
@@ -25,17 +25,8 @@ def with_drafts(count: int) -> Case:
     return replace(plain, name=f"drafts_{count}", config={**plain.config, "num_nextn_predict_layers": count})
 
 
-def write_without_positions(folder: Path, config: Config, seed: int) -> None:
-    """As published, but for the position ids that older versions of transformers saved."""
-    checkpoints.write_minilm(folder, config, seed)
-    tensors = read_tensors(folder)
-    del tensors["embeddings.position_ids"]
-    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
-
-
-MINILM = replace(case_named("minilm"), builder=write_without_positions)
 NAMES = ("llama", "llama_tied", "gpt2", "w8a8_dynamic")
-CASES = {case.name: case for case in (*map(case_named, NAMES), with_drafts(0), with_drafts(1), MINILM)}
+CASES = {case.name: case for case in (*map(case_named, NAMES), with_drafts(0), with_drafts(1))}
 
 
 @dataclass
@@ -75,7 +66,6 @@ IGNORED = {
     "tied head": ("llama_tied", "lm_head.weight", (256, 128), "tied head"),
     "mask": ("gpt2", "transformer.h.0.attn.bias", (1, 1, 128, 128), "attention mask buffer"),
     "masked": ("gpt2", "transformer.h.0.attn.masked_bias", (), "attention mask buffer"),
-    "positions": ("minilm", "embeddings.position_ids", (1, 512), "position ids"),
     "draft": ("drafts_1", "model.layers.2.self_attn.o_proj.weight", (128, 128), "draft (MTP) layer"),
     "bias": (
         "w8a8_dynamic",
@@ -88,7 +78,6 @@ REFUSED = {
     "rotary": ("llama", "model.layers.0.self_attn.rotary_emb.weight", (16,)),
     "bias": ("llama", "model.layers.0.mlp.down_proj.bias", (128,)),
     "mask": ("gpt2", "transformer.h.0.attn.bias", (128,)),
-    "positions": ("minilm", "embeddings.position_id", (1, 512)),
     "no drafts": ("drafts_0", "model.layers.2.self_attn.o_proj.weight", (128, 128)),
     "beyond the drafts": ("drafts_1", "model.layer.2.self_attn.o_proj.weight", (128, 128)),
     "tied head": ("llama_tied", "lm_head.scale", (256,)),
