@@ -39,13 +39,13 @@ class ReloadReport(BaseModel):
     staging_bytes: int
     """Largest amount of load-format and uncommitted kernel-format memory held at one time."""
     seconds: dict[str, float]
-    """Wall seconds by stage: plan, load (source and loaders), process, agree (waiting for other ranks), commit
-    and, as a part of it, digest; finish; total.
+    """Wall seconds by stage: plan, load (source and loaders), process, agree (waiting for other ranks),
+    commit and, as a part of it, digest; finish; total.
 
     What is served changes during ``commit`` and at no other time, unless the policy is ``streaming``.
     ``finish`` is the whole call that ends an update, the one that wants a pause: what was not known to be
-    complete before, attention layers and the model's own hook are processed in it, then it waits for the other
-    ranks, then it commits. A worker does one thing at a time, so a request waits for the chunks before as well.
+    complete before, attention layers and the model's own hook are processed in it, then it waits for the
+    other ranks, then it commits. A worker does one thing at a time, so requests wait for each chunk too.
     """
     version: int
     """How many reloads this model has had; 0 is the cold start."""
