@@ -359,6 +359,7 @@ class ReloadSession:
 
     def _finish(self, check: bool) -> ReloadReport:
         self._require(State.OPEN)
+        started = time.perf_counter()
         if self._spoiled is not None:
             raise SessionError(f"This reload cannot be finished, only aborted: {self._spoiled}. {SERVES_OLD}")
         self._load_aside()
@@ -383,6 +384,7 @@ class ReloadSession:
             self.hide()
             if self.state is State.PROCESSING:
                 self.state = State.OPEN
+        self._seconds["finish"] = time.perf_counter() - started
         self.report = self._make_report(kept, ignored)
         self._drop()
         return self.report

@@ -39,7 +39,14 @@ class ReloadReport(BaseModel):
     staging_bytes: int
     """Largest amount of load-format and uncommitted kernel-format memory held at one time."""
     seconds: dict[str, float]
-    """Wall seconds by stage: plan, load (source and loaders), process, commit, total."""
+    """Wall seconds by stage: plan, load (source and loaders), process, agree (waiting for other ranks),
+    commit and, as a part of it, digest; finish; total.
+
+    What is served changes during ``commit`` and at no other time, unless the policy is ``streaming``.
+    ``finish`` is the whole call that ends an update, the one that wants a pause: what was not known to be
+    complete before, attention layers and the model's own hook are processed in it, then it waits for the
+    other ranks, then it commits. A worker does one thing at a time, so requests wait for each chunk too.
+    """
     version: int
     """How many reloads this model has had; 0 is the cold start."""
     weight_version: str | None = None
@@ -66,6 +73,9 @@ _RULES: tuple[tuple[str, str], ...] = (
     ("draft (MTP) layer", r"(^|\.)mtp(_|\.)"),
 )
 
+_HEAD = re.compile(r"^(?!.*\.\d+\.)(.*\.)?(lm_head|embed_out|output)\.weight$")
+"""A head is in no numbered layer: those have an ``output`` of their own."""
+
 
 def ignorable(name: str, shape: tuple[int, ...], config: Any, quantized: bool, world_size: int) -> str | None:
     """The rule by which a weight that the model's loader passed over may be ignored, if there is one.
@@ -82,9 +92,7 @@ def ignorable(name: str, shape: tuple[int, ...], config: Any, quantized: bool, w
         if re.search(pattern, name) and not (rule == "attention mask buffer" and len(shape) == 1):
             return rule
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    if getattr(text, "tie_word_embeddings", False) and re.search(
-        r"(lm_head|embed_out|output)\.weight$", name
-    ):
+    if getattr(text, "tie_word_embeddings", False) and _HEAD.search(name):
         return "tied head"
     layers = getattr(text, "num_hidden_layers", None)
     found = re.search(r"layers\.(\d+)\.", name)

@@ -101,6 +101,27 @@ def running(case: Case, folder: Path, **overrides: object) -> Iterator:
         stop(llm)
 
 
+@contextlib.contextmanager
+def built(case: Case, folder: Path) -> Iterator[torch.nn.Module]:
+    """The model of a case as vLLM makes, loads and processes it, with no engine around it.
+
+    The plugin stays registered: vLLM loads its plugins once in a process.
+    """
+    from vllm.model_executor.model_loader import get_model
+
+    import tests.online_methods  # noqa: F401  registers the tests' quantization methods
+    from reload_plugin import _vllm, plugin
+
+    plugin.register()
+    empty_cache = torch.accelerator.empty_cache
+    torch.accelerator.empty_cache = lambda: None  # vLLM's CPU runner does this too: there is no accelerator
+    try:
+        with _vllm.one_rank(str(folder), ENGINE_KWARGS | dict(case.engine_kwargs)) as config:
+            yield get_model(vllm_config=config)
+    finally:
+        torch.accelerator.empty_cache = empty_cache
+
+
 def model_of(llm: object) -> torch.nn.Module:
     """The model inside the one worker of an in-process engine."""
     return llm.collective_rpc(lambda worker: worker.get_model())[0]

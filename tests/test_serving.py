@@ -17,7 +17,9 @@ from pathlib import Path
 import pytest
 import torch
 
+import reload_plugin
 from reload_plugin import _vllm, abort_weight_update, plugin, transfer
+from reload_plugin.commit import Commit
 from reload_plugin.errors import MissingWeightsError, SessionError, SourceError
 from tests import oracle
 from tests.checkpoints import read_tensors
@@ -33,6 +35,8 @@ CLIENTS = 3
 CHUNKS = 3
 ABORTED = 10
 """The update that starts with one that fails after some chunks."""
+PROJECTIONS = 4 * SIZES["num_hidden_layers"]
+"""Layers that processing packs: qkv, o, gate and up, down."""
 TRANSFER = {"backend": transfer.BACKEND}
 
 Answer = tuple[tuple[str, ...], tuple[float, ...]]
@@ -216,6 +220,44 @@ def test_a_finish_that_fails_leaves_an_update_that_can_be_ended(
     with pytest.raises(SourceError):
         send(llm, folders["A"] / "nothing")
     update(llm, folders["B"], chunks)
+
+
+def test_the_pause_is_the_finish_and_the_report_gives_it(
+    llm: object,
+    model: torch.nn.Module,
+    folders: dict[str, Path],
+    chunks: list[list[str]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Layers are processed while the chunks come, beside the old weights, and not in the pause."""
+    process, apply, done = _vllm.process_layers, Commit.apply, []
+
+    def processing(original: object, layers: list, *others: object) -> None:
+        done.extend(name for name, _ in layers)
+        process(original, layers, *others)
+
+    def applying(commit: Commit) -> None:
+        done.append("a commit")
+        apply(commit)
+
+    on_b = answers(llm)
+    monkeypatch.setattr(_vllm, "process_layers", processing)
+    monkeypatch.setattr(Commit, "apply", applying)
+    llm.start_weight_update()
+    for names in chunks:
+        send(llm, folders["A"], names)
+    before = done.copy()
+    assert len([name for name in before if name.endswith("_proj")]) == PROJECTIONS
+    assert answers(llm) == on_b
+    llm.finish_weight_update()
+    finishing = done[len(before) :]
+    assert "a commit" not in before
+    assert set(finishing[finishing.index("a commit") :]) == {"a commit"}, "processed during the commit"
+    assert not [name for name in finishing if name.endswith("_proj")]
+    seconds = reload_plugin.status(model)[0].report.seconds
+    assert 0 < seconds["digest"] < seconds["commit"] < seconds["finish"] < seconds["total"]
+    update(llm, folders["B"], chunks)
+    assert answers(llm) == on_b
 
 
 @pytest.mark.usefixtures("model")

@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import reload_plugin
 from tests import oracle, zoo
 from tests.checkpoints import read_tensors
 from tests.zoo import Case
@@ -59,8 +60,15 @@ class Engine:
             assert part in text, f"rank {rank}: {text!r} instead of {part!r}"
         self.assert_is("A")
 
-    def reload(self, letter: str) -> None:
-        self.llm.collective_rpc("reload_weights", kwargs={"weights_path": self.folders[letter]})
+    def reload(self, letter: str, name: str | None = None) -> None:
+        options = {"weights_path": self.folders[letter], "weight_version": name}
+        self.llm.collective_rpc("reload_weights", kwargs=options)
+
+    def told(self) -> list[dict[str, object]]:
+        """What each rank says that it serves."""
+        said = reload_plugin.status(self.llm)
+        assert [one.rank for one in said] == [0, 1]
+        return [one.model_dump(include={"version", "weight_version", "digest"}) for one in said]
 
 
 # --- on a rank ---
@@ -189,10 +197,24 @@ def each_rank_plans(engine: Engine) -> None:
 
 
 def source_raises(engine: Engine) -> None:
+    """On one rank; neither of them says that it serves anything new, until one reload is good on both."""
+    engine.reload("A", "step 7")
+    first = engine.told()
     own, others = "SourceError", "RanksDisagreeError: Not every rank is ready"
     engine.assert_refused(engine.on(1, raising), others, own)
     engine.assert_refused(engine.on(0, raising), own, others)
     assert "the line went dead" in engine.on(1, raising)[0], "the others are not told why"
+    assert engine.told() == first
+    engine.reload("B", "step 8")
+    second = engine.told()
+    engine.reload("A", "step 7")
+    third = engine.told()
+    for number, said in enumerate((first, second, third)):
+        assert [one["version"] for one in said] == [first[0]["version"] + number] * 2
+        assert [one["weight_version"] for one in said] == [("step 7", "step 8")[number % 2]] * 2
+    digests = [[one["digest"] for one in said] for said in (first, second, third)]
+    assert digests[0] == digests[2]
+    assert len({*digests[0], *digests[1], None}) == 5, "ranks and generations cannot be told apart"
 
 
 def names_are_missing(engine: Engine) -> None:

@@ -265,9 +265,8 @@ def push(
         "policy": policy,
         "partial": partial,
         "check_finite": check_finite,
-        "digest": digest,
     }
-    options = {name: value for name, value in given.items() if value}
+    options = {name: value for name, value in given.items() if value} | ({} if digest else {"digest": False})
     chunk_bytes = None if chunk_mib is None else chunk_mib << 20
     with remote.Server(url, api_key, timeout) as server:
         return remote.push(server, checkpoint, options, pause.value, reset_prefix_cache, chunk_bytes, json)
