@@ -100,6 +100,7 @@ def test_the_next_save_is_read_by_the_same_plan_and_has_its_own_values(tmp_path:
     room = StackedRoom()
     room.holds(save_and_read(tmp_path / "1", 1, room))
     asked = room.asked
+    assert asked, "nothing was planned for this room"
     tensors = save_and_read(tmp_path / "2", 2, room)
     room.holds(tensors)
     assert room.asked == asked, "the second save was planned again"
