@@ -277,8 +277,9 @@ class LoadTrace(TorchDispatchMode):
             return
         if storage.closed:
             raise self.late(storage.primary.name)
-        if func is torch.ops.aten.copy_.default:
-            self._check_copy(name, target, args[1], storage)
+        if func is torch.ops.aten.copy_.default and (reason := self._misfit(name, target, args[1], storage)):
+            storage.coverage.add(_in_elements_of(target, storage))  # it came: not missing as well
+            self.reject(name, reason)
         if target.numel() == 0:
             return  # padding of which there is none
         if name != self.current:
@@ -289,21 +290,21 @@ class LoadTrace(TorchDispatchMode):
         region = storage.coverage.add(_in_elements_of(target, storage))
         self.loaded.slots.setdefault(name, []).append(Slot(name, storage.primary.name, region))
 
-    def _check_copy(
+    def _misfit(
         self, name: str, target: torch.Tensor, source: torch.Tensor, storage: StagedStorage
-    ) -> None:
+    ) -> str | None:
+        """Why a copy that torch would do is not what a checkpoint means."""
         parameter = storage.primary.name
         if source.numel() != target.numel() and not (source.numel() == 1 and _SCALE.search(parameter)):
-            self.reject(
-                name,
+            return (
                 f"shape {list(self.loaded.shapes.get(name, source.shape))} would be broadcast from "
-                f"{list(source.shape)} to {list(target.shape)} in {parameter}",
+                f"{list(source.shape)} to {list(target.shape)} in {parameter}"
             )
         whole = not (target.dtype.is_floating_point or target.dtype.is_complex)
-        if whole and source.dtype.is_floating_point and source.dtype.itemsize > 1:
-            self.reject(name, f"{source.dtype} cannot be loaded into {target.dtype} of {parameter}")
-        if source.dtype.is_complex and not target.dtype.is_complex:
-            self.reject(name, f"{source.dtype} cannot be loaded into {target.dtype} of {parameter}")
+        cut = whole and source.dtype.is_floating_point and source.dtype.itemsize > 1
+        if cut or (source.dtype.is_complex and not target.dtype.is_complex):
+            return f"{source.dtype} cannot be loaded into {target.dtype} of {parameter}"
+        return None
 
     def _check_used_up(self, incoming: torch.Tensor, writes: tuple[Write, ...]) -> None:
         """A weight of which the loader takes only a part is too large for the place it goes to."""

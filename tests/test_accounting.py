@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 import reload_plugin
-from reload_plugin.errors import UnexpectedWeightsError, WeightsError
+from reload_plugin.errors import MisshapenWeightsError, UnexpectedWeightsError
 from reload_plugin.sources import checkpoint
 from reload_plugin.verify import ignorable
 from tests import oracle
@@ -229,7 +229,7 @@ def test_a_cast_that_would_lose_everything_is_refused_before_a_byte_is_read(
     save_file(tensors | {name: tensors[name].to(dtype)}, tmp_path / WEIGHTS)
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint, "read_parcels", lambda *_: pytest.fail("a weight was read"))
-        with pytest.raises(WeightsError) as caught:
+        with pytest.raises(MisshapenWeightsError) as caught:
             reload_plugin.reload_weights(served.model, weights_path=str(tmp_path))
     assert list(caught.value.misshapen) == [name]
     assert f"{dtype} cannot be loaded into {target}" in str(caught.value)
