@@ -29,7 +29,7 @@ from reload import ask_cold, bytes_of, machine
 from rich.console import Console
 from tqdm import tqdm
 
-SIZE = {"layers": 60, "hidden": 1024, "vocabulary": 32768, "experts": 0}
+SIZE = {"layers": 60, "hidden": 1024, "vocabulary": 32768, "experts": 0, "inner": 3072}
 """663 tensors, 2.0 GB; the largest layer has 64 MiB."""
 BEYOND = 128 * MIB
 """Bytes that a reload may take beside the largest layer."""

@@ -1,4 +1,4 @@
-"""Random checkpoints of a chosen size: one dense, one a mixture of many small experts."""
+"""Random checkpoints of a chosen size: one dense, two mixtures of many small experts."""
 
 import json
 from pathlib import Path
@@ -6,13 +6,15 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-SIZES = ("layers", "hidden", "vocabulary", "experts")
+SIZES = ("layers", "hidden", "vocabulary", "experts", "inner")
 HEAD = 128  # width of an attention head
 DEFAULTS = {
     # 28 layers of 11 tensors and 3 more: 311 tensors, 1.0 GB
-    "dense": {"layers": 28, "hidden": 1024, "vocabulary": 32768, "experts": 0},
+    "dense": {"layers": 28, "hidden": 1024, "vocabulary": 32768, "experts": 0, "inner": 3072},
     # 8 layers of 3 · 128 + 9 tensors and 3 more: 3,147 tensors, 0.4 GB
-    "moe": {"layers": 8, "hidden": 256, "vocabulary": 8192, "experts": 128},
+    "moe": {"layers": 8, "hidden": 256, "vocabulary": 8192, "experts": 128, "inner": 256},
+    # 50 layers of 3 · 128 + 9 tensors and 3 more: 19,653 tensors, 0.3 GB
+    "many": {"layers": 50, "hidden": 128, "vocabulary": 8192, "experts": 128, "inner": 64},
 }
 
 
@@ -36,7 +38,7 @@ def write(folder: Path, size: dict[str, int], seed: int) -> Path:
 
 def shapes(size: dict[str, int]) -> dict[str, tuple[int, ...]]:
     """Every tensor of the checkpoint, by its name on disk."""
-    hidden, heads, inner = size["hidden"], _heads(size), _inner(size)
+    hidden, heads, inner = size["hidden"], _heads(size), size["inner"]
     result: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (size["vocabulary"], hidden)}
     for layer in range(size["layers"]):
         prefix = f"model.layers.{layer}"
@@ -66,10 +68,6 @@ def _heads(size: dict[str, int]) -> int:
     return max(1, size["hidden"] // HEAD)
 
 
-def _inner(size: dict[str, int]) -> int:
-    return size["hidden"] if size["experts"] else 3 * size["hidden"]
-
-
 def _config(size: dict[str, int]) -> dict:
     config = {
         "architectures": ["Qwen3MoeForCausalLM" if size["experts"] else "Qwen3ForCausalLM"],
@@ -77,7 +75,7 @@ def _config(size: dict[str, int]) -> dict:
         "torch_dtype": "bfloat16",
         "vocab_size": size["vocabulary"],
         "hidden_size": size["hidden"],
-        "intermediate_size": _inner(size),
+        "intermediate_size": size["inner"],
         "num_hidden_layers": size["layers"],
         "num_attention_heads": 2 * _heads(size),
         "num_key_value_heads": _heads(size),
@@ -92,7 +90,7 @@ def _config(size: dict[str, int]) -> dict:
     experts = {
         "num_experts": size["experts"],
         "num_experts_per_tok": min(8, size["experts"]),
-        "moe_intermediate_size": _inner(size),
+        "moe_intermediate_size": size["inner"],
         "decoder_sparse_step": 1,
         "mlp_only_layers": [],
         "norm_topk_prob": True,

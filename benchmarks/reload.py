@@ -47,8 +47,16 @@ def time_reloads(folders: dict[str, str], reloads: int) -> list[dict[str, Any]]:
             started = time.perf_counter()
             llm.collective_rpc("reload_weights", kwargs={"weights_path": folders[side]})
             seconds = time.perf_counter() - started
-            results.append({"side": side, "seconds": seconds, "answer": engine.answer(llm)})
+            stages = stages_of(llm)
+            results.append({"side": side, "seconds": seconds, "stages": stages, "answer": engine.answer(llm)})
     return results
+
+
+def stages_of(llm: Any) -> dict[str, float]:
+    """Where the last reload's time went, as its report says; empty without this package."""
+    if os.environ.get("RELOAD_PLUGIN") == "0":
+        return {}
+    return llm.collective_rpc("reload_status")[0]["report"]["seconds"]
 
 
 def time_floor(folders: dict[str, str]) -> dict[str, float]:
@@ -97,7 +105,8 @@ def measure(kind: str, size: dict[str, int], rounds: int, reloads: int, root: Pa
 def judge(run: list[dict[str, Any]], truth: dict[str, Any]) -> list[dict[str, Any]]:
     """Replace each answer by whether it is a cold start's, bit for bit."""
     return [
-        {"side": one["side"], "seconds": one["seconds"], "right": one["answer"] == truth[one["side"]]}
+        {name: value for name, value in one.items() if name != "answer"}
+        | {"right": one["answer"] == truth[one["side"]]}
         for one in run
     ]
 
@@ -132,10 +141,19 @@ def summary(measured: dict[str, Any]) -> dict[str, Any]:
             "later": spread([one["seconds"] for run in runs[name] for one in run[1:]]),
             "right": all(one["right"] for run in runs[name] for one in run),
         }
+    result["stages"] = {
+        "first": medians([run[0]["stages"] for run in runs["ours"]]),
+        "later": medians([one["stages"] for run in runs["ours"] for one in run[1:]]),
+    }
     for when in ("first", "later"):
         result[f"ours over floor, {when}"] = result["ours"][when]["median"] / result["floor"]["median"]
         result[f"vllm over ours, {when}"] = result["vllm"][when]["median"] / result["ours"][when]["median"]
     return result
+
+
+def medians(stages: list[dict[str, float]]) -> dict[str, float]:
+    """Median seconds of each stage."""
+    return {name: statistics.median(one[name] for one in stages) for name in stages[0]}
 
 
 def spread(seconds: list[float]) -> dict[str, float]:
@@ -165,6 +183,22 @@ def markdown(report: dict[str, Any]) -> str:
             f"{'right' if found['vllm']['right'] else '**wrong**'} |"
             for when in ("first", "later")
         ]
+    return "\n".join(lines)
+
+
+def stages_markdown(report: dict[str, Any]) -> str:
+    """Where this package's time goes: median seconds of each stage, one line a model and kind of reload."""
+    rows = [
+        (f"{kind}, {when}", model["summary"]["stages"][when])
+        for kind, model in report["models"].items()
+        for when in ("first", "later")
+    ]
+    names = list(dict.fromkeys(name for _, stages in rows for name in stages))
+    lines = ["| reload | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
+    lines += [
+        f"| {what} | " + " | ".join(f"{stages.get(name, 0):.3f}" for name in names) + " |"
+        for what, stages in rows
+    ]
     return "\n".join(lines)
 
 
@@ -216,8 +250,9 @@ def main() -> None:
         report["models"][kind] = measured | {"summary": summary(measured)}
     arguments.output.mkdir(parents=True, exist_ok=True)
     (arguments.output / "reload.json").write_text(json.dumps(report, indent=1))
-    (arguments.output / "reload.md").write_text(markdown(report) + "\n")
-    Console(width=None if sys.stdout.isatty() else 240).print(markdown(report), markup=False)
+    tables = markdown(report) + "\n\n" + stages_markdown(report)
+    (arguments.output / "reload.md").write_text(tables + "\n")
+    Console(width=None if sys.stdout.isatty() else 240).print(tables, markup=False)
     print(f"written: {arguments.output / 'reload.json'} and reload.md")
 
 

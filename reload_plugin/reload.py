@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -110,6 +111,7 @@ def reload_weights(
             could not be brought back; the engine refuses to serve until a reload succeeds.
 
     """
+    started = time.perf_counter()
     with noting_failures(model) as record, as_reload_errors(record):
         chosen = options(**how)
         _require_one_rank(record, chosen.policy)
@@ -127,7 +129,8 @@ def reload_weights(
                 report = copy_kernel_format(model, source.read(), path, chosen)
             else:
                 report = _from_source(model, record, source, chosen)
-        report = note_report(record, report)
+        seconds = report.seconds | {"total": time.perf_counter() - started}
+        report = note_report(record, report.model_copy(update={"seconds": seconds}))
     trim_heap()
     return report
 
@@ -169,7 +172,9 @@ def _from_iterator(
         return _partially(model, record, top, chosen)
     if _spills(model, record, chosen):
         return _from_spilled(model, record, weights, chosen)
+    started = time.perf_counter()
     learn_routes(model, record)
+    planned = time.perf_counter() - started
     policy: Policy = "streaming" if chosen.policy == "streaming" else "staged"
     known = expected(model, record, plan, chosen.whole_model)
     with _keeping(chosen, "the iterator") as kept:
@@ -179,7 +184,7 @@ def _from_iterator(
             report = session.finish()
     found = {name: rule for name, rule in record.kept.items() if session.ledger.took_by_name(name)}
     found = plan.kept if plan is not None else found
-    report = report.model_copy(update={"kept": found | report.kept, "old_generation": _way_back(policy)})
+    report = _completed(report, found | report.kept, _way_back(policy), planned)
     after_commit(record, kept, session, plan)
     record.kept = report.kept
     return report
@@ -312,7 +317,9 @@ def _from_source(
 ) -> ReloadReport:
     if chosen.partial:
         return _partially(model, record, source, chosen)
+    started = time.perf_counter()
     plan = plan_for(model, record, source)
+    planned = time.perf_counter() - started
     if plan is not None:
         plan.raise_problems(source.description)
     policy, way_back = _policy_for(model, record, plan, chosen)
@@ -326,10 +333,16 @@ def _from_source(
                 session.load(weights, between)
             report = session.finish()
     found = plan.kept | report.kept if plan is not None else report.kept
-    report = report.model_copy(update={"kept": found, "old_generation": way_back})
+    report = _completed(report, found, way_back, planned)
     after_commit(record, kept or source, session, plan)
     record.kept = report.kept
     return report
+
+
+def _completed(report: ReloadReport, kept: dict[str, str], way_back: str, planned: float) -> ReloadReport:
+    """A session's report with what only its caller knows; ``planned`` are the seconds of the plan."""
+    seconds = report.seconds | {"plan": planned}
+    return report.model_copy(update={"kept": kept, "old_generation": way_back, "seconds": seconds})
 
 
 def _policy_for(
