@@ -21,7 +21,7 @@ import reload_plugin
 from reload_plugin import _vllm, errors, memory, staging
 from reload_plugin.record import record_of
 from reload_plugin.reload import before_serving
-from reload_plugin.sources import reading
+from reload_plugin.sources import reading, safetensors_files
 from tests import oracle
 from tests.checkpoints import read_tensors
 from tests.zoo import case_named
@@ -865,6 +865,8 @@ def test_staging_memory_is_used_again_from_layer_to_layer(
     monkeypatch.setattr(memory, "SMALL", 1)
     monkeypatch.setattr(staging, "SMALL", 1)
     monkeypatch.setattr(reading, "BATCH", 1)
+    anew = safetensors_files._remembered_parcels.__wrapped__  # those of earlier tests are larger
+    monkeypatch.setattr(safetensors_files, "_remembered_parcels", anew)
     taken, fresh = [], []
     take, private = memory.HostPool.take, memory._private
     monkeypatch.setattr(memory.HostPool, "take", lambda pool, size: taken.append(size) or take(pool, size))
