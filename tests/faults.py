@@ -154,7 +154,8 @@ class Lab:
         """A good reload gives the engine of a cold start, and back, by both faces."""
         for reload in (oracle.reload_from_folder, oracle.reload_from_stream):
             reload(self.llm, self.folders["B"])
-            now = oracle.Snapshot(oracle.answer(self.llm), oracle.live_tensors(self.model))
+            digest = oracle.served_digest(self.llm)
+            now = oracle.Snapshot(oracle.answer(self.llm), oracle.live_tensors(self.model), digest)
             assert oracle.compare_values("cold(B)", now, self.cold_b) == []
             assert self.differs_from("B") == ""
             self.heal()
