@@ -27,8 +27,8 @@ def add_tensor(total: xxhash.xxh3_128, tensor: torch.Tensor) -> None:
             add_tensor(total, getattr(tensor, name))
         return
     total.update(f"{tensor.dtype} {tuple(tensor.shape)} {tensor.stride()};".encode())
-    if tensor.is_meta or not tensor.numel():
-        return
+    if tensor.is_meta or not tensor.numel() or not tensor.untyped_storage().nbytes():
+        return  # no values: on meta, empty, or its memory was given back
     for part in _contiguous_parts(tensor.detach()):
         if part.device.type == "cpu":
             total.update(_bytes_of(part).numpy().data)
