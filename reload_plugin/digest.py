@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import logging
+
 import torch
 import xxhash
 
 from .hashing import add_tensor
 from .holders import Contents, owns_native, reachable, read
 from .record import HolderRecord, ModelRecord, TensorRecord, storage_id
+
+logger = logging.getLogger("vllm.reload_plugin")
 
 
 def digest_of(record: ModelRecord) -> str | None:
@@ -19,15 +23,20 @@ def digest_of(record: ModelRecord) -> str | None:
     same digest.
 
     Returns:
-        None when native handles were made unseen, or without being hashed (``digest=False``).
+        None when native handles were made unseen, or without being hashed (``digest=False``), and when
+        something cannot be hashed, which is logged: the new weights are served by then.
 
     """
     book = _Book(record)
-    for layer in record.layers:
-        for holder in layer.holders:
-            held = holder.ref()
-            if held is not None:
-                book.add_holder(f"{layer.name}.{holder.path}", holder, read(held))
+    try:
+        for layer in record.layers:
+            for holder in layer.holders:
+                held = holder.ref()
+                if held is not None:
+                    book.add_holder(f"{layer.name}.{holder.path}", holder, read(held))
+    except Exception as error:  # noqa: BLE001 - tensors of any kind; no digest is worth a failed reload
+        logger.warning("What is served has no digest: %s: %s", type(error).__name__, error)
+        return None
     return book.close()
 
 

@@ -18,7 +18,14 @@ from vllm.model_executor.model_loader.reload.layerwise import initialize_online_
 from vllm.model_executor.model_loader.weight_utils import default_weight_loader
 from vllm.model_executor.utils import replace_parameter, set_weight_attrs
 
-from reload_plugin import ReloadSession, plugin, record_for_reloading, reload_weights, restore_for_reloading
+from reload_plugin import (
+    ReloadSession,
+    digest,
+    plugin,
+    record_for_reloading,
+    reload_weights,
+    restore_for_reloading,
+)
 from reload_plugin.commit import Commit
 from reload_plugin.errors import (
     DuplicateWeightsError,
@@ -746,3 +753,15 @@ def test_the_report_accounts_for_what_came() -> None:
         assert report.policy == "staged"
         assert report.staging_bytes >= 4 * 3 * 4
         assert report.seconds["total"] >= sum(report.seconds.get(s, 0) for s in ("process", "commit"))
+
+
+def test_what_cannot_be_hashed_leaves_a_reload_without_a_digest(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = start()
+    assert reload(model, B).digest is not None
+
+    def unhashable(total: object, tensor: torch.Tensor) -> None:
+        raise NotImplementedError(f"no bytes in a {type(tensor).__name__}")
+
+    monkeypatch.setattr(digest, "add_tensor", unhashable)
+    report = reload(model, B)
+    assert (report.digest, report.version) == (None, 2)
