@@ -17,7 +17,6 @@ from . import _vllm
 from .errors import EngineBrokenError, ReloadError, SessionError, SourceError
 from .interrupts import held
 from .ledger import Expected
-from .memory import HostPool
 from .overflow import Overflow
 from .plan import Plan, PlanUnavailableError, make_plan
 from .ranks import vote_for
@@ -51,7 +50,6 @@ def session_for(
     description: str,
     policy: Policy,
     known: Expected,
-    pool: HostPool | None = None,
     **chosen: Any,
 ) -> ReloadSession:
     """A session over a model that puts weights aside on disk when they come in too wild an order."""
@@ -67,7 +65,6 @@ def session_for(
         source=description,
         policy=policy,
         expected=known,
-        pool=pool,
         overflow=overflow,
         agree=record.vote,
         **chosen,

@@ -28,6 +28,7 @@ from torch.utils._pytree import tree_leaves
 from . import _vllm
 from .formats import SMALL_BYTES, AsServed, Constant, Geometry, Initial, TensorFormat, Uninitialised, Values
 from .holders import ABSENT, Contents, Key, holders_of, read, same
+from .memory import HostPool
 from .serving import Serving
 
 SMALL_GROUP = 64 << 10
@@ -233,6 +234,8 @@ class ModelRecord:
     """Parameter -> how completely that checkpoint writes it."""
     broken: str | None = None
     """Why the model holds a mixture of two generations, if it does."""
+    pool: HostPool = field(default_factory=HostPool)
+    """Memory for staging, kept from reload to reload."""
     vote: Any = None
     """This rank's vote in the reload that is under way, where several ranks hold the model."""
 

@@ -36,7 +36,7 @@ from .interrupts import between
 from .kernel_format import copy_kernel_format
 from .ledger import Expected
 from .load import Feed, LoadTrace, Problems
-from .memory import HostPool, available, trim_heap
+from .memory import available, trim_heap
 from .options import ReloadOptions, options
 from .partial import absorbed, base_of, laid_over, update_in_place
 from .plan import Plan
@@ -131,6 +131,7 @@ def reload_weights(
                 report = _from_source(model, record, source, chosen)
         seconds = report.seconds | {"total": time.perf_counter() - started}
         report = note_report(record, report.model_copy(update={"seconds": seconds}))
+        record.pool.settle()
     trim_heap()
     return report
 
@@ -323,13 +324,12 @@ def _from_source(
     if plan is not None:
         plan.raise_problems(source.description)
     policy, way_back = _policy_for(model, record, plan, chosen)
-    pool = HostPool()
     known = expected(model, record, plan, chosen.whole_model)
     with _keeping(chosen, source.description) as kept:
-        session = _session(model, record, source.description, policy, known, chosen, kept, pool)
+        session = _session(model, record, source.description, policy, known, chosen, kept)
         with whole_or_broken(model, record, session, undo=way_back != "none"), session:
             order = plan.order if plan is not None else None
-            with contextlib.closing(source.read(order, pool, session.room)) as weights:
+            with contextlib.closing(source.read(order, record.pool, session.room)) as weights:
                 session.load(weights, between)
             report = session.finish()
     found = plan.kept | report.kept if plan is not None else report.kept
@@ -414,7 +414,6 @@ def _session(
     known: Expected,
     chosen: ReloadOptions,
     kept: Kept | None,
-    pool: HostPool | None = None,
 ) -> ReloadSession:
     def inspect(name: str, tensor: torch.Tensor) -> str | None:
         if kept is not None:
@@ -427,7 +426,6 @@ def _session(
         description,
         policy,
         known,
-        pool,
         whole_model=chosen.whole_model,
         inspect=inspect if kept is not None or chosen.check_finite else None,
         spill_dir=chosen.spill_dir,

@@ -7,8 +7,30 @@ from collections.abc import Callable, Sequence
 import torch
 
 from .ledger import Ledger
+from .load import LoadTrace
+from .memory import HostPool
 from .routes import Write
 from .sources import TensorInfo
+
+
+class StagingMemory:
+    """Staging of parameters by their names, allocated when it is first asked for."""
+
+    def __init__(self, ledger: Ledger, trace: LoadTrace, pool: HostPool) -> None:
+        self._ledger = ledger
+        self._trace = trace
+        self._pool = pool
+
+    def __call__(self, parameter: str) -> torch.UntypedStorage:
+        """Raises ``LateWriteError`` when the parameter's group is processed already."""
+        storage = self._ledger.storage_of(parameter)
+        if storage.closed:
+            raise self._trace.late(parameter)
+        if not storage.materialised:
+            storage.materialise(pool=self._pool)
+            self._ledger.renewed(storage)
+            self._trace.watch([storage])
+        return storage.storage
 
 
 class StagingRoom:

@@ -30,11 +30,11 @@ from .errors import NotRecordedError, SessionError, SourceError, weights_error
 from .interrupts import between, deliver, held, let_through
 from .ledger import Expected, Ledger
 from .load import Feed, Fetching, Loaded, LoadTrace, Problems, load_all, load_by_routes
-from .memory import SMALL, Gauge, HostPool, resident, trim_heap
+from .memory import SMALL, Gauge, resident, trim_heap
 from .overflow import OPEN_BUDGET, OPEN_STREAMING, Overflow
 from .process import ProcessWeights, process_stage, process_tail
 from .record import Group, ModelRecord, record_of, storage_id
-from .room import StagingRoom
+from .room import StagingMemory, StagingRoom
 from .routes import Route, Routes, follow
 from .serving import Serving
 from .sources import Landed
@@ -72,7 +72,6 @@ class ReloadSession:
             of extra memory) and needs a caller that can bring the old weights back.
         whole_model: process no layer before all weights are loaded (for loaders that revisit layers).
         expected: what is known of the weights before they come.
-        pool: memory for staging. Weights come from it as well and may be kept: for sources of our own.
         dry: only find out where weights would go; see ``plan``.
         overflow: puts weights aside that come while too many layers wait for the rest of theirs.
         inspect: sees every weight as it comes; a text that it returns says that the weight is not finite.
@@ -93,7 +92,6 @@ class ReloadSession:
         policy: Policy = "staged",
         whole_model: bool = False,
         expected: Expected | None = None,
-        pool: HostPool | None = None,
         dry: bool = False,
         overflow: Overflow | None = None,
         inspect: Callable[[str, torch.Tensor], str | None] | None = None,
@@ -118,7 +116,6 @@ class ReloadSession:
         self._spilled = 0
         self._resident = resident()
         self._largest = 0
-        self._pool = HostPool() if pool is None else pool
         self._expected = expected or Expected()
         self._overflow = overflow
         self._inspect = inspect
@@ -149,6 +146,7 @@ class ReloadSession:
         self._gauge = Gauge()
         self._moved: list[str] = []
         by_hand = inspect is not None or (overflow is not None and not self._expected.planned)
+        self._memory = StagingMemory(self.ledger, self._trace, self._record.pool)
         self.room = StagingRoom(self.ledger, self._memory, by_hand)
 
     # -- life -------------------------------------------------------------------------------------
@@ -176,6 +174,7 @@ class ReloadSession:
         groups = [group for group in self._record.groups if chosen is None or group.name in chosen]
         self._stages = [Stage(group, device, shared, self._gauge) for group in groups]
         self._largest = max((group.nbytes for group in self._record.groups), default=0)
+        self._record.pool.reserve(self._largest)
         self.state = State.OPEN
 
     def load(
@@ -279,19 +278,6 @@ class ReloadSession:
         """Account for weights that were read to where they go, and process the layers that are complete."""
         self._trace.note_landed(landed)
         self._close_all(self.ledger.note_landed(landed))
-
-    def _memory(self, parameter: str) -> torch.UntypedStorage:
-        storage = self.ledger.storage_of(parameter)
-        if storage.closed:
-            raise self._trace.late(parameter)
-        if not storage.materialised:
-            storage.materialise(pool=self._pool)
-            self._renewed(storage)
-        return storage.storage
-
-    def _renewed(self, storage: StagedStorage) -> None:
-        self.ledger.renewed(storage)
-        self._trace.watch([storage])
 
     @contextlib.contextmanager
     def loading(self) -> Iterator[None]:
@@ -541,11 +527,13 @@ class ReloadSession:
             gone = self._let_go(stage, commit.kept_storages(applied=True))
             stage.drop()
             commit.forget()
-            self._recycle(gone)
+            for storage in gone:
+                storage.let_go()
             return
         self._gauge.add(commit.nbytes_beside(stage))
         self._results += commit.nbytes_beside(stage)
-        self._recycle(self._let_go(stage, commit.kept_storages(applied=False)))
+        for storage in self._let_go(stage, commit.kept_storages(applied=False)):
+            storage.let_go()
         self._results += sum(storage.nbytes for storage in stage.storages if storage.materialised)
         self._prepared += stage.group.nbytes
         self._staged.append((stage, commit))
@@ -559,10 +547,6 @@ class ReloadSession:
         for storage in gone:
             self._trace.storages.pop(storage.key, None)
         return gone
-
-    def _recycle(self, gone: list[StagedStorage]) -> None:
-        for storage in gone:
-            storage.give_back(self._pool)
 
     def _apply(self, commit: Commit) -> None:
         self._moved += [path for _, _, path in commit.moves]

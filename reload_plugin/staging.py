@@ -126,13 +126,12 @@ class StagedStorage:
             self.views[id(record)] = view
             self.objects[id(record)].data = view
 
-    def give_back(self, pool: HostPool) -> None:
-        """Return a pool's block, once nothing else refers to it."""
+    def let_go(self) -> None:
+        """Refer to the memory no longer; a pool has its block back once nothing else does either."""
         self._forget()
         self.views.clear()
         self.objects.clear()
-        block, self.storage = self.storage, torch.UntypedStorage(0)
-        pool.give(block)
+        self.storage = torch.UntypedStorage(0)
 
     def release(self) -> None:
         """Give the memory back, also under views that a loader still holds."""

@@ -93,20 +93,22 @@ class ReadAhead:
         self.threaded = _cores() > torch.get_num_threads()
         self._batches: queue.SimpleQueue[Batch | None] = queue.SimpleQueue()
         self._stop = False
-        self._thread = threading.Thread(target=self._work, name="reload_plugin reader", daemon=True)
+        self._thread: threading.Thread | None = None
 
     def __enter__(self) -> ReadAhead:
         if self.threaded:
+            self._thread = threading.Thread(target=self._work, name="reload_plugin reader", daemon=True)
             self._thread.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self.threaded:
+        if self._thread is not None:
             self._stop = True
             self._batches.put(None)
             self._thread.join()
+            self._thread = None
 
     def submit(self, runs: Sequence[Run], held: Sequence[object]) -> Batch:
         """Have ``runs`` read soon; ``held`` owns their memory."""

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import torch
 
-from ..memory import HostPool, uses
+from ..memory import HostPool
 from .base import Landed, Room, Stream, TensorInfo
 from .readahead import IOV_MAX, Batch, Piece, ReadAhead, Run, read_piece, runs_of, view_of
 
@@ -234,7 +234,6 @@ class _Reading:
         self._paths = paths
         self._pool = pool
         self._room = room
-        self._lent: list[torch.UntypedStorage] = []
 
     def all(self, parcels: Iterator[Parcel]) -> Iterator[tuple[str, torch.Tensor] | Landed]:
         waiting: deque[_Asked] = deque()
@@ -258,7 +257,6 @@ class _Reading:
                     if isinstance(place, Assembly):
                         self._gather(place, tensors[-1])
                     yield place.info.name, tensors.pop()
-                self._take_back()
 
     def _ask(self, reader: ReadAhead, parcel: Parcel) -> _Asked:
         """Have a parcel read: to where all of it goes if that is known, else to a tensor each."""
@@ -317,18 +315,9 @@ class _Reading:
         found = None if self._room is None else self._room(place.info)
         if found is not None:
             return found
-        storage = self._pool.take(place.nbytes)
-        self._lent.append(storage)
         empty = torch.empty(0, dtype=place.info.dtype, device="cpu")
         meta = place.info.meta()
-        return empty.set_(storage, 0, meta.shape, meta.stride())
-
-    def _take_back(self) -> None:
-        """Put what nobody refers to any more into the pool; the rest is still lent."""
-        for storage in self._lent:
-            if uses(storage) == 1:
-                self._pool.give(storage)
-        self._lent = [storage for storage in self._lent if uses(storage) > 1]
+        return empty.set_(self._pool.take(place.nbytes), 0, meta.shape, meta.stride())
 
 
 def _box(tensor: torch.Tensor, part: Part) -> torch.Tensor:
