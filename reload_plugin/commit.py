@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -109,7 +109,7 @@ def plan_commit(stage: Stage) -> Commit:
     """Compare a group's served state with its result; the group must show its served state."""
     assert stage.result is not None, "a commit needs the result of processing"
     commit = Commit(stage.group.name)
-    graft = _Graft(stage.served, stage.result, commit)
+    graft = _Graft(stage.served, stage.result, commit, stage.overwritten)
     for (holder, served), (_, result) in zip(stage.served.contents, stage.result.contents, strict=True):
         graft.contents(stage.group.name, holder, served, result)
     commit.native = _still_reachable(stage)
@@ -131,7 +131,10 @@ def _still_reachable(stage: Stage) -> list[torch.Tensor]:
 class _Graft:
     """Walks served values and their new twins in parallel and notes what makes them equal."""
 
-    def __init__(self, served: State, result: State, commit: Commit) -> None:
+    def __init__(
+        self, served: State, result: State, commit: Commit, overwritten: Collection[int] = ()
+    ) -> None:
+        self._overwritten = overwritten
         self._served = served
         self._result = result
         self._commit = commit
@@ -193,6 +196,8 @@ class _Graft:
         if self._sources.setdefault(id(old), id(new)) != id(new):
             return new
         target, source = self._served.data_of(old), self._result.data_of(new)
+        if storage_id(source) in self._overwritten and not _same_memory(target, source):
+            source = source.clone()  # it lies where something else is served, whose own value goes there
         if _same_memory(target, source):
             pass
         elif _same_layout(target, source):

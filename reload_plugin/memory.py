@@ -11,11 +11,10 @@ import ctypes
 import functools
 import mmap
 import sys
-import weakref
-from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -26,6 +25,8 @@ KEPT = 64 << 20
 SPARE = 16 << 20
 """Bytes of a pool beyond its largest layer: for layers that are not processed, and the next weights."""
 _PAGE = 1 << 21
+_OURS = 2
+"""References to a block's storage when nobody else has it: the block's and the counter's argument."""
 _STATM = Path("/proc/self/statm")
 
 
@@ -45,25 +46,23 @@ class Gauge:
 class HostPool:
     """Blocks of host memory, cut from one stretch that is used again from its beginning.
 
-    A block that was just processed is still in the processor's cache when the next layer is read into it. Blocks
-    come back by themselves when the last tensor over them goes. What the stretch has no place for is mapped for
-    itself. Not for several threads at once: a reload has one.
+    A block that was just processed is still in the processor's cache when the next layer is read into it.
+    Blocks come back by themselves when nobody refers to them any more. What the stretch has no place for is
+    mapped for itself. Not for several threads at once: a reload has one.
     """
 
     def __init__(self) -> None:
         self._stretch: mmap.mmap | None = None
         self._size = KEPT + SPARE
-        self._free: list[tuple[int, int]] = []
-        """Start and end of each gap, in order."""
-        self._back: deque[tuple[int, int]] = deque()
-        """Blocks that came back, in whatever thread, since the gaps were last joined."""
+        self._blocks: list[_Block] = []
+        """In order; those that nobody else refers to are free, and are handed out again as they are if they
+        fit: an object that is made anew for each layer lies in the heap where the last one's results were."""
 
     def reserve(self, nbytes: int) -> None:
-        """Make the stretch large enough for a layer of ``nbytes`` bytes, as soon as nothing is in use."""
+        """Make the stretch large enough for a layer of ``nbytes`` bytes, unless it is in use."""
         self._size = max(KEPT, nbytes) + SPARE
-        self._join()
-        if self._stretch is not None and len(self._stretch) < self._size and self._idle():
-            self._stretch = None
+        if self._stretch is not None and len(self._stretch) < self._size and not any(self._used()):
+            self._stretch, self._blocks = None, []
 
     def take(self, nbytes: int) -> torch.UntypedStorage:
         """A storage of at least ``nbytes`` bytes with any content."""
@@ -72,37 +71,50 @@ class HostPool:
         size = -(-nbytes // mmap.PAGESIZE) * mmap.PAGESIZE
         if self._stretch is None:
             self._stretch = _private(self._size)
-            self._free = [(0, len(self._stretch))]
-        self._join()
-        for number, (start, end) in enumerate(self._free):
-            if end - start >= size:
-                self._free[number : number + 1] = [(start + size, end)] if end - start > size else []
-                block = (ctypes.c_char * size).from_buffer(self._stretch, start)
-                weakref.finalize(block, self._back.append, (start, start + size)).atexit = False
-                return torch.frombuffer(block, dtype=torch.uint8).untyped_storage()
-        return torch.frombuffer(_private(size), dtype=torch.uint8).untyped_storage()
+        start = self._first_gap(size)
+        if start + size > len(self._stretch):
+            return torch.frombuffer(_private(size), dtype=torch.uint8).untyped_storage()
+        for block in self._blocks:
+            if block.start == start and block.end == start + size:
+                return block.storage
+        cut = torch.frombuffer(self._stretch, dtype=torch.uint8, offset=start, count=size).untyped_storage()
+        apart = [block for block in self._blocks if block.end <= start or block.start >= start + size]
+        self._blocks = sorted([*apart, _Block(start, start + size, cut)], key=lambda block: block.start)
+        return cut
 
     def settle(self) -> None:
         """Give back to the system what is not worth keeping for the next reload."""
-        self._join()
-        for start, end in self._free:
-            first = max(start, KEPT)
-            if self._stretch is not None and end > first and hasattr(mmap, "MADV_DONTNEED"):
-                self._stretch.madvise(mmap.MADV_DONTNEED, first, end - first)
-
-    def _idle(self) -> bool:
-        return self._stretch is None or self._free == [(0, len(self._stretch))]
-
-    def _join(self) -> None:
-        if not self._back:
+        if self._stretch is None or not hasattr(mmap, "MADV_DONTNEED"):
             return
-        gaps = sorted([*self._free, *(self._back.popleft() for _ in range(len(self._back)))])
-        self._free = gaps[:1]
-        for start, end in gaps[1:]:
-            if start == self._free[-1][1]:
-                self._free[-1] = (self._free[-1][0], end)
-            else:
-                self._free.append((start, end))
+        end = max((block.end for block in self._used()), default=0)
+        first = max(KEPT, -(-end // mmap.PAGESIZE) * mmap.PAGESIZE)
+        if first < len(self._stretch):
+            self._stretch.madvise(mmap.MADV_DONTNEED, first, len(self._stretch) - first)
+
+    def _used(self) -> Iterator[_Block]:
+        return (block for block in self._blocks if block.used)
+
+    def _first_gap(self, size: int) -> int:
+        """Where the first ``size`` bytes are that nobody uses; the end of the last block, if need be."""
+        start = 0
+        for block in self._used():
+            if block.start - start >= size:
+                break
+            start = block.end
+        return start
+
+
+class _Block(NamedTuple):
+    """A part of a pool's stretch: first byte, end, and the storage over it."""
+
+    start: int
+    end: int
+    storage: torch.UntypedStorage
+
+    @property
+    def used(self) -> bool:
+        """Whether a tensor has this memory, or somebody else the object."""
+        return torch._C._storage_Use_Count(self.storage._cdata) > 1 or sys.getrefcount(self.storage) > _OURS
 
 
 def _private(size: int) -> mmap.mmap:

@@ -10,13 +10,20 @@ from . import _vllm
 from .errors import ProcessingError, ReloadError
 from .native import watching_native
 from .record import ModelRecord
+from .results import written_in_place
 from .staging import Stage
 
 ProcessWeights = Callable[..., None]
 """vLLM's ``process_weights_after_loading(model, model_config, target_device)``, unpatched."""
 
 
-def process_stage(stage: Stage, record: ModelRecord, original: ProcessWeights, hashed: bool = True) -> None:
+def process_stage(
+    stage: Stage,
+    record: ModelRecord,
+    original: ProcessWeights,
+    hashed: bool = True,
+    in_place: bool = False,
+) -> None:
     """Process a loaded group; afterwards its layers are in kernel format with the new values.
 
     Layers of online methods are first processed the way they are while a cold start streams the
@@ -27,13 +34,19 @@ def process_stage(stage: Stage, record: ModelRecord, original: ProcessWeights, h
         record: of the model; learns of the native handles that are made.
         original: vLLM's own processing.
         hashed: whether a digest is wanted of what native handles are made of.
+        in_place: whether results may be written to where they are served; then a failure may leave the
+            group's served values half written, and ``stage.overwritten`` is not empty.
 
     """
     stage.materialise()
     try:
         effect = any(layer.effect for layer in stage.group.layers)
         device = record.target_device if effect else None
-        with watching_native(device, record.handles, hashed) as captured:
+        served = stage.replaceable() if in_place else []
+        with (
+            watching_native(device, record.handles, hashed) as captured,
+            written_in_place(served) as stage.overwritten,
+        ):
             for layer in stage.group.layers:
                 module = layer.ref()
                 if module is not None and layer.online:

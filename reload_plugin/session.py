@@ -104,7 +104,8 @@ class ReloadSession:
         self.whole_model = whole_model
         self.state = State.READY
         self.problems = Problems()
-        self.committed: list[str] = []
+        self.committed: set[str] = set()
+        """Groups whose served values were touched."""
         self.report: ReloadReport | None = None
         self.failed: str | None = None
         """What the last ``load`` or ``finish`` that raised said."""
@@ -506,8 +507,13 @@ class ReloadSession:
 
     def _process(self, stage: Stage) -> None:
         self._spoiled = f"processing {stage.group.name or 'the model'} did not end well"
-        with self._timed("process"):
-            process_stage(stage, self._record, original_process_weights(), self.digest)
+        try:
+            with self._timed("process"):
+                original = original_process_weights()
+                process_stage(stage, self._record, original, self.digest, self.policy == "streaming")
+        finally:
+            if stage.overwritten:
+                self.committed.add(stage.group.name)
         self._spoiled = None
 
     def _keep_to_budget(self, stage: Stage) -> None:
@@ -524,11 +530,10 @@ class ReloadSession:
         if self.policy == "streaming":
             with self._timed("commit"):
                 self._apply(commit)
-            gone = self._let_go(stage, commit.kept_storages(applied=True))
+            for storage in self._let_go(stage, commit.kept_storages(applied=True)):
+                storage.let_go()
             stage.drop()
             commit.forget()
-            for storage in gone:
-                storage.let_go()
             return
         self._gauge.add(commit.nbytes_beside(stage))
         self._results += commit.nbytes_beside(stage)
@@ -554,7 +559,7 @@ class ReloadSession:
             commit.apply()
         finally:
             if commit.begun:
-                self.committed.append(commit.name)
+                self.committed.add(commit.name)
         self._record.native[commit.name] = commit.native
 
     def _process_rest(self) -> None:

@@ -28,6 +28,10 @@ POISON = "RELOAD_PLUGIN_POISON"
 """Environment variable: fill staging that nobody wrote yet with NaN (or the largest integer)."""
 
 
+_NOTHING = torch.UntypedStorage(0)
+"""Instead of memory that was given up."""
+
+
 @dataclass(eq=False)
 class TensorState:
     """What one tensor object is made of; the object itself stays the same."""
@@ -131,7 +135,7 @@ class StagedStorage:
         self._forget()
         self.views.clear()
         self.objects.clear()
-        self.storage = torch.UntypedStorage(0)
+        self.storage = _NOTHING
 
     def release(self) -> None:
         """Give the memory back, also under views that a loader still holds."""
@@ -197,6 +201,8 @@ class Stage:
         self.result: State | None = None
         self.processed = False
         self._wrapped = False
+        self.overwritten: set[int] = set()
+        """Storages of served tensors that processing was given for its results."""
         self.captured: list[torch.Tensor] = []
         """Tensors that native code was given while the group was processed."""
 
@@ -333,6 +339,16 @@ class Stage:
                 tensor.__dict__.pop(name, None)
                 if name in record.format.attributes:
                     tensor.__dict__[name] = record.format.attributes[name]
+
+    def replaceable(self) -> list[torch.Tensor]:
+        """Served tensors that the load format does not show: processing reads none of them."""
+        holders = zip(self._alive_holders(), self.served.contents, strict=True)
+        made = [
+            contents[key] for (holder, _), (_, contents) in holders for key in holder.undo if key in contents
+        ]
+        made = [tensor.data for tensor in made if isinstance(tensor, torch.Tensor)]
+        restaged = [state.data for state in self.served.tensors.values()]
+        return list({storage_id(tensor): tensor for tensor in (*made, *restaged)}.values())
 
     # -- moving between states --------------------------------------------------------------------
 

@@ -34,6 +34,7 @@ def plan(served: object, twin: object, captured: tuple[torch.Tensor, ...] = ()) 
         served=State([(served, read(served))], {}),
         result=State([(served, read(twin))], {}),
         captured=list(captured),
+        overwritten=set(),
     )
     return plan_commit(stage)
 
@@ -127,6 +128,7 @@ def test_one_object_with_two_states_gets_the_values_of_the_later_one() -> None:
         served=State([(layer, read(layer))], {id(weight): TensorState.of(weight)}),
         result=State([(layer, read(layer))], {id(weight): result}),
         captured=[],
+        overwritten=set(),
     )
     plan_commit(stage).apply()
     assert layer.weight is weight

@@ -867,13 +867,20 @@ def test_staging_memory_is_used_again_from_layer_to_layer(
     monkeypatch.setattr(reading, "BATCH", 1)
     anew = safetensors_files._remembered_parcels.__wrapped__  # those of earlier tests are larger
     monkeypatch.setattr(safetensors_files, "_remembered_parcels", anew)
-    taken, fresh = [], []
-    take, private = memory.HostPool.take, memory._private
-    monkeypatch.setattr(memory.HostPool, "take", lambda pool, size: taken.append(size) or take(pool, size))
-    monkeypatch.setattr(memory, "_private", lambda size: fresh.append(size) or private(size))
+    taken, in_use = [], []
+    take = memory.HostPool.take
+
+    def noting(pool: memory.HostPool, nbytes: int) -> torch.UntypedStorage:
+        taken.append(nbytes)
+        found = take(pool, nbytes)
+        in_use.append(max(block.end for block in pool._used()))
+        return found
+
+    monkeypatch.setattr(memory.HostPool, "take", noting)
     on_a.reload(on_a.folders["B"])
     assert record_of(on_a.model).last_report.old_generation == "reread"
-    assert len(fresh) < len(taken) / 2, f"{len(fresh)} blocks for {len(taken)} tensors"
+    pages = sum(-(-nbytes // mmap.PAGESIZE) * mmap.PAGESIZE for nbytes in taken)
+    assert max(in_use) < pages / 2, f"{max(in_use):,} bytes in use at a time of {pages:,} in all"
     monkeypatch.undo()
     on_a.assert_is("B")
 

@@ -20,11 +20,13 @@ from vllm.model_executor.utils import replace_parameter, set_weight_attrs
 
 from reload_plugin import (
     ReloadSession,
+    commit,
     digest,
     plugin,
     record_for_reloading,
     reload_weights,
     restore_for_reloading,
+    results,
 )
 from reload_plugin.commit import Commit
 from reload_plugin.errors import (
@@ -92,6 +94,38 @@ class Packing(Method):
         self.largest = float(scale.max())
         packed = layer.weight
         layer.run = lambda: packed.sum() * self.largest
+
+
+class Crossing(Method):
+    """Asks for the memory of two results of one shape in the other order than it served them in."""
+
+    def process_weights_after_loading(self, layer: nn.Module) -> None:
+        doubled, halved = torch.empty_like(layer.weight), torch.empty_like(layer.weight)
+        doubled.copy_(layer.weight.data * 2)
+        halved.copy_(layer.weight.data / 2)
+        replace_parameter(layer, "weight", halved)
+        layer.doubled = doubled
+
+
+class Shrinking(Method):
+    """Packs into memory like the weight's, as the CPU's experts do, and may fail afterwards."""
+
+    fails = False
+
+    def process_weights_after_loading(self, layer: nn.Module) -> None:
+        result = torch.empty_like(layer.weight)
+        replace_parameter(layer, "weight", result.copy_(layer.weight.data / 2))
+        if self.fails:
+            raise RuntimeError("after packing")
+
+
+class Sketching(Method):
+    """Asks for memory like the weight's for something it throws away, and then for its result."""
+
+    def process_weights_after_loading(self, layer: nn.Module) -> None:
+        sketch = torch.empty_like(layer.weight).fill_(7)
+        result = torch.empty_like(layer.weight)
+        replace_parameter(layer, "weight", result.copy_(layer.weight.data + sketch))
 
 
 class Deleting(Method):
@@ -165,7 +199,18 @@ class Layer(nn.Module):
         method.create_weights(self)
 
 
-METHODS = [Method, Packing, Deleting, Helping, HelpedFromTheStart, Padding, Online]
+METHODS = [
+    Method,
+    Packing,
+    Shrinking,
+    Crossing,
+    Sketching,
+    Deleting,
+    Helping,
+    HelpedFromTheStart,
+    Padding,
+    Online,
+]
 
 
 class Model(nn.Module):
@@ -738,6 +783,72 @@ def test_a_session_that_is_over_holds_no_staging() -> None:
         del session
         gc.collect()
         assert [ref() for ref in storages] == [None] * len(storages)
+
+
+def test_a_session_that_is_over_goes_at_once() -> None:
+    """What waits for the garbage collector is memory that a few reloads in a row take several times."""
+    model = start()
+    gc.collect()
+    gc.disable()
+    try:
+        with ReloadSession(model) as session:
+            session.load(B.items())
+            session.finish()
+        gone = weakref.ref(session)
+        del session
+        assert gone() is None
+    finally:
+        gc.enable()
+
+
+# --- results written to where they are served ---
+
+
+def test_streaming_packs_into_what_is_served(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No copy is left to do, and none of the other policies may do that."""
+    copied: list[int] = []
+    copy_into = commit.copy_into
+    monkeypatch.setattr(commit, "copy_into", lambda to, new: copied.append(new.nbytes) or copy_into(to, new))
+    for policy, expected in (("staged", True), ("streaming", False)):
+        model = start(Model, Shrinking)
+        copied.clear()
+        with ReloadSession(model, policy=policy) as session:
+            session.load(B.items())
+            session.finish()
+        assert bool(copied) is expected
+        assert values(model) == values(cold(lambda: Model(Shrinking), B))
+
+
+@pytest.mark.parametrize(("policy", "touched"), [("staged", False), ("streaming", True)])
+def test_a_failure_after_a_result_was_written_in_place_is_known(policy: str, touched: bool) -> None:
+    """Whoever called must know, or the half-written layer would be taken for the old one."""
+    model = start(Model, Shrinking)
+    old = values(model)
+    model.lm_head.quant_method.fails = True
+    with ReloadSession(model, policy=policy) as session:
+        with pytest.raises(ProcessingError, match="after packing"):
+            session.load([("lm_head.weight", B["lm_head.weight"]), ("first.weight", B["first.weight"])])
+        assert ("lm_head" in session.committed) is touched
+    del model.lm_head.quant_method.fails
+    assert (values(model) != old) is touched
+
+
+def test_only_the_plain_call_is_given_served_memory() -> None:
+    served = torch.arange(6.0).reshape(2, 3)
+    like = torch.zeros(2, 3)
+    with results.written_in_place([served]) as given:
+        others = [
+            torch.empty_like(like, dtype=torch.float64),
+            torch.empty_like(like, device="meta"),
+            torch.empty_like(like.t()),
+            torch.empty_like(like.to(torch.int32)),
+            torch.empty_like(torch.zeros(3, 2)),
+        ]
+        assert not given
+        first, second = torch.empty_like(like), torch.empty_like(like)
+    assert first.data_ptr() == served.data_ptr()
+    assert served.data_ptr() not in {t.data_ptr() for t in (*others, second)}
+    assert torch.empty_like(served).data_ptr() != served.data_ptr(), "still replaced"
 
 
 # --- the report ---

@@ -28,6 +28,7 @@ LINE = (
     "load",
     "ledger",
     "room",
+    "results",
     "process",
     "digest",
     "ranks",

@@ -1,0 +1,62 @@
+"""Results of processing, written straight to where they are served.
+
+A kernel's packing asks for memory like the weight's (``torch.empty_like``) and fills it. Left alone that is
+memory fresh from the system for every layer, whose pages cost more than the packing, and a copy into the
+served tensor afterwards. Where a layer's served values may be overwritten anyway, the served memory itself is
+handed out.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from .record import storage_id
+
+
+@contextlib.contextmanager
+def written_in_place(served: Sequence[torch.Tensor]) -> Iterator[set[int]]:
+    """While entered, ``torch.empty_like`` of a tensor like one of ``served`` gives that one's memory, once.
+
+    The name in ``torch`` is replaced for the time; modes would disturb the ``torch.compile`` that some
+    methods use while processing. Code that is being compiled gets the plain function.
+
+    Args:
+        served: tensors whose values may be overwritten; contiguous ones on the CPU are.
+
+    Yields:
+        Identities of the storages that were handed out so far. A result in one of them that belongs
+        elsewhere has to be copied before anything is written there.
+
+    """
+    free = [tensor for tensor in served if tensor.numel() and _is_plain(tensor) and not tensor.is_inference()]
+    given: set[int] = set()
+    original = torch.empty_like
+
+    def empty_like(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if torch.compiler.is_compiling() or args or kwargs or not _is_plain(tensor):
+            return original(tensor, *args, **kwargs)
+        for number, place in enumerate(free):
+            if place.shape == tensor.shape and place.dtype == tensor.dtype:
+                del free[number]
+                given.add(storage_id(place) or 0)
+                return place.detach()
+        return original(tensor)
+
+    if not free:
+        yield given
+        return
+    torch.empty_like = empty_like  # type: ignore[assignment]
+    try:
+        yield given
+    finally:
+        torch.empty_like = original
+
+
+def _is_plain(tensor: torch.Tensor) -> bool:
+    on_cpu = tensor.device.type == "cpu" and tensor.layout == torch.strided
+    return on_cpu and tensor.is_contiguous() and not is_traceable_wrapper_subclass(tensor)

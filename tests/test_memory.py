@@ -1,0 +1,78 @@
+"""The pool that staging comes from: blocks of one stretch, used again, and never handed out twice."""
+
+import mmap
+import random
+
+import torch
+
+from reload_plugin import memory
+from reload_plugin.memory import HostPool
+
+MIB = 1 << 20
+
+
+def whole(storage: torch.UntypedStorage) -> torch.Tensor:
+    return torch.empty(0, dtype=torch.uint8).set_(storage)
+
+
+def test_blocks_never_overlap_while_anybody_refers_to_them() -> None:
+    """A thousand requests in a wild order; each block keeps what was written to it as long as it is held."""
+    chance, pool = random.Random(4), HostPool()
+    held: list[tuple[int, object]] = []
+    for number in range(1000):
+        storage = pool.take(chance.choice((1, 2, 3, 5, 9)) * MIB + chance.randrange(5000))
+        whole(storage)[:: mmap.PAGESIZE].fill_(number % 251)
+        # Some holders keep a tensor, some the storage itself, some a view of a few bytes.
+        kept = chance.choice((whole(storage), storage, whole(storage)[4096:4106]))
+        held.append((number % 251, kept))
+        del storage, kept
+        while len(held) > chance.randrange(1, 12):
+            held.pop(chance.randrange(len(held)))
+        for value, found in held:
+            bytes_of = whole(found) if isinstance(found, torch.UntypedStorage) else found
+            assert set(bytes_of[:: mmap.PAGESIZE].tolist()) == {value}
+
+
+def test_a_block_that_nobody_has_any_more_is_used_again() -> None:
+    pool = HostPool()
+    first = pool.take(8 * MIB).data_ptr()
+    assert pool.take(2 * MIB).data_ptr() == first
+    tensor = whole(pool.take(8 * MIB))
+    assert pool.take(8 * MIB).data_ptr() == first + 8 * MIB
+    del tensor
+    assert pool.take(3 * MIB).data_ptr() == first
+
+
+def test_what_does_not_fit_is_mapped_for_itself() -> None:
+    pool = HostPool()
+    fitting = whole(pool.take(2 * MIB))
+    large = whole(pool.take(memory.KEPT + memory.SPARE))
+    assert large.numel() >= memory.KEPT + memory.SPARE
+    assert not fitting.data_ptr() <= large.data_ptr() < fitting.data_ptr() + memory.KEPT + memory.SPARE
+
+
+def test_room_for_a_larger_layer_is_made_only_while_nothing_is_in_use() -> None:
+    pool = HostPool()
+    used = whole(pool.take(2 * MIB).fill_(7))
+    pool.reserve(memory.KEPT * 4)
+    assert pool.take(2 * MIB).data_ptr() == used.data_ptr() + 2 * MIB, (
+        "the stretch was changed under a tensor"
+    )
+    assert used.unique().tolist() == [7]
+    del used
+    pool.reserve(memory.KEPT * 4)
+    large = whole(pool.take(memory.KEPT * 4))
+    assert pool.take(2 * MIB).data_ptr() == large.data_ptr() + memory.KEPT * 4
+
+
+def test_between_reloads_a_bounded_part_stays_with_the_process() -> None:
+    pool = HostPool()
+    pool.reserve(memory.KEPT * 4)
+    whole(pool.take(memory.KEPT * 4)).fill_(1)
+    before = memory.resident()
+    pool.settle()
+    assert before - memory.resident() >= memory.KEPT * 2
+    kept = whole(pool.take(memory.KEPT))
+    kept.fill_(2)
+    pool.settle()
+    assert kept.unique().tolist() == [2], "memory in use was given back"
