@@ -25,10 +25,10 @@ from .holders import (
     Key,
     cell_content,
     equal,
+    has_attributes,
     is_foreign,
     owns_native,
     read,
-    slots_of,
     tensors_in,
     write,
 )
@@ -283,7 +283,7 @@ def _is_plain_object(value: object) -> bool:
     """An object whose whole state is its attributes, and not shared infrastructure."""
     if is_foreign(type(value)) or isinstance(value, type):
         return False
-    return hasattr(value, "__dict__") or bool(slots_of(value))
+    return has_attributes(value)
 
 
 def _same_memory(a: torch.Tensor, b: torch.Tensor) -> bool:

@@ -58,8 +58,9 @@ class _Book:
         return self._total.hexdigest() if self._known else None
 
     def add_holder(self, path: str, holder: HolderRecord, contents: Contents) -> None:
-        keys = holder.constructed.keys() | holder.undo.keys()
-        for key in sorted(keys & contents.keys(), key=str):
+        for key in holder.keys:
+            if key not in contents:
+                continue
             value, constructed = contents[key], holder.constructed.get(key)
             replaced = isinstance(constructed, TensorRecord) and constructed.ref() is not value
             if not (replaced and key not in holder.undo):  # else it was bound later, like a KV cache
@@ -69,7 +70,7 @@ class _Book:
         if isinstance(value, (bool, int, float)):
             self._total.update(f"{path} {value!r};".encode())
             return
-        for found in reachable(value):
+        for found in (value,) if isinstance(value, torch.Tensor) else reachable(value):
             if isinstance(found, torch.Tensor):
                 self._total.update(f"{path};".encode())
                 if not self._is_handle(found):

@@ -12,12 +12,13 @@ import enum
 import functools
 import types
 import weakref
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
+T = TypeVar("T")
 Key = tuple[str, Any]
 Contents = dict[Key, Any]
 
@@ -30,9 +31,11 @@ ABSENT = _Absent.ABSENT
 """Stands for an attribute that is not there."""
 
 _TABLES = ("_parameters", "_buffers", "_modules")
-_MODULE_INTERNALS = frozenset(nn.Module().__dict__) - {"training", "_non_persistent_buffers_set"}
+_MODULE_INTERNALS = frozenset(nn.Module().__dict__) - {"training"}
 OUR_ATTRIBUTES = frozenset({"_reload_plugin_record", "load_weights"})
 """Instance attributes that this package sets on a model; never part of its state."""
+_NOT_SAVED = "_non_persistent_buffers_set"
+_PASSED_OVER = _MODULE_INTERNALS | OUR_ATTRIBUTES | {_NOT_SAVED}
 
 _FOREIGN = (
     "torch",
@@ -72,28 +75,48 @@ _ATOMS = (
 )
 
 
+def _remembered(asked: Callable[[type], T]) -> Callable[[type], T]:
+    """A question about a class, with the last few thousand answers kept."""
+    answers: Callable[[type], T] = functools.lru_cache(4096)(asked)
+    return answers
+
+
 def is_helper(value: object) -> bool:
     """Whether ``value`` is an object or container whose attributes belong to the layer's state."""
-    if isinstance(value, (dict, list)):
+    return _makes_helpers(type(value)) and (isinstance(value, (dict, list)) or has_attributes(value))
+
+
+@_remembered
+def _makes_helpers(cls: type) -> bool:
+    if issubclass(cls, (dict, list)):
         return True
-    if isinstance(value, (nn.Module, torch.Tensor, *_ATOMS)):
-        return False
-    return not is_foreign(type(value)) and (hasattr(value, "__dict__") or bool(slots_of(value)))
+    return not issubclass(cls, (nn.Module, torch.Tensor, *_ATOMS)) and not is_foreign(cls)
 
 
+def has_attributes(value: object) -> bool:
+    """Whether an object can have attributes of its own."""
+    return hasattr(value, "__dict__") or bool(slots_of(value))
+
+
+@_remembered
 def is_foreign(cls: type) -> bool:
     """Whether a class belongs to shared infrastructure (configs, process groups, torch itself)."""
     module = cls.__module__ or ""
     return any(module == name or module.startswith(name + ".") for name in _FOREIGN)
 
 
-def slots_of(value: object) -> list[str]:
+def slots_of(value: object) -> Sequence[str]:
     """Names of the slots that a class without ``__dict__`` stores its attributes in."""
+    return _slots_of(type(value))
+
+
+@_remembered
+def _slots_of(cls: type) -> Sequence[str]:
     found: list[str] = []
-    for cls in type(value).__mro__:
-        slots = cls.__dict__.get("__slots__", ())
+    for base in cls.__mro__:
+        slots = base.__dict__.get("__slots__", ())
         found += [slots] if isinstance(slots, str) else list(slots)
-    return [name for name in found if name not in ("__dict__", "__weakref__")]
+    return tuple(name for name in found if name not in ("__dict__", "__weakref__"))
 
 
 def read(holder: object) -> Contents:
@@ -114,12 +137,13 @@ def read(holder: object) -> Contents:
 def _read_module(module: nn.Module) -> Contents:
     found: Contents = {}
     for table in _TABLES:
-        found.update({(table, name): value for name, value in module.__dict__[table].items()})
+        for name, value in module.__dict__[table].items():
+            found[table, name] = value
     for name, value in module.__dict__.items():
-        if name == "_non_persistent_buffers_set":
-            found["attribute", name] = frozenset(value)
-        elif name not in _MODULE_INTERNALS and name not in OUR_ATTRIBUTES:
+        if name not in _PASSED_OVER:
             found["attribute", name] = value
+    if _NOT_SAVED in module.__dict__:
+        found["attribute", _NOT_SAVED] = frozenset(module.__dict__[_NOT_SAVED])
     return found
 
 
@@ -132,7 +156,7 @@ def write(holder: object, key: Key, value: Any) -> None:
         _write_item(holder, name, value)
     elif kind in _TABLES:
         _write_table(holder.__dict__[kind], name, value)
-    elif name == "_non_persistent_buffers_set" and isinstance(holder, nn.Module):
+    elif name == _NOT_SAVED and isinstance(holder, nn.Module):
         holder._non_persistent_buffers_set.clear()
         holder._non_persistent_buffers_set.update(value)
     elif value is ABSENT:

@@ -137,6 +137,11 @@ class HolderRecord:
     by_loader: frozenset[Key] = frozenset()
     """Keys in ``undo`` that loading changed and processing did not."""
 
+    @functools.cached_property
+    def keys(self) -> list[Key]:
+        """All keys that were recorded, in an order of their own; to be asked when the record is complete."""
+        return sorted(self.constructed.keys() | self.undo.keys(), key=str)
+
 
 @dataclass(eq=False)
 class LayerRecord:
