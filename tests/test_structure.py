@@ -22,6 +22,7 @@ LINE = (
     "serving",
     "routes",
     "record",
+    "placement",
     "sources",
     "overflow",
     "staging",
