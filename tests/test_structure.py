@@ -38,6 +38,7 @@ LINE = (
     "plan",
     "generation",
     "options",
+    "progress",
     "weight_update",
     "kernel_format",
     "partial",
