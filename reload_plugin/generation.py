@@ -61,7 +61,7 @@ def session_for(
     def order(infos: Any) -> Any:
         return _order(model, record, infos)
 
-    in_order = policy == "streaming" and known.planned
+    in_order = chosen.pop("in_order", True) and policy == "streaming" and known.planned
     overflow = None if in_order else Overflow(folder, order)
     return ReloadSession(
         model,

@@ -330,7 +330,8 @@ def _from_source(
     pool = HostPool()
     known = expected(model, record, plan, chosen.whole_model)
     with _keeping(chosen, source.description) as kept:
-        session = _session(model, record, source.description, policy, known, chosen, kept, pool)
+        ordered = getattr(source, "in_order", True)
+        session = _session(model, record, source.description, policy, known, chosen, kept, pool, ordered)
         with whole_or_broken(model, record, session, undo=way_back != "none"), session:
             order = plan.order if plan is not None else None
             reading = watched(source.read(order, pool, session.room), source, chosen.progress)
@@ -420,6 +421,7 @@ def _session(
     chosen: ReloadOptions,
     kept: Kept | None,
     pool: HostPool | None = None,
+    in_order: bool = True,
 ) -> ReloadSession:
     def inspect(name: str, tensor: torch.Tensor) -> str | None:
         if kept is not None:
@@ -436,6 +438,7 @@ def _session(
         whole_model=chosen.whole_model,
         inspect=inspect if kept is not None or chosen.check_finite else None,
         spill_dir=chosen.spill_dir,
+        in_order=in_order,
     )
     session.weight_version, session.digest = chosen.weight_version, chosen.digest
     return session
