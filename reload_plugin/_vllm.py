@@ -38,6 +38,8 @@ CONFIGS = "vllm.transformers_utils.config"
 REPOSITORIES = "vllm.transformers_utils.repo_utils"
 TRANSFER = "vllm.distributed.weight_transfer"
 MODEL_UTILS = "vllm.model_executor.models.utils"
+RUNAI = "vllm.transformers_utils.runai_utils"
+RUNAI_LOADER = "vllm.model_executor.model_loader.runai_streamer_loader"
 
 RUNNERS = (
     ("vllm.v1.worker.gpu_model_runner", "GPUModelRunner"),
@@ -68,6 +70,8 @@ SEAMS: tuple[tuple[str, str], ...] = (
     (CONFIGS, "_CONFIG_REGISTRY"),
     (CONFIGS, "patch_rope_parameters"),
     (REPOSITORIES, "try_get_local_file"),
+    (RUNAI, "is_runai_obj_uri"),
+    (RUNAI_LOADER, "RunaiModelStreamerLoader"),
 )
 """Every symbol leaned on, as (module, name); the contract test checks each one."""
 
@@ -386,8 +390,27 @@ def all_weights(vllm_config: Any, model_config: Any, model: nn.Module, path: str
 
 
 def starts_from_files(vllm_config: Any) -> bool:
-    """Whether the engine's cold start reads weight files through vLLM's default loader."""
-    return vllm_config is not None and vllm_config.load_config.load_format in _READABLE
+    """Whether the engine's cold start reads weight files by names and rules that are ours as well."""
+    formats = _READABLE | {"runai_streamer"}
+    return vllm_config is not None and vllm_config.load_config.load_format in formats
+
+
+def load_format(vllm_config: Any) -> str:
+    """vLLM's name of the loader that the engine was started with."""
+    return "auto" if vllm_config is None else str(vllm_config.load_config.load_format)
+
+
+def is_object_storage(path: str) -> bool:
+    """Whether vLLM would stream this from a bucket (``s3://``, ``gs://``, ``az://``)."""
+    return bool(get(RUNAI, "is_runai_obj_uri")(path))
+
+
+def stored_weights(vllm_config: Any, path: str) -> Iterator[Any]:
+    """vLLM's own iterator over the safetensors files in a bucket, each rank for itself."""
+    config = vllm_config.load_config
+    extra = {k: v for k, v in (config.model_loader_extra_config or {}).items() if k != "distributed"}
+    alone = dataclasses.replace(config, model_loader_extra_config=extra, use_tqdm_on_load=False)
+    return iter(get(RUNAI_LOADER, "RunaiModelStreamerLoader")(alone)._get_weights_iterator(path, None))
 
 
 def starts_from_dummy(vllm_config: Any) -> bool:

@@ -63,7 +63,8 @@ class _Book:
                 continue
             value, constructed = contents[key], holder.constructed.get(key)
             replaced = isinstance(constructed, TensorRecord) and constructed.ref() is not value
-            if not (replaced and key not in holder.undo):  # else it was bound later, like a KV cache
+            table = replaced and constructed.is_table  # type: ignore[union-attr]
+            if table or not (replaced and key not in holder.undo):  # else it was bound later, like a KV cache
                 self._add(f"{path}.{key[1]}", value)
 
     def _add(self, path: str, value: object) -> None:

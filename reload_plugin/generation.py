@@ -18,11 +18,12 @@ from .errors import EngineBrokenError, ReloadError, SessionError, SourceError
 from .interrupts import held
 from .ledger import Expected
 from .overflow import Overflow
+from .placement import placement
 from .plan import Plan, PlanUnavailableError, make_plan
 from .ranks import vote_for
 from .record import ModelRecord
 from .routes import Routes
-from .session import SERVES_OLD, Policy, ReloadSession, State, complete_record_of, placement
+from .session import SERVES_OLD, Policy, ReloadSession, State, complete_record_of
 from .sources import Source, TensorInfo, open_folder
 from .verify import ReloadReport
 
@@ -58,7 +59,7 @@ def session_for(
     def order(infos: Any) -> Any:
         return _order(model, record, infos)
 
-    in_order = policy == "streaming" and known.planned
+    in_order = chosen.pop("in_order", True) and policy == "streaming" and known.planned
     overflow = None if in_order else Overflow(folder, order)
     return ReloadSession(
         model,
@@ -86,19 +87,30 @@ def _order(model: nn.Module, record: ModelRecord, infos: list[TensorInfo]) -> li
 
 def learn_routes(model: nn.Module, record: ModelRecord) -> None:
     """Before a reload from an iterator: learn its routes, from the last one or from the engine's own
-    checkpoint. Costs one pass of the model's loader over meta tensors, once.
+    checkpoint. Costs one pass of the model's loader over meta tensors, once for each placement.
     """
-    if record.routes is not None or record.learnt_from is not None:
+    here = placement(record)
+    if record.routes is not None and record.routes.key == here:
         return
-    source = _start_source(model, record) if record.last_infos is None else None
-    infos = record.last_infos or (source.infos() if source is not None else None)
-    if not infos:
+    infos = _last_infos(record)
+    if infos is None and record.learnt_from is not None and record.learnt_from[0] == here:
         return
-    record.learnt_from = infos
+    if infos is None and (source := _start_source(model, record)) is not None:
+        infos = source.infos()
+    if not infos or record.learnt_from == (here, infos):
+        return
+    record.learnt_from = here, infos
     with contextlib.suppress(PlanUnavailableError, ReloadError):
         plan = make_plan(model, infos, "the last weights", _of_start(model, record))
         if not plan.problems:
             record.learnt, record.routes = dict(plan.names_of_group), plan.routes
+
+
+def _last_infos(record: ModelRecord) -> Any:
+    """What the last reload brought, if there was one."""
+    if record.routes is not None:
+        return [TensorInfo(name, route.shape, route.dtype) for name, route in record.routes.of.items()]
+    return record.last_infos
 
 
 def plan_for(model: nn.Module, record: ModelRecord, source: Source) -> Plan | None:
@@ -279,10 +291,11 @@ def after_commit(
     if plan is not None:
         record.learnt, record.routes = dict(plan.names_of_group), plan.routes
     elif session.ledger.took_loader:
+        if record.routes is not None:
+            record.learnt_from = None
         record.learnt, record.routes = session.ledger.learnt(record), None
         arrived = session.loaded.routes
         record.last_infos = [TensorInfo(name, route.shape, route.dtype) for name, route in arrived.items()]
-        record.learnt_from = None
     record.broken = record.last_error = None
     needs_attention.discard(record)
 

@@ -59,6 +59,7 @@ def copy_kernel_format(
         policy="staged",
         tensors=len(staged),
         nbytes=nbytes,
+        replayed=len(staged),
         layers=len({name.rpartition(".")[0] for name in staged}),
         staging_bytes=nbytes,
         seconds={"total": time.perf_counter() - started},

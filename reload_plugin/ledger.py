@@ -122,8 +122,24 @@ class Ledger:
 
     @property
     def took_loader(self) -> bool:
-        """Whether any weight went through the model's loader, so that there is something to learn."""
-        return len(self._routed_names) < len(self.loaded.shapes)
+        """Whether the model's loader took a weight and no route said so: then there is something to learn."""
+        foreseen = self.routes.of if self.routes is not None else {}
+        arrived = self.loaded.routes
+        return any(
+            name not in foreseen or foreseen[name] != arrived.get(name)
+            for name in self.loaded.shapes.keys() - self._routed_names
+        )
+
+    @property
+    def replayed(self) -> int:
+        """How many weights were loaded by their routes."""
+        return len(self._routed_names)
+
+    @property
+    def computed(self) -> int:
+        """How many weights the model's loader makes something else of, so that it takes them every time."""
+        routes = self.loaded.routes
+        return sum(routes[name].writes is None for name in routes.keys() - self._routed_names)
 
     def took_by_name(self, parameter: str) -> bool:
         """Whether a parameter's layer was complete by the names of its weights, as at the last reload."""

@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import (
 )
 
 from .errors import ReloadError, SourceError
-from .formats import Box, Geometry
+from .formats import SMALL_BYTES, Box, Geometry
 from .interrupts import let_through
 from .routes import Route, Write
 from .sources import Landed
@@ -259,8 +259,10 @@ class LoadTrace(TorchDispatchMode):
     def _materialise(self, storage: StagedStorage) -> None:
         if storage.closed:
             raise self.late(storage.primary.name)
-        storage.materialise(initialise=not self.dry)
-        self._touched.append(storage)
+        read_only = not storage.primary.is_parameter and storage.nbytes <= SMALL_BYTES
+        storage.materialise(initialise=not self.dry or read_only)
+        if not read_only:  # loaders ask tables where a weight goes, so these have values in a dry run too
+            self._touched.append(storage)
 
     def _follow(self, out: Any, source: str) -> None:
         """What is computed from a weight still belongs to that weight."""

@@ -42,6 +42,7 @@ class ReloadOptions(BaseModel):
     spill_dir: str | None = None
     digest: bool = True
     require_marker: str | None = None
+    progress: bool | None = None
 
 
 OPTION_NAMES = frozenset(ReloadOptions.model_fields)

@@ -19,6 +19,7 @@ from .interrupts import between
 from .ledger import Expected
 from .options import ReloadOptions
 from .plan import Plan, PlanUnavailableError, make_plan
+from .progress import watched
 from .record import LayerRecord, ModelRecord
 from .session import SERVES_OLD
 from .sources import HostCopy, Overlay, Source, SpillFile
@@ -70,7 +71,8 @@ def update_in_place(
         session.agree = record.vote
         session.weight_version, session.digest = options.weight_version, options.digest
         with whole_or_broken(model, record, session):
-            with contextlib.closing(top.read(None, None, session.room)) as weights:
+            reading = watched(top.read(None, None, session.room), top, options.progress)
+            with contextlib.closing(reading) as weights:
                 session.load(weights, between)
             if session.problems:
                 session.check()

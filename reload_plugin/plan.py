@@ -16,8 +16,9 @@ from torch import nn
 from .errors import ReloadError, SourceError, weights_error
 from .ledger import Expected
 from .load import Problems, Slot
+from .placement import placement
 from .routes import Routes
-from .session import SERVES_OLD, ReloadSession, complete_record_of, placement
+from .session import SERVES_OLD, ReloadSession, complete_record_of
 from .sources import TensorInfo
 
 

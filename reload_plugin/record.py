@@ -13,6 +13,7 @@ freed as before, and whatever somebody still holds is put back as the same objec
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -122,6 +123,13 @@ class TensorRecord:
         """Whether a loader is expected to write every element: nobody else ever did."""
         return self.is_parameter and isinstance(self.format.initial, Uninitialised)
 
+    @property
+    def is_table(self) -> bool:
+        """Whether it says where experts are. An engine that balances its load or gets more ranks writes to
+        such tables, and new weights go by what they say then.
+        """
+        return not self.is_parameter and "expert" in self.name and not self.format.dtype.is_floating_point
+
 
 @dataclass(eq=False)
 class HolderRecord:
@@ -224,7 +232,7 @@ class ModelRecord:
     last_infos: Any = None
     """What the last reload through the model's loader brought, as TensorInfo."""
     learnt_from: Any = None
-    """The listing that routes were last learnt from; it is not tried twice."""
+    """The placement and the listing that routes were last learnt from; they are not tried twice."""
     plan: Any = None
     """Plan of the last checkpoint that was read from files."""
     kept: dict[str, str] = field(default_factory=dict)
@@ -433,10 +441,20 @@ def finish_record(
         holder.constructed = {
             key: value for key, value in holder.constructed.items() if isinstance(value, TensorRecord)
         }
+    for tensor_record in {id(t): t for layer in record.layers for t in layer.tensors}.values():
+        if tensor_record.is_table and _has_initial_values(tensor_record):
+            tensor_record.format = dataclasses.replace(tensor_record.format, initial=AsServed())
     record.model_config = model_config
     record.target_device = target_device
     record.groups = _group(record.layers)
     record.complete = True
+
+
+def _has_initial_values(record: TensorRecord) -> bool:
+    """Whether PWAL left a tensor, and its values, as the constructor made them."""
+    tensor, initial = record.ref(), record.format.initial
+    same_shape = isinstance(initial, Values) and tensor is not None and tensor.shape == initial.tensor.shape
+    return same_shape and torch.equal(tensor, initial.tensor)  # type: ignore[arg-type, union-attr]
 
 
 def _difference(constructed: Contents, after: Contents) -> Contents:

@@ -40,6 +40,7 @@ from .memory import available, trim_heap
 from .options import ReloadOptions, options
 from .partial import absorbed, base_of, laid_over, update_in_place
 from .plan import Plan
+from .progress import watched
 from .ranks import ranks_of
 from .record import ModelRecord, record_constructed
 from .session import SERVES_OLD, Policy, ReloadSession
@@ -99,6 +100,8 @@ def reload_weights(
             * ``weight_version``: a name for these weights, for ``status``.
             * ``require_marker``: name of a file that the trainer writes last; a folder without it is refused.
             * ``digest``: hash what the kernels read, in the step that commits; on unless it is False.
+            * ``progress``: whether a bar on stderr counts the bytes of a reload from disk. None: on rank 0
+              where stderr is a terminal.
             * ``whole_model``: load everything before anything is processed; for models whose loader comes
               back to layers it has finished.
 
@@ -126,7 +129,8 @@ def reload_weights(
             path = record.model_config.model if weights_path is None else str(weights_path)
             source = _opened(path, model, record, chosen.require_marker)
             if not is_checkpoint_format:
-                report = copy_kernel_format(model, source.read(), path, chosen)
+                with contextlib.closing(watched(source.read(), source, chosen.progress)) as weights:
+                    report = copy_kernel_format(model, weights, path, chosen)
             else:
                 report = _from_source(model, record, source, chosen)
         seconds = report.seconds | {"total": time.perf_counter() - started}
@@ -326,10 +330,12 @@ def _from_source(
     policy, way_back = _policy_for(model, record, plan, chosen)
     known = expected(model, record, plan, chosen.whole_model)
     with _keeping(chosen, source.description) as kept:
-        session = _session(model, record, source.description, policy, known, chosen, kept)
+        ordered = getattr(source, "in_order", True)
+        session = _session(model, record, source.description, policy, known, chosen, kept, ordered)
         with whole_or_broken(model, record, session, undo=way_back != "none"), session:
             order = plan.order if plan is not None else None
-            with contextlib.closing(source.read(order, record.pool, session.room)) as weights:
+            reading = watched(source.read(order, record.pool, session.room), source, chosen.progress)
+            with contextlib.closing(reading) as weights:
                 session.load(weights, between)
             report = session.finish()
     found = plan.kept | report.kept if plan is not None else report.kept
@@ -414,6 +420,7 @@ def _session(
     known: Expected,
     chosen: ReloadOptions,
     kept: Kept | None,
+    in_order: bool = True,
 ) -> ReloadSession:
     def inspect(name: str, tensor: torch.Tensor) -> str | None:
         if kept is not None:
@@ -429,6 +436,7 @@ def _session(
         whole_model=chosen.whole_model,
         inspect=inspect if kept is not None or chosen.check_finite else None,
         spill_dir=chosen.spill_dir,
+        in_order=in_order,
     )
     session.weight_version, session.digest = chosen.weight_version, chosen.digest
     return session

@@ -32,6 +32,7 @@ from .ledger import Expected, Ledger
 from .load import Feed, Fetching, Loaded, LoadTrace, Problems, load_all, load_by_routes
 from .memory import SMALL, Gauge, resident, trim_heap
 from .overflow import OPEN_BUDGET, OPEN_STREAMING, Overflow
+from .placement import placement
 from .process import ProcessWeights, process_stage, process_tail
 from .record import Group, ModelRecord, record_of, storage_id
 from .room import StagingMemory, StagingRoom
@@ -645,6 +646,8 @@ class ReloadSession:
             policy=self.policy,
             tensors=len(self.loaded.shapes),
             nbytes=self.loaded.nbytes,
+            replayed=self.ledger.replayed,
+            computed=self.ledger.computed,
             layers=len(self.committed),
             kept=kept,
             ignored=ignored,
@@ -718,17 +721,6 @@ def original_process_weights() -> ProcessWeights:
         return _original[0]
     found: ProcessWeights = _vllm.get(_vllm.LOADER_UTILS, "process_weights_after_loading")
     return found
-
-
-def placement(record: ModelRecord) -> object:
-    """What routes depend on beside the weights: which experts this rank holds, and where."""
-    found = []
-    for group in record.groups:
-        for tensor_record in group.tensors:
-            tensor = tensor_record.ref()
-            if not tensor_record.is_parameter and "expert" in tensor_record.name and tensor is not None:
-                found.append((tensor_record.name, tuple(tensor.flatten().tolist())))
-    return tuple(found)
 
 
 def _shared_tensors(record: ModelRecord) -> frozenset[int]:

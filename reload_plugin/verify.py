@@ -28,6 +28,12 @@ class ReloadReport(BaseModel):
     """Checkpoint tensors received."""
     nbytes: int
     """Their bytes."""
+    replayed: int = 0
+    """Those of ``tensors`` that were copied to their places without the model's loader: by the plan, or by
+    routes learnt before, or by name where they came in kernel format. All others took the loader."""
+    computed: int = 0
+    """Those that took it because it makes other values of them (Mamba's ``-exp(A_log)``, casts), and will
+    at every reload. The rest, if there is a rest, took it because their routes were not known."""
     layers: int
     """Groups of layers that were processed and committed."""
     kept: dict[str, str] = Field(default_factory=dict)

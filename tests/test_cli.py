@@ -413,6 +413,7 @@ def test_a_server_is_pushed_to_and_says_what_it_serves(
     assert tokens(server) == on_b
     said = run("status", server, "--api-key", KEY)
     assert (said.code, "step 12" in said.out, "last error" in said.out) == (0, True, True)
+    assert "replayed, 0 computed by the model's loader" in said.out
 
     for bad in ("/nowhere/at/all", "relative/nowhere"):
         complaint(run("push", bad, "--url", server))

@@ -13,7 +13,19 @@ from typing import Annotated, Any
 
 import typer
 
-from .show import FINE, INTERRUPTED, NO, TROUBLE, CommandError, as_json, complain, human, progress, table
+from .show import (
+    FINE,
+    INTERRUPTED,
+    NO,
+    TROUBLE,
+    CommandError,
+    as_json,
+    complain,
+    human,
+    progress,
+    table,
+    waiting,
+)
 
 EXIT_CODES = """Exit codes: 0 done, or yes; 1 no (different, does not fit, something is wrong); 2 trouble
 (wrong usage, a file or server that cannot be read); 130 interrupted."""
@@ -203,7 +215,9 @@ def plan(
     """
     from ..preflight import preflight
 
-    found = preflight(checkpoint, model, _arguments(engine))
+    arguments = _arguments(engine)
+    with waiting(f"planning {Path(checkpoint).name} for {Path(model).name}"):
+        found = preflight(checkpoint, model, arguments)
     if json:
         as_json(found.model_dump(mode="json"))
         return FINE if found.fits else NO

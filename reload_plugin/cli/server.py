@@ -14,6 +14,7 @@ import httpx
 from ..errors import ReloadError
 from ..monitor import ReloadStatus
 from ..sources import open_source
+from ..verify import ReloadReport
 from .show import FINE, NO, CommandError, as_json, human, progress, table, waiting
 
 QUICK = 30.0
@@ -153,10 +154,18 @@ def _print_states(states: list[ReloadStatus], in_json: bool) -> None:
     ]
     table(("rank", "state", "version", "name", "since", "source"), rows)
     for state in states:
+        if state.report is not None:
+            print(f"rank {state.rank}: last reload: {_described(state.report)}")
         if state.update:
             print(f"rank {state.rank}: update open: {state.update}")
         if state.last_error:
             print(f"rank {state.rank}: last error: {' '.join(state.last_error.split())}")
+
+
+def _described(report: ReloadReport) -> str:
+    """What the last reload loaded, and how much of it without the model's loader."""
+    loaded = f"{report.tensors:,} tensors, {human(report.nbytes)}"
+    return f"{loaded}; {report.replayed:,} replayed, {report.computed:,} computed by the model's loader"
 
 
 # -- push -----------------------------------------------------------------------------------------

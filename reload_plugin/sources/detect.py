@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
 from ..errors import SHOWN, SourceError
@@ -79,11 +79,18 @@ def check_marker(place: Path, marker: str) -> None:
         )
 
 
-def plain_safetensors(files: Sequence[str], description: str, within: str | None = None) -> Checkpoint:
-    """Safetensors files as they are, or as OLMo means them."""
-    source = SafetensorsSource(files, description)
+def plain_safetensors(
+    files: Sequence[str],
+    description: str,
+    within: str | None = None,
+    opened: Callable[[Sequence[str], str], SafetensorsSource] = SafetensorsSource,
+) -> Checkpoint:
+    """Safetensors files as they are, or as OLMo means them; ``opened`` makes the source of those that are."""
+    source = opened(files, description)
     refuse_stale(source.metadata)
-    return OlmoSource(source, within) if is_olmo(source.file_of) else source
+    if is_olmo(source.file_of):
+        return OlmoSource(SafetensorsSource(files, description), within)
+    return source
 
 
 def is_plain(name: str) -> bool:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from .. import _vllm
@@ -13,6 +15,8 @@ from ..errors import ReloadError, SourceError
 from ..memory import HostPool
 from .base import Room, Source, Stream, TensorInfo
 from .detect import NEXT, check_marker, check_numbers, is_plain, open_source, plain_safetensors
+from .fast_files import FastSafetensors
+from .fast_readers import READERS
 from .safetensors_files import SafetensorsSource
 from .safetensors_index import check_index, read_index
 from .torch_source import TorchSource
@@ -39,6 +43,45 @@ class EngineReaderSource:
         return False
 
 
+class BucketSource:
+    """Safetensors files in a bucket, streamed by vLLM's loader; its names are known only while it is read.
+
+    Run:ai Model Streamer holds as much of them in host memory as RUNAI_STREAMER_MEMORY_LIMIT says.
+    """
+
+    in_order = False
+
+    def __init__(self, vllm_config: Any, path: str) -> None:
+        self.description = path
+        self._vllm_config = vllm_config
+
+    def infos(self) -> Sequence[TensorInfo] | None:
+        return None
+
+    def read(
+        self, order: Sequence[str] | None = None, pool: HostPool | None = None, room: Room | None = None
+    ) -> Stream:
+        assert order is None, "a source without a listing has one order"
+        del pool, room  # the library allocates for itself
+        yield from _vllm.stored_weights(self._vllm_config, self.description)
+
+    def unchanged(self) -> bool:
+        return False
+
+
+def _of_bucket(path: str, vllm_config: Any, require_marker: str | None) -> Source:
+    if _vllm.load_format(vllm_config) != "runai_streamer":
+        raise SourceError(
+            f"{path} is in a bucket, and the engine was not started with load_format='runai_streamer'. "
+            "Start it so, or give a folder on this machine."
+        )
+    if require_marker is not None:
+        raise SourceError(
+            f"A marker (require_marker) cannot be looked for in a bucket: {path}. Leave it out."
+        )
+    return BucketSource(vllm_config, path)
+
+
 def open_folder(
     path: str, vllm_config: Any, model_config: Any, model: nn.Module, require_marker: str | None = None
 ) -> Source:
@@ -56,6 +99,8 @@ def open_folder(
 
     """
     place = Path(path)
+    if _vllm.is_object_storage(path):
+        return _of_bucket(path, vllm_config, require_marker)
     if place.is_file():
         return open_source(path, require_marker=require_marker)
     if place.is_dir():
@@ -89,7 +134,12 @@ def _of_files(
     if getattr(model, "secondary_weights", ()):
         return EngineReaderSource(vllm_config, model_config, model, path)
     if all(file.endswith(".safetensors") for file in files):
-        return plain_safetensors(files, path)
+        load_format = _vllm.load_format(vllm_config)
+        if load_format not in READERS:
+            return plain_safetensors(files, path)
+        device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+        fast = functools.partial(FastSafetensors, load_format=load_format, device=device)
+        return plain_safetensors(files, path, opened=fast)
     if all(file.endswith((".bin", ".pt", ".pth")) for file in files):
         return TorchSource(files, path)
     return EngineReaderSource(vllm_config, model_config, model, path)

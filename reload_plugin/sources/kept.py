@@ -156,6 +156,8 @@ class Overlay:
     def __init__(self, base: Source, top: Source) -> None:
         self.base, self.top = base, top
         self.description = f"{top.description} over {base.description}"
+        self.in_order = all(getattr(source, "in_order", True) for source in (base, top))
+        """Whether ``read`` keeps to the order it is asked for."""
         self._top: Mapping[str, TensorInfo] = {info.name: info for info in top.infos() or ()}
         self._base: Mapping[str, TensorInfo] = {info.name: info for info in base.infos() or ()}
 
