@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-import markdown
+import document
 
 COLOURS = {"ours": "#2a6f97", "vllm": "#c1121f", "floor": "#6c757d", "restart": "#adb5bd"}
 LABELS = {"ours": "this package", "vllm": "vLLM's own", "floor": "floor", "restart": "engine restart"}
@@ -14,26 +14,27 @@ UNITS = {"tensors": ("tensors", 1), "bytes": ("GB", 1e9)}
 
 def write(report: dict[str, Any], output: Path) -> None:
     """NAME.md and NAME.png beside NAME.json."""
-    (output / f"{report['table']}.md").write_text(markdown.document(report))
+    (output / f"{report['table']}.md").write_text(document.whole(report))
     draw(report, output / f"{report['table']}.png")
 
 
 def draw(report: dict[str, Any], path: Path) -> None:
-    """One picture of a table: bars, lines along an axis, or one point a reload."""
+    """One picture of a table: points with their extremes, lines along an axis, or reload after reload."""
     import matplotlib as mpl
 
     mpl.use("Agg")  # no display
     from matplotlib import pyplot as plt
 
-    ways = list(markdown.ways_of(report))
-    height = max(4.0, 0.9 * len(ways) + 1.5) if _is_bars(report) else 4.5
-    figure, axes = plt.subplots(figsize=(9, height), layout="constrained")
+    ways = list(document.ways_of(report))
+    in_rows = not report["axis"] and report["table"] != "repeated"
+    height = max(4.0, 0.7 * len(ways) + 2) if in_rows else 4.5
+    figure, axes = plt.subplots(figsize=(10, height), layout="constrained")
     if report["axis"]:
         _draw_lines(axes, report, ways)
     elif report["table"] == "repeated":
         _draw_sequence(axes, ways)
     else:
-        _draw_bars(axes, ways)
+        _draw_points(axes, ways)
     axes.set_title(report["title"])
     axes.legend(frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
@@ -41,44 +42,34 @@ def draw(report: dict[str, Any], path: Path) -> None:
     plt.close(figure)
 
 
-def _is_bars(report: dict[str, Any]) -> bool:
-    return not report["axis"] and report["table"] != "repeated"
-
-
-def _draw_bars(axes: Any, ways: list[Any]) -> None:
-    """Later reloads as bars with their extremes; first reloads as open marks; restarts beside them."""
+def _draw_points(axes: Any, ways: list[Any]) -> None:
+    """Later reloads as points with their extremes, first ones open; restart and floor with them."""
     for row, (model, _, way) in enumerate(ways):
-        for place, (name, found) in enumerate(_later(model, way).items()):
+        for place, (name, found) in enumerate(_figures(model, way).items()):
             if found is None:
                 continue
-            y = row + 0.2 * (place - 1.5)
-            wrong = name == "vllm" and way["vllm"]["verdict"] != "right"
-            low, high = found["median"] - found["min"], found["max"] - found["median"]
-            axes.barh(
-                y,
+            side, _, when = name.partition(", ")
+            wrong = side == "vllm" and way["vllm"]["verdict"] != "right"
+            axes.errorbar(
                 found["median"],
-                0.18,
-                color=COLOURS[name],
-                xerr=[[low], [high]],
-                hatch="///" if wrong else None,
-                ecolor="#333333",
-                edgecolor="white",
-                label=LABELS[name] if row == 0 else None,
+                row + 0.12 * (place - 2.5),
+                xerr=[[found["median"] - found["min"]], [found["max"] - found["median"]]],
+                fmt="X" if wrong else "o",
+                mfc="none" if when == "first" else None,
+                color=COLOURS[side],
+                label=name.replace(side, LABELS[side]) if row == 0 else None,
             )
-            first = way.get(name, {}).get("first")
-            if first is not None:
-                label = "first reload" if row == 0 and name == "ours" else None
-                axes.plot(first["median"], y, "o", mfc="none", color=COLOURS[name], label=label)
-    axes.set_yticks(range(len(ways)), [markdown.what_of(model, name) for model, name, _ in ways])
+    axes.set_yticks(range(len(ways)), [document.what_of(model, name) for model, name, _ in ways])
+    axes.grid(axis="x", alpha=0.3)
     axes.invert_yaxis()
     axes.set_xscale("log")
-    axes.set_xlabel("seconds, median and extremes (hatched: the answers were wrong)")
+    axes.set_xlabel("seconds, median and extremes; crosses: the answers were wrong")
 
 
-def _later(model: dict[str, Any], way: dict[str, Any]) -> dict[str, Any]:
-    found = model["summary"]
-    sides = {side: way[side]["later"] for side in ("ours", "vllm")}
-    return sides | {"floor": found["floor"], "restart": found["restart"]}
+def _figures(model: dict[str, Any], way: dict[str, Any]) -> dict[str, Any]:
+    """Every spread of one way, by its label."""
+    sides = {f"{side}, {when}": way[side][when] for side in ("ours", "vllm") for when in ("first", "later")}
+    return sides | {"floor": model["summary"]["floor"], "restart": model["summary"]["restart"]}
 
 
 def _draw_lines(axes: Any, report: dict[str, Any], ways: list[Any]) -> None:

@@ -1,9 +1,9 @@
 """How long a reload takes: this package, vLLM's own, a restart of the engine, and the floor under all.
 
 One table for each name given, `main` if none is: see `tables.py`. Each side has processes of its own; they
-take turns, so that a slow minute of the machine meets all of them. After each timed reload the engine is asked,
-and its answer is compared with that of a cold start on the same weights: a wrong answer of this package fails
-the benchmark, one of vLLM's own is recorded.
+take turns, so that a slow minute of the machine meets all of them. After each timed reload the answers of the
+engine are compared with those of a cold start on the same weights: wrong ones of this package fail the run,
+those of vLLM's own are recorded.
 
 Writes NAME.json (after each model), NAME.md and NAME.png; `plot.py` makes the last two again from the first.
 """
@@ -12,16 +12,17 @@ import argparse
 import json
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import markdown
+import document
 import plot
 from machine import machine
+from models import Model
 from rich.console import Console
-from tables import TABLES, Table, measure
+from tables import TABLES, Table, Way, measure
 from trials import Processes, engine, work
 
 OUTPUT = Path(__file__).parent / "output"
@@ -37,7 +38,7 @@ def run(table: Table, processes: Processes, output: Path, folder: Path | None, p
             report["models"][model.name] = measure(table, model, processes, Path(root), profile)
         (output / f"{table.name}.json").write_text(json.dumps(report, indent=1))
     plot.write(report, output)
-    text = markdown.document(report) + markdown.profiles(report)
+    text = document.whole(report) + document.profiles(report)
     Console(width=None if sys.stdout.isatty() else 400).print(text, markup=False)
     print(f"written: {output / table.name}.json, .md and .png")
 
@@ -49,6 +50,7 @@ def main(
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("tables", nargs="*", metavar="TABLE", help=f"of {', '.join(tables)}, or all")
     parser.add_argument("--models", nargs="+", help="only these of each table, by name")
+    parser.add_argument("--ways", nargs="+", help="only these ways of reloading, by name")
     parser.add_argument("--rounds", type=int, help="processes for each side, if not the table's own number")
     parser.add_argument("--reloads", type=int, help="reloads in each process, 2 or more")
     parser.add_argument("--profile", action="store_true", help="also the top functions of a later reload")
@@ -74,11 +76,24 @@ def narrowed(table: Table, arguments: argparse.Namespace) -> Table:
     kept = tuple(
         model for model in table.models if arguments.models is None or model.name in arguments.models
     )
+    ways = arguments.ways
+    ways_of = table.ways_of if ways is None else only(table.ways_of, ways)
     rounds, reloads = arguments.rounds, arguments.reloads
     if arguments.smoke:
         kept = tuple(model.small() for model in kept)
         rounds, reloads = rounds or 1, reloads or 2
-    return replace(table, models=kept, rounds=rounds or table.rounds, reloads=reloads or table.reloads)
+    rounds, reloads = rounds or table.rounds, reloads or table.reloads
+    return replace(table, models=kept, ways_of=ways_of, rounds=rounds, reloads=reloads)
+
+
+def only(ways_of: Callable[[Model], tuple[Way, ...]], names: list[str]) -> Callable[[Model], tuple[Way, ...]]:
+    """Those of the ways that have one of these names; all, if none has."""
+
+    def chosen(model: Model) -> tuple[Way, ...]:
+        ways = ways_of(model)
+        return tuple(way for way in ways if way.name in names) or ways
+
+    return chosen
 
 
 if __name__ == "__main__":

@@ -66,6 +66,8 @@ class Table:
     """Processes of each side; figures of a first reload and of a restart have one sample in each."""
     reloads: int = 6
     """In each process, the first included."""
+    graphs: bool = False
+    """Whether engines have to have captured CUDA graphs at their start."""
     axis: str = ""
     """What the models differ in, if a plot can show it on an axis: ``tensors`` or ``bytes``."""
 
@@ -199,7 +201,7 @@ def measure(
                     job |= {"floor_of": way.to if first else None, "profile": profile and number == 0}
                 run = judge(ask(processes, job, side), truth)
                 if side == "ours":
-                    assert_right(f"{model.name} {way.name}, round {number}", run)
+                    assert_right(f"{model.name} {way.name}, round {number}", run, table.graphs)
                 runs[way.name][side].append(run)
                 progress.update()
     measured = {
@@ -262,13 +264,16 @@ def judge(run: dict[str, Any], truth: dict[str, Any]) -> dict[str, Any]:
     return run
 
 
-def assert_right(what: str, run: dict[str, Any]) -> None:
-    """A fast reload of the wrong weights is no result."""
+def assert_right(what: str, run: dict[str, Any], graphs: bool = False) -> None:
+    """A fast reload of the wrong weights is no result, nor is one that has no CUDA graphs to keep."""
     wrong = [f"reload {number}" for number, one in enumerate(run["reloads"]) if not one["right"]]
     if wrong:
         raise SystemExit(f"{what}: reload_plugin answered differently from a cold start: {', '.join(wrong)}")
     if run["error"] is not None:
         raise SystemExit(f"{what}: reload_plugin failed: {run['error']}")
+    before, after = run["graphs"]
+    if before != after or (graphs and not before):
+        raise SystemExit(f"{what}: {before} CUDA graphs at the start and {after} after the reloads")
     if not run.get("floor", {}).get("right", True):
         raise SystemExit(f"{what}: the engine that the floor was measured on answered differently")
 

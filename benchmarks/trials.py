@@ -1,6 +1,7 @@
 """What one process of a benchmark does: cold answers of engines, or reloads that are timed, and a floor."""
 
 import cProfile
+import gc
 import io
 import json
 import os
@@ -71,11 +72,13 @@ def time_reloads(
     with start(folders["A"], options) as llm:
         result["ready"] = None if started is None else time.monotonic() - started
         engine.answer(llm)
+        result["graphs"] = [captured_graphs()]
         try:
             for number, step in enumerate(steps):
                 result["reloads"].append(time_reload(llm, number, step))
         except Exception as error:  # noqa: BLE001  a reload may fail in any way, and that is its figure
             result["error"] = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        result["graphs"].append(captured_graphs())
         if profile and result["error"] is None:
             result["profile"] = profile_reload(llm, steps)
     if floor_of is not None and result["error"] is None:
@@ -102,6 +105,13 @@ def time_reload(llm: Any, number: int, step: Mapping[str, Any]) -> dict[str, Any
         "from_disk": machine.read_from_disk() - fetched,
         "answer": engine.answer(llm),
     } | account_of(llm)
+
+
+def captured_graphs() -> int:
+    """CUDA graphs that this process has captured so far; 0 where there are none."""
+    from vllm.compilation.counter import compilation_counter
+
+    return compilation_counter.num_cudagraph_captured
 
 
 def prepare(llm: Any, number: int, step: Mapping[str, Any]) -> Any:
@@ -238,6 +248,10 @@ class Processes:
 def _begin(plugin: bool) -> None:
     """In a process that does many jobs: the environment, and nothing of what vLLM says on the terminal."""
     engine.prepare(plugin)
+    import vllm  # noqa: F401  what is imported now is not looked at again
+
+    gc.freeze()  # vLLM collects ten times at each start and end of an engine, and imports are most of it
+    gc.freeze = gc.unfreeze = lambda: None
     with tempfile.TemporaryFile() as log:
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)

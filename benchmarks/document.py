@@ -29,7 +29,7 @@ NOTE = (
 )
 
 
-def document(report: dict[str, Any]) -> str:
+def whole(report: dict[str, Any]) -> str:
     """Everything one table's JSON says to a reader."""
     parts = [f"# {report['title']}", main_table(report), NOTE, *extras(report)]
     parts += ["Where this package's time goes, median seconds of each stage:", stages_table(report)]
