@@ -10,7 +10,6 @@ Writes NAME.json (after each model), NAME.md and NAME.png; `plot.py` makes the l
 
 import argparse
 import json
-import sys
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -21,7 +20,6 @@ import document
 import plot
 from machine import machine
 from models import Model
-from rich.console import Console
 from tables import TABLES, Table, Way, measure
 from trials import Processes, engine, work
 
@@ -38,8 +36,7 @@ def run(table: Table, processes: Processes, output: Path, folder: Path | None, p
             report["models"][model.name] = measure(table, model, processes, Path(root), profile)
         (output / f"{table.name}.json").write_text(json.dumps(report, indent=1))
     plot.write(report, output)
-    text = document.whole(report) + document.profiles(report)
-    Console(width=None if sys.stdout.isatty() else 400).print(text, markup=False)
+    print(document.whole(report) + document.profiles(report))
     print(f"written: {output / table.name}.json, .md and .png")
 
 

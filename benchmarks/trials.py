@@ -248,7 +248,7 @@ class Processes:
 def _begin(plugin: bool) -> None:
     """In a process that does many jobs: the environment, and nothing of what vLLM says on the terminal."""
     engine.prepare(plugin)
-    import vllm  # noqa: F401  what is imported now is not looked at again
+    from vllm import LLM  # noqa: F401  what is imported now is not looked at again
 
     gc.freeze()  # vLLM collects ten times at each start and end of an engine, and imports are most of it
     gc.freeze = gc.unfreeze = lambda: None

@@ -15,6 +15,8 @@ from tests.test_examples import run
 TINY = ["--layers", "1", "--hidden", "128", "--vocabulary", "256", "--experts", "8"]
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 TABLES = ("main", "tensors", "bytes", "changed", "order", "disk", "repeated")
+QUANTIZED = ("dense, INT8 W8A8", "dense, W4A16", "dense, INT8 online")
+"""Their processing leaves more behind than new parameters, and the floor has to undo all of it."""
 PNG = b"\x89PNG"
 
 
@@ -31,7 +33,7 @@ def imported(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], ModuleType]:
 @pytest.mark.slow
 def test_every_table_is_measured_and_written(tmp_path: Path) -> None:
     """Tiny models, one process a side; a way or two of each table."""
-    models = ["--models", "dense", "1 k", "0.25 GB"]
+    models = ["--models", "dense", "1 k", "0.25 GB", *QUANTIZED]
     ways = ["--ways", "", "1/2 of the layers, only those sent", "1/2 of the layers", "shuffled, auto", "cold"]
     printed = run("benchmarks/reload.py", "all", "--smoke", "--profile", *models, *ways, "--output", tmp_path)
     for name in TABLES:
@@ -39,6 +41,8 @@ def test_every_table_is_measured_and_written(tmp_path: Path) -> None:
         assert report["models"], name
         for model in report["models"].values():
             check_model(model)
+        if name == "main":
+            assert report["models"].keys() == {"dense", *QUANTIZED}
         assert (tmp_path / f"{name}.md").read_text().strip() in printed
         assert (tmp_path / f"{name}.png").read_bytes().startswith(PNG)
     assert "tottime" in printed
@@ -59,22 +63,10 @@ def check_model(model: dict[str, Any]) -> None:
         assert way["ours"]["verdict"] == "right"
         assert way["ours"]["extra"]["first"] is not None
         assert way["ours over floor, later"] == way["ours"]["later"]["median"] / floor
-        assert way["vllm"]["verdict"] == "right"  # of a dense model; its figures are nobody's promise
-
-
-@pytest.mark.slow
-def test_processing_several_times_is_processing_once(tmp_path: Path) -> None:
-    """The floor of quantized models, whose processing leaves more behind than new parameters; vLLM's own
-    reload of INT8 is wrong, and recorded as that.
-    """
-    models = ["--models", "dense, INT8 W8A8", "dense, W4A16", "dense, INT8 online"]
-    run("benchmarks/reload.py", "main", "--smoke", *models, "--output", tmp_path)
-    report = json.loads((tmp_path / "main.json").read_text())
-    for name in models[1:]:
-        measured = report["models"][name]
-        floor = measured["runs"][""]["ours"][0]["floor"]
-        assert floor["right"]
-        assert floor["layers"] >= 2 * 4 + 2  # four linear layers in each of two blocks, two embeddings
+        for run_of_ours in sides["ours"]:
+            floors = [run_of_ours["floor"]] if "floor" in run_of_ours else []
+            assert all(one["right"] and one["layers"] >= 4 for one in floors)
+        assert way["vllm"]["verdict"] in ("right", "wrong")  # of experts, on a CPU; no promise of ours
 
 
 @pytest.mark.slow
