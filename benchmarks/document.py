@@ -87,7 +87,7 @@ def extras(report: dict[str, Any]) -> list[str]:
     """What only some tables have to say."""
     makers = {"tensors": growth, "bytes": growth, "disk": from_disk, "order": spilled, "repeated": repeated}
     maker = makers.get(report["table"])
-    return [maker(report)] if maker else []
+    return [text] if maker and (text := maker(report)) else []
 
 
 def growth(report: dict[str, Any]) -> str:
@@ -194,4 +194,4 @@ def times(value: float | None) -> str:
 
 def mib(value: int | None) -> str:
     """Bytes in MiB."""
-    return NOTHING if value is None else f"{value / MIB:,.0f} MiB"
+    return NOTHING if value is None else f"{round(value / MIB):,} MiB"
