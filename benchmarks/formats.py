@@ -7,7 +7,6 @@ checkpoint in between, and deleted. Every answer is compared with a cold start's
 
 import argparse
 import base64
-import gc
 import json
 import pickle
 import shutil
@@ -19,15 +18,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
-
-import engine
 import models
-from memory import MIB, OPTIONS, Peak, resident
-from policies import largest
-from reload import ask_cold, bytes_of, machine
+from machine import MIB, Peak, machine, warm_up
 from rich.console import Console
 from tqdm import tqdm
+from trials import ask_cold, engine, start
 
 SIZE = {"layers": 60, "hidden": 1024, "vocabulary": 32768, "experts": 0, "inner": 3072}
 """663 tensors, 2.0 GB; the largest layer has 64 MiB."""
@@ -161,7 +156,7 @@ def write_format(name: str, model: str, folder: str) -> None:
 
 def write_model(folder: str, size: dict[str, int], seed: int) -> None:
     """One random checkpoint."""
-    models.write(Path(folder), size, seed)
+    models.write(Path(folder), models.Model("", size), seed)
 
 
 def work(task: str, **arguments: Any) -> Any:
@@ -180,24 +175,12 @@ def child(task: str, **arguments: Any) -> Any:
 def reload(llm: Any, folder: str) -> dict[str, Any]:
     """One reload: extra resident memory at its peak, seconds, and what the engine answers then."""
     warm_up(folder)
-    gc.collect()
-    before = resident()
     with Peak() as peak:
         started = time.perf_counter()
         llm.collective_rpc("reload_weights", kwargs={"weights_path": folder})
         seconds = time.perf_counter() - started
-    extra = {"rss": peak.kernel_rss - before["rss"], "anon": peak.anon - before["anon"]}
     answer = json.loads(json.dumps(engine.answer(llm)))  # as it comes from another process
-    return {"extra": extra, "seconds": seconds, "answer": answer}
-
-
-def warm_up(folder: str) -> None:
-    """Read every file once, so that its pages are in the cache."""
-    for path in Path(folder).rglob("*"):
-        if path.is_file():
-            with path.open("rb", buffering=0) as file:
-                while file.read(1 << 22):
-                    pass
+    return {"extra": peak.extra, "seconds": seconds, "answer": answer}
 
 
 def measure(names: list[str], size: dict[str, int], root: Path) -> dict[str, Any]:
@@ -205,10 +188,10 @@ def measure(names: list[str], size: dict[str, int], root: Path) -> dict[str, Any
     folders = {side: str(root / side) for side in "AB"}
     for side, seed in (("A", 1), ("B", 2)):
         child("model", folder=folders[side], size=size, seed=seed)
-    truth = child("cold", folders=folders)
+    truth = child("cold", folders=folders, options={})
     rows = []
     engine.prepare(plugin=True)
-    with engine.engine(folders["A"], **OPTIONS) as llm:
+    with start(folders["A"], {}) as llm:
         engine.answer(llm)
         for name in tqdm(names, unit="format", file=sys.stdout):
             folder = str(root / "format")
@@ -222,12 +205,12 @@ def measure(names: list[str], size: dict[str, int], root: Path) -> dict[str, Any
                 runs[-1]["back"] = back
             rows.append({"format": name, "runs": runs})
             shutil.rmtree(folder)
-    return {"bytes": bytes_of(folders["B"]), "largest": largest(size), "rows": rows}
+    return {"bytes": models.bytes_of(folders["B"]), "largest": models.largest_layer(size), "rows": rows}
 
 
 def peak_of(row: dict[str, Any]) -> int:
     """The most that a reload from the format took, or the reload that followed it; bytes."""
-    return max(max(run["extra"]["rss"], run["back"]["extra"]["rss"]) for run in row["runs"])
+    return max(max(run["extra"], run["back"]["extra"]) for run in row["runs"])
 
 
 def markdown(report: dict[str, Any]) -> str:
@@ -236,7 +219,7 @@ def markdown(report: dict[str, Any]) -> str:
     lines = ["| format | peak extra memory | promised at most | seconds |", "|---|---|---|---|"]
     for row in report["rows"]:
         seconds = min(run["seconds"] for run in row["runs"])
-        peak = max(run["extra"]["rss"] for run in row["runs"])
+        peak = max(run["extra"] for run in row["runs"])
         lines.append(f"| {row['format']} | {peak / MIB:,.0f} MiB | {limit / MIB:,.0f} MiB | {seconds:.2f} |")
     return "\n".join(lines)
 

@@ -1,43 +1,104 @@
-"""Random checkpoints of a chosen size: one dense, two mixtures of many small experts."""
+"""Checkpoints to reload: random weights of a chosen size, dense or with many experts, bf16 or quantized.
+
+Two seeds share no weight. A share of the layers may be taken from the other seed.
+"""
 
 import json
+import shutil
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 
+from tests import checkpoints  # the tests write the same formats
+from tests.checkpoints import WEIGHTS, generator_for
+
+Size = Mapping[str, int]
 SIZES = ("layers", "hidden", "vocabulary", "experts", "inner")
 HEAD = 128  # width of an attention head
-DEFAULTS = {
-    # 28 layers of 11 tensors and 3 more: 311 tensors, 1.0 GB
-    "dense": {"layers": 28, "hidden": 1024, "vocabulary": 32768, "experts": 0, "inner": 3072},
-    # 8 layers of 3 · 128 + 9 tensors and 3 more: 3,147 tensors, 0.4 GB
-    "moe": {"layers": 8, "hidden": 256, "vocabulary": 8192, "experts": 128, "inner": 256},
-    # 50 layers of 3 · 128 + 9 tensors and 3 more: 19,653 tensors, 0.3 GB
-    "many": {"layers": 50, "hidden": 128, "vocabulary": 8192, "experts": 128, "inner": 64},
-}
+SEEDS = {"A": 1, "B": 2}
 
 
-def sizes(kind: str, **chosen: int | None) -> dict[str, int]:
-    """The defaults of `kind`, with what was chosen in their place."""
-    wanted = {name: value for name, value in chosen.items() if value is not None}
-    if not DEFAULTS[kind]["experts"]:
-        wanted.pop("experts", None)
-    return DEFAULTS[kind] | wanted
+@dataclass(frozen=True)
+class Model:
+    """A checkpoint of a size and a form, and how an engine is started on it."""
+
+    name: str
+    size: Size
+    form: str = "bf16"
+    """On disk: ``bf16``, ``w8a8`` (INT8, scales per channel and token) or ``w4a16`` (INT4 in groups)."""
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """Of the engine."""
+
+    def small(self) -> "Model":
+        """The same in a few megabytes, to try things out; sizes that differ go on differing."""
+        size = {"layers": 2, "hidden": 128, "vocabulary": 256, "experts": 0, "inner": 256}
+        if self.size["experts"]:
+            size |= {"experts": 8, "inner": 64, "layers": 1 + self.size["layers"] // 16}
+        return replace(self, size=size)
 
 
-def write(folder: Path, size: dict[str, int], seed: int) -> Path:
-    """Write config.json and model.safetensors, bf16; the seed decides every weight."""
+DENSE = {"layers": 28, "hidden": 1024, "vocabulary": 32768, "experts": 0, "inner": 3072}
+"""28 layers of 11 tensors and 3 more: 311 tensors, 1.0 GB."""
+EXPERTS = {"layers": 8, "hidden": 256, "vocabulary": 8192, "experts": 128, "inner": 256}
+"""8 layers of 3 · 128 + 9 tensors and 3 more: 3,147 tensors, 0.4 GB."""
+MANY = {"layers": 50, "hidden": 128, "vocabulary": 8192, "experts": 128, "inner": 64}
+"""50 layers of 3 · 128 + 9 tensors and 3 more: 19,653 tensors, 0.3 GB."""
+LARGE = DENSE | {"layers": 30, "hidden": 2048, "inner": 6144}
+"""333 tensors, 4.0 GB."""
+
+
+# -- writing --------------------------------------------------------------------------------------
+
+
+def write(folder: Path, model: Model, seed: int, changed: float = 1) -> Path:
+    """Write config.json and model.safetensors; the seed decides every weight.
+
+    With ``changed`` below 1, that share of the layers is of this seed, and all else is of seed A.
+    """
     folder.mkdir(parents=True)
-    generator = torch.Generator().manual_seed(seed)
-    tensors = {name: _fill(name, shape, generator) for name, shape in shapes(size).items()}
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    (folder / "config.json").write_text(json.dumps(_config(size), indent=2))
+    tensors = {
+        name: _fill(name, shape, seed if is_changed(name, model.size, changed) else SEEDS["A"])
+        for name, shape in shapes(model.size).items()
+    }
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    del tensors
+    (folder / "config.json").write_text(json.dumps(_config(model.size), indent=2))
+    if model.form == "w8a8":
+        checkpoints.to_w8a8_dynamic(folder)
+    elif model.form == "w4a16":
+        checkpoints.to_w4a16(folder, group=128)
     return folder
 
 
-def shapes(size: dict[str, int]) -> dict[str, tuple[int, ...]]:
-    """Every tensor of the checkpoint, by its name on disk."""
+def write_changed(folder: Path, whole: Path, model: Model, changed: float) -> Path:
+    """Write the changed weights of a checkpoint alone, for a partial update."""
+    folder.mkdir(parents=True)
+    with safe_open(whole / WEIGHTS, "pt") as file:
+        names = [name for name in file.keys() if is_changed(name, model.size, changed)]  # noqa: SIM118  no dict
+        chosen = {name: file.get_tensor(name) for name in names}
+    save_file(chosen, folder / WEIGHTS, metadata={"format": "pt"})
+    shutil.copy(whole / "config.json", folder)
+    return folder
+
+
+def is_changed(name: str, size: Size, changed: float) -> bool:
+    """Whether a tensor is among the share of the model that differs: whole layers, from the first on."""
+    if changed == 1:
+        return True
+    number = name.removeprefix("model.layers.").split(".")[0]
+    return number.isdigit() and int(number) < changed * size["layers"]
+
+
+def shapes(size: Size) -> dict[str, tuple[int, ...]]:
+    """Every tensor of the bf16 checkpoint, by its name on disk."""
     hidden, heads, inner = size["hidden"], _heads(size), size["inner"]
     result: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (size["vocabulary"], hidden)}
     for layer in range(size["layers"]):
@@ -57,18 +118,36 @@ def shapes(size: dict[str, int]) -> dict[str, tuple[int, ...]]:
     return result | {"model.norm.weight": (hidden,), "lm_head.weight": (size["vocabulary"], hidden)}
 
 
-def _fill(name: str, shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
-    noise = torch.randn(shape, generator=generator, dtype=torch.float32)
-    scaled = 1 + 0.1 * noise if len(shape) == 1 else noise * 1.5 / shape[-1] ** 0.5
-    return (scaled if "embed" not in name else noise).to(torch.bfloat16)
+def largest_layer(size: Size) -> int:
+    """Bytes of the largest layer in bf16: the embedding, or what one block's projections are merged into."""
+    return 2 * size["hidden"] * max(size["vocabulary"], 3 * size["inner"] * max(1, size["experts"]))
 
 
-def _heads(size: dict[str, int]) -> int:
+def bytes_of(folder: str | Path) -> int:
+    """Size of a checkpoint on disk."""
+    return sum(path.stat().st_size for path in Path(folder).glob("*.safetensors"))
+
+
+def tensors_of(folder: str | Path) -> int:
+    """Number of tensors of a checkpoint on disk."""
+    with safe_open(Path(folder) / WEIGHTS, "pt") as file:
+        return len(file.keys())
+
+
+def _fill(name: str, shape: tuple[int, ...], seed: int) -> torch.Tensor:
+    noise = torch.randn(shape, generator=generator_for(name, seed), dtype=torch.float32)
+    if "embed" in name:
+        return noise.to(torch.bfloat16)
+    scaled = noise.mul_(0.1).add_(1) if len(shape) == 1 else noise.mul_(1.5 / shape[-1] ** 0.5)
+    return scaled.to(torch.bfloat16)
+
+
+def _heads(size: Size) -> int:
     """Heads of keys and values; there are twice as many of queries."""
     return max(1, size["hidden"] // HEAD)
 
 
-def _config(size: dict[str, int]) -> dict:
+def _config(size: Size) -> dict[str, Any]:
     config = {
         "architectures": ["Qwen3MoeForCausalLM" if size["experts"] else "Qwen3ForCausalLM"],
         "model_type": "qwen3_moe" if size["experts"] else "qwen3",

@@ -135,13 +135,18 @@ INT8_TENSOR = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "ten
 
 
 def write_w8a8_dynamic(folder: Path, config: Config, seed: int) -> None:
+    """See `to_w8a8_dynamic`."""
+    write_transformers(folder, config, seed)
+    to_w8a8_dynamic(folder)
+
+
+def to_w8a8_dynamic(folder: Path) -> None:
     """compressed-tensors INT8: a scale per output channel, activations quantized per token while serving."""
 
     def quantize(prefix: str, weight: torch.Tensor) -> Tensors:
         values, scale = channel_int8(weight)
         return {prefix + "weight": values, prefix + "weight_scale": scale}
 
-    write_transformers(folder, config, seed)
     rewrite(folder, quantize, compressed_tensors_config("int-quantized", INT8_CHANNEL, INT8_TOKEN))
 
 
@@ -168,7 +173,13 @@ def write_w8a8_static_asymmetric(folder: Path, config: Config, seed: int) -> Non
     write_w8a8_static(folder, config, seed, symmetric=False)
 
 
-def write_w4a16(folder: Path, config: Config, seed: int, group: int = 32) -> None:
+def write_w4a16(folder: Path, config: Config, seed: int) -> None:
+    """See `to_w4a16`."""
+    write_transformers(folder, config, seed)
+    to_w4a16(folder)
+
+
+def to_w4a16(folder: Path, group: int = 32) -> None:
     """compressed-tensors pack-quantized INT4, one scale for each `group` inputs."""
 
     def quantize(prefix: str, weight: torch.Tensor) -> Tensors:
@@ -179,7 +190,6 @@ def write_w4a16(folder: Path, config: Config, seed: int, group: int = 32) -> Non
             prefix + "weight_shape": torch.tensor(weight.shape),
         }
 
-    write_transformers(folder, config, seed)
     weights = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": group}
     rewrite(folder, quantize, compressed_tensors_config("pack-quantized", weights, None))
 

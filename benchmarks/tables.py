@@ -1,0 +1,382 @@
+"""The tables: which models are reloaded in which ways, how they are measured, and what it comes to."""
+
+import random
+import statistics
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import machine
+import models
+from models import DENSE, EXPERTS, LARGE, MANY, Model
+from tqdm import tqdm
+from trials import Processes
+
+SIDES = ("ours", "vllm")
+BEYOND = 128 * machine.MIB
+"""Bytes that a reload may take beside the largest layer, and one copy of the model where it keeps one."""
+
+
+@dataclass(frozen=True)
+class Way:
+    """How an engine is reloaded: with what, from where, under which options."""
+
+    name: str = ""
+    to: str = "B"
+    """The checkpoint that takes turns with A."""
+    changed: float = 1
+    """The share of the layers in which it differs from A."""
+    only_changed: bool = False
+    """Whether only those weights are sent, as a partial update."""
+    comes: str = "folder"
+    """``folder``, or an iterator that is ``ordered`` or ``shuffled``."""
+    disk: str = "warm"
+    """``cold``: the files are not in the page cache."""
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """Of the reload; ours take them, vLLM's own has none."""
+    sides: tuple[str, ...] = SIDES
+
+    def steps(self, folders: Mapping[str, str], reloads: int, side: str) -> list[dict[str, Any]]:
+        """There and back again, as ``trials.time_reloads`` wants it."""
+        options = dict(self.options) if side == "ours" else {}
+        names = [(self.to, "A")[turn % 2] for turn in range(reloads)]
+        return [
+            {
+                "to": name,
+                "folder": folders[f"{name} for {self.to}" if self.only_changed else name],
+                "comes": self.comes,
+                "disk": self.disk,
+                "options": options,
+            }
+            for name in names
+        ]
+
+
+@dataclass(frozen=True)
+class Table:
+    """One table: its models, the ways in which each is reloaded, and how often."""
+
+    name: str
+    title: str
+    models: tuple[Model, ...]
+    ways_of: Callable[[Model], tuple[Way, ...]]
+    rounds: int = 1
+    """Processes of each side; figures of a first reload and of a restart have one sample in each."""
+    reloads: int = 6
+    """In each process, the first included."""
+    graphs: bool = False
+    """Whether engines have to have captured CUDA graphs at their start."""
+    axis: str = ""
+    """What the models differ in, if a plot can show it on an axis: ``tensors`` or ``bytes``."""
+
+
+WHOLE = Way()
+STREAMING = Way("streaming", options={"policy": "streaming"}, sides=("ours",))
+ONLINE = {"quantization": "test_int8_meta"}
+"""INT8 per channel, made from bf16 layer by layer while loading, as vLLM's own FP8 is on a GPU."""
+
+MAIN = (
+    Model("dense", DENSE),
+    Model("8 layers × 128 experts", EXPERTS),
+    Model("20,000 tensors", MANY),
+    Model("dense, INT8 W8A8", DENSE, "w8a8"),
+    Model("dense, W4A16", DENSE, "w4a16"),
+    Model("dense, INT8 online", DENSE, options=ONLINE),
+    Model("dense, 4 GB", LARGE),
+)
+
+
+def _at_fixed_bytes(layers: int, experts: int, inner: int) -> dict[str, int]:
+    """0.4 GB of small experts, cut finer and finer."""
+    return {"layers": layers, "hidden": 96, "vocabulary": 8192, "experts": experts, "inner": inner}
+
+
+TENSORS = (
+    Model("1 k", _at_fixed_bytes(4, 84, 2048)),
+    Model("4 k", _at_fixed_bytes(16, 84, 512)),
+    Model("16 k", _at_fixed_bytes(16, 336, 128)),
+    Model("64 k", _at_fixed_bytes(64, 336, 32)),
+)
+BYTES = (
+    Model("0.25 GB", DENSE | {"hidden": 512, "inner": 1536, "vocabulary": 16384}),
+    Model("0.5 GB", DENSE | {"hidden": 768, "inner": 1792, "vocabulary": 24576}),
+    Model("1 GB", DENSE),
+    Model("2 GB", DENSE | {"hidden": 1408, "inner": 4736, "vocabulary": 45056}),
+)
+SHARES = {"none": 0, "1/8": 1 / 8, "1/2": 1 / 2, "all": 1}
+
+
+def _of_main(model: Model) -> tuple[Way, ...]:
+    return (WHOLE, STREAMING) if model.name == "dense" else (WHOLE,)
+
+
+def _whole(_: Model) -> tuple[Way, ...]:
+    return (WHOLE,)
+
+
+def _changed(_: Model) -> tuple[Way, ...]:
+    whole = [Way(f"{name} of the layers", f"B, {name}", share) for name, share in SHARES.items()]
+    parts = [
+        replace(
+            way,
+            name=f"{way.name}, only those sent",
+            only_changed=True,
+            options={"partial": True},
+            sides=("ours",),
+        )
+        for way in whole
+        if way.changed
+    ]
+    return (*whole, *parts)
+
+
+def _orders(_: Model) -> tuple[Way, ...]:
+    policies = {
+        "auto": ("folder", "ordered", "shuffled"),
+        "host": ("folder", "ordered", "shuffled"),
+        "spill": ("ordered", "shuffled"),
+        "reread": ("folder",),
+        "streaming": ("folder", "ordered", "shuffled"),
+    }
+    return tuple(
+        Way(
+            f"{comes}, {policy}",
+            comes=comes,
+            options={"policy": policy},
+            sides=SIDES if policy == "auto" else ("ours",),
+        )
+        for policy, all_comes in policies.items()
+        for comes in all_comes
+    )
+
+
+def _disks(_: Model) -> tuple[Way, ...]:
+    return Way("warm"), Way("cold", disk="cold")
+
+
+TABLES = {
+    table.name: table
+    for table in (
+        Table("main", "Reloads from disk", MAIN, _of_main, rounds=5, reloads=3),
+        Table("tensors", "The same bytes in more and more tensors", TENSORS, _whole, axis="tensors"),
+        Table("bytes", "More and more bytes in the same number of tensors", BYTES, _whole, axis="bytes"),
+        Table("changed", "Share of the layers that changed", MAIN[:1], _changed),
+        Table("order", "Folder, ordered and shuffled iterator, under each policy", MAIN[:1], _orders),
+        Table("disk", "Warm and cold page cache", MAIN[:1], _disks),
+        Table("repeated", "First and repeated reloads", MAIN[:1], _whole, reloads=10),
+    )
+}
+
+
+# -- measuring ------------------------------------------------------------------------------------
+
+
+def measure(
+    table: Table, model: Model, processes: Processes, root: Path, profile: bool = False
+) -> dict[str, Any]:
+    """All figures of one model, every answer judged.
+
+    Raises:
+        SystemExit: this package answered differently from a cold start, or failed, or the floor's engine did.
+
+    """
+    ways = table.ways_of(model)
+    jobs = 2 + sum(table.rounds * len(way.sides) for way in ways)
+    with tqdm(total=jobs, desc=f"{table.name}: {model.name}", unit="process", file=sys.stdout) as progress:
+        folders = write_all(model, ways, root)
+        progress.update()
+        common = {"options": dict(model.options)}
+        whole = {name: folder for name, folder in folders.items() if " for " not in name}
+        truth = processes.do({"task": "cold", "folders": whole} | common, plugin=False)
+        progress.update()
+        common["folders"] = folders
+        runs: dict[str, dict[str, list]] = {way.name: {side: [] for side in way.sides} for way in ways}
+        for number in range(table.rounds):
+            for way, side in turns(ways, number):
+                job = {"task": "reloads", "steps": way.steps(folders, table.reloads, side)} | common
+                if side == "ours":
+                    first = way is ways[0]
+                    job |= {"floor_of": way.to if first else None, "profile": profile and number == 0}
+                run = judge(ask(processes, job, side), truth)
+                if side == "ours":
+                    assert_right(f"{model.name} {way.name}, round {number}", run, table.graphs)
+                runs[way.name][side].append(run)
+                progress.update()
+    measured = {
+        "size": dict(model.size),
+        "form": model.form,
+        "bytes": models.bytes_of(folders[ways[0].to]),
+        "tensors": models.tensors_of(folders[ways[0].to]),
+        "largest_layer": models.largest_layer(model.size),
+        "beside": {way.name: beside(way, ways) for way in ways},
+        "runs": runs,
+    }
+    return measured | {"summary": summary(measured)}
+
+
+def beside(way: Way, ways: tuple[Way, ...]) -> str:
+    """The way whose figures of vLLM's own stand beside this one's: the same weights from the same place."""
+    same = [other for other in ways if (other.to, other.comes, other.disk) == (way.to, way.comes, way.disk)]
+    return next(other.name for other in same if "vllm" in other.sides)
+
+
+def turns(ways: tuple[Way, ...], number: int) -> list[tuple[Way, str]]:
+    """Every way and side once, in another order each round, so that a slow minute meets all of them."""
+    result = [(way, side) for way in ways for side in way.sides]
+    random.Random(number).shuffle(result)
+    return result
+
+
+def write_all(model: Model, ways: tuple[Way, ...], root: Path) -> dict[str, str]:
+    """The checkpoints that the ways need, by name."""
+    folders = {"A": str(models.write(root / "A", model, models.SEEDS["A"]))}
+    for way in ways:
+        if way.to not in folders:
+            path = root / f"B{len(folders)}"
+            folders[way.to] = str(models.write(path, model, models.SEEDS["B"], way.changed))
+        if way.only_changed:
+            for name in (way.to, "A"):
+                path, whole = root / f"part{len(folders)}", Path(folders[name])
+                part = models.write_changed(path, whole, model, way.changed)
+                folders[f"{name} for {way.to}"] = str(part)
+    return folders
+
+
+def ask(processes: Processes, job: dict[str, Any], side: str) -> dict[str, Any]:
+    """What the process measured. vLLM's own may kill it: that is recorded."""
+    try:
+        return processes.do(job, plugin=side == "ours")
+    except RuntimeError as error:
+        if side == "ours":
+            raise
+        return {"reloads": [], "ready": None, "error": "dies: " + str(error).splitlines()[0]}
+
+
+def judge(run: dict[str, Any], truth: dict[str, Any]) -> dict[str, Any]:
+    """Replace each answer by whether it is a cold start's, bit for bit."""
+    for one in run["reloads"]:
+        one["right"] = one.pop("answer") == truth[one["to"]]
+    if "floor" in run:
+        # The floor is of the checkpoint that the first reload goes to.
+        run["floor"]["right"] = run["floor"].pop("answer") == truth[run["reloads"][0]["to"]]
+    return run
+
+
+def assert_right(what: str, run: dict[str, Any], graphs: bool = False) -> None:
+    """A fast reload of the wrong weights is no result, nor is one that has no CUDA graphs to keep."""
+    wrong = [f"reload {number}" for number, one in enumerate(run["reloads"]) if not one["right"]]
+    if wrong:
+        raise SystemExit(f"{what}: reload_plugin answered differently from a cold start: {', '.join(wrong)}")
+    if run["error"] is not None:
+        raise SystemExit(f"{what}: reload_plugin failed: {run['error']}")
+    before, after = run["graphs"]
+    if before != after or (graphs and not before):
+        raise SystemExit(f"{what}: {before} CUDA graphs at the start and {after} after the reloads")
+    if not run.get("floor", {}).get("right", True):
+        raise SystemExit(f"{what}: the engine that the floor was measured on answered differently")
+
+
+# -- what the figures come to ---------------------------------------------------------------------
+
+
+def summary(measured: dict[str, Any]) -> dict[str, Any]:
+    """Medians, spreads and ratios. `first` is an engine's first reload, `later` any other."""
+    runs = measured["runs"]
+    everything = [run for sides in runs.values() for side in sides.values() for run in side]
+    floors = [run["floor"] for run in everything if "floor" in run]
+    starts = [run["ready"] for sides in runs.values() for run in sides.get("vllm", [])]
+    result: dict[str, Any] = {part: spread([one[part] for one in floors]) for part in ("copy", "process")}
+    result["floor"] = spread([one["copy"] + one["process"] for one in floors])
+    result["restart"] = spread([seconds for seconds in starts if seconds is not None])
+    result["ways"] = {
+        name: _of_way(sides["ours"], runs[measured["beside"][name]]["vllm"], result, measured)
+        for name, sides in runs.items()
+    }
+    return result
+
+
+def _of_way(
+    our_runs: list[dict[str, Any]],
+    own_runs: list[dict[str, Any]],
+    around: dict[str, Any],
+    measured: dict[str, Any],
+) -> dict[str, Any]:
+    """One way of reloading, with vLLM's own beside it."""
+    ours, own = _of_side(our_runs), _of_side(own_runs)
+    result: dict[str, Any] = {"ours": ours, "vllm": own}
+    for when in ("first", "later"):
+        result[f"ours over floor, {when}"] = ratio(ours[when], around["floor"])
+        result[f"vllm over ours, {when}"] = ratio(own[when], ours[when])
+        result[f"restart over ours, {when}"] = ratio(around["restart"], ours[when])
+    copies = ours["old_generation"] == "host"
+    result["promised"] = measured["largest_layer"] + BEYOND + copies * measured["bytes"]
+    return result
+
+
+def _of_side(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    first = [run["reloads"][0] for run in runs if run["reloads"]]
+    later = [one for run in runs for one in run["reloads"][1:]]
+    stages = {
+        when: _medians([one["stages"] for one in ones]) for when, ones in (("first", first), ("later", later))
+    }
+    return {
+        "first": spread([one["seconds"] for one in first]),
+        "later": spread([one["seconds"] for one in later]),
+        "extra": {"first": _most(first, "extra"), "later": _most(later, "extra")},
+        "device_extra": {"first": _most(first, "device_extra"), "later": _most(later, "device_extra")},
+        "from_disk": {"first": _least(first, "from_disk"), "later": _least(later, "from_disk")},
+        "grown": _grown(runs),
+        "spilled": _most([*first, *later], "spilled"),
+        "old_generation": next((one.get("old_generation") for one in first), None),
+        "stages": stages,
+        "verdict": verdict(runs),
+    }
+
+
+def verdict(runs: list[dict[str, Any]]) -> str:
+    """``right``, ``wrong``, or how it failed."""
+    errors = sorted({run["error"] for run in runs if run["error"]})
+    if errors:
+        return errors[0] if errors[0].startswith("dies") else f"raises {errors[0]}"
+    return "right" if all(one["right"] for run in runs for one in run["reloads"]) else "wrong"
+
+
+def spread(seconds: list[float]) -> dict[str, float] | None:
+    """Median, extremes and count; None of nothing."""
+    if not seconds:
+        return None
+    return {
+        "median": statistics.median(seconds),
+        "min": min(seconds),
+        "max": max(seconds),
+        "count": len(seconds),
+    }
+
+
+def ratio(above: dict[str, float] | None, below: dict[str, float] | None) -> float | None:
+    """Of two medians; None where one was not measured."""
+    return above["median"] / below["median"] if above and below else None
+
+
+def _medians(stages: list[dict[str, float]]) -> dict[str, float]:
+    """Median seconds of each stage."""
+    names = dict.fromkeys(name for one in stages for name in one)
+    return {name: statistics.median(one.get(name, 0.0) for one in stages) for name in names}
+
+
+def _most(ones: list[dict[str, Any]], name: str) -> int | None:
+    return max((one[name] for one in ones if one.get(name) is not None), default=None)
+
+
+def _least(ones: list[dict[str, Any]], name: str) -> int | None:
+    return min((one[name] for one in ones if one.get(name) is not None), default=None)
+
+
+def _grown(runs: list[dict[str, Any]]) -> int | None:
+    """Bytes by which a process was larger after its last reload than after its first; the most."""
+    return max(
+        (run["reloads"][-1]["resident"] - run["reloads"][0]["resident"] for run in runs if run["reloads"]),
+        default=None,
+    )

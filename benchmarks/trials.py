@@ -1,0 +1,257 @@
+"""What one process of a benchmark does: cold answers of engines, or reloads that are timed, and a floor."""
+
+import cProfile
+import gc
+import io
+import json
+import os
+import pstats
+import random
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # for tests/
+
+import engine
+import floor
+import machine
+
+OPTIONS = {"max_num_seqs": 4}
+TOP = 25
+"""Functions that a profile lists."""
+
+Folders = Mapping[str, str]
+"""Name of a checkpoint -> its folder; engines start on A."""
+
+
+# -- in the process that measures -----------------------------------------------------------------
+
+
+def work(task: str, **arguments: Any) -> Any:
+    """A child's job."""
+    return {"cold": ask_cold, "reloads": time_reloads}[task](**arguments)
+
+
+def ask_cold(folders: Folders, options: Mapping[str, Any]) -> dict[str, Any]:
+    """The truth: answers of engines started on each checkpoint."""
+    answers = {}
+    for name, folder in folders.items():
+        with start(folder, options) as llm:
+            answers[name] = engine.answer(llm)
+    return answers
+
+
+def time_reloads(
+    folders: Folders,
+    options: Mapping[str, Any],
+    steps: list[dict[str, Any]],
+    started: float | None = None,
+    floor_of: str | None = None,
+    profile: bool = False,
+) -> dict[str, Any]:
+    """Start on A and reload step by step: seconds, memory at the peak, stages and answer of each.
+
+    Args:
+        folders: of the checkpoints.
+        options: of the engine.
+        steps: one for each reload: ``to`` (the checkpoint whose answer is expected), ``folder`` (what is
+            read), ``comes``, ``disk`` and ``options`` (see ``tables.Way``).
+        started: when this process was asked for, by the monotonic clock; None if it was there before.
+        floor_of: the checkpoint whose floor is measured afterwards; none if None.
+        profile: whether to do the last step again under a profiler, after the one before it.
+
+    """
+    result: dict[str, Any] = {"reloads": [], "error": None}
+    with start(folders["A"], options) as llm:
+        result["ready"] = None if started is None else time.monotonic() - started
+        engine.answer(llm)
+        result["graphs"] = [captured_graphs()]
+        try:
+            for number, step in enumerate(steps):
+                result["reloads"].append(time_reload(llm, number, step))
+        except Exception as error:  # noqa: BLE001  a reload may fail in any way, and that is its figure
+            result["error"] = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        result["graphs"].append(captured_graphs())
+        if profile and result["error"] is None:
+            result["profile"] = profile_reload(llm, steps)
+    if floor_of is not None and result["error"] is None:
+        result["floor"] = time_floor(folders[floor_of], options)
+    return result
+
+
+def time_reload(llm: Any, number: int, step: Mapping[str, Any]) -> dict[str, Any]:
+    """One reload and its answer. Nothing but the reload happens while the clock runs."""
+    (machine.evict if step["disk"] == "cold" else machine.warm_up)(step["folder"])
+    call = prepare(llm, number, step)
+    with machine.Peak() as peak:
+        fetched = machine.read_from_disk()
+        began = time.perf_counter()
+        call()
+        machine.synchronize()
+        seconds = time.perf_counter() - began
+    return {
+        "to": step["to"],
+        "seconds": seconds,
+        "extra": peak.extra,
+        "device_extra": peak.device_extra,
+        "resident": machine.resident(),
+        "from_disk": machine.read_from_disk() - fetched,
+        "answer": engine.answer(llm),
+    } | account_of(llm)
+
+
+def captured_graphs() -> int:
+    """CUDA graphs that this process has captured so far; 0 where there are none."""
+    from vllm.compilation.counter import compilation_counter
+
+    return compilation_counter.num_cudagraph_captured
+
+
+def prepare(llm: Any, number: int, step: Mapping[str, Any]) -> Any:
+    """The call that reloads, with everything it needs at hand."""
+    asked = dict(step["options"])
+    if step["comes"] == "folder":
+        asked["weights_path"] = step["folder"]
+        return lambda: llm.collective_rpc("reload_weights", kwargs=asked)
+    weights = stream(step["folder"], step["comes"] == "shuffled", number, fresh=not is_ours())
+    return lambda: llm.collective_rpc(reload_in_worker, args=(asked, weights))
+
+
+def reload_in_worker(worker: Any, options: dict[str, Any], weights: Any) -> None:
+    """The runner's own call, for what has no name on the wire: an iterator."""
+    worker.model_runner.reload_weights(weights_iterator=weights, **options)
+
+
+def stream(folder: str, shuffled: bool, seed: int, fresh: bool) -> Iterator[tuple[str, Any]]:
+    """The checkpoint one tensor at a time, from one buffer that is there before, as a trainer's is.
+
+    ``fresh`` gives each tensor memory of its own instead: vLLM's own reload keeps some for later.
+    """
+    import torch
+
+    from reload_plugin.sources.safetensors_files import SafetensorsSource
+
+    source = SafetensorsSource([str(path) for path in Path(folder).glob("*.safetensors")], "the stream")
+    infos = list(source.infos())
+    infos.sort(key=lambda info: [int(part) for part in info.name.split(".") if part.isdigit()])
+    if shuffled:
+        random.Random(seed).shuffle(infos)
+    buffer = torch.zeros(max(info.nbytes for info in infos), dtype=torch.uint8)
+
+    def tensors() -> Iterator[tuple[str, Any]]:
+        for info in infos:
+            flat = buffer[: info.nbytes].view(info.dtype)
+            source.read_spans(info.name, [(0, flat.numel())], flat)
+            yield info.name, flat.view(info.shape).clone() if fresh else flat.view(info.shape)
+
+    return tensors()
+
+
+def is_ours() -> bool:
+    """Whether this package is switched on in this process."""
+    return os.environ.get("RELOAD_PLUGIN") != "0"
+
+
+def account_of(llm: Any) -> dict[str, Any]:
+    """Where the last reload's time went, as its report says, and what became of the old weights."""
+    if not is_ours():
+        return {"stages": {}}
+    report = llm.collective_rpc("reload_status")[0]["report"]
+    return {
+        "stages": report["seconds"],
+        "old_generation": report["old_generation"],
+        "spilled": report["spilled_bytes"],
+    }
+
+
+def profile_reload(llm: Any, steps: list[dict[str, Any]]) -> str:
+    """The functions that the last step spends most time in; the step before it is done once more first."""
+    prepare(llm, len(steps), steps[-2])()
+    machine.warm_up(steps[-1]["folder"])
+    call = prepare(llm, len(steps) + 1, steps[-1])
+    profiler = cProfile.Profile()
+    profiler.runcall(call)
+    text = io.StringIO()
+    pstats.Stats(profiler, stream=text).strip_dirs().sort_stats("tottime").print_stats(TOP)
+    return text.getvalue().strip()
+
+
+def time_floor(folder: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Seconds of the two parts of the floor, and what the engine answers that was processed several times."""
+    if is_ours():
+        from reload_plugin import plugin
+
+        plugin.unregister()  # vLLM's processing, and nothing that watches it
+    machine.keep_memory()
+    machine.warm_up(folder)
+    copy = floor.copy_seconds(folder)
+    with floor.TimedProcessing() as processing, start(folder, options) as llm:
+        answer = engine.answer(llm)
+    if is_ours():
+        plugin.register()  # for the next job of this process, if it gets one
+    return {"copy": copy, "process": processing.seconds, "layers": processing.layers, "answer": answer}
+
+
+def start(folder: str, options: Mapping[str, Any]) -> Any:
+    """An engine, with what its quantization needs registered first."""
+    if str(options.get("quantization", "")).startswith("test_"):
+        from tests import online_methods  # noqa: F401  registers them
+    return engine.engine(folder, **OPTIONS | dict(options))
+
+
+# -- in the process that asks ---------------------------------------------------------------------
+
+
+class Processes:
+    """Where jobs are done: each in a fresh process, or ``together``: one process a side does all of them.
+
+    The latter is for trying things out; its figures are not those of an engine's first reload.
+    """
+
+    def __init__(self, script: str, together: bool = False) -> None:
+        self._script, self._together = script, together
+        self._pools: dict[bool, ProcessPoolExecutor] = {}
+
+    def __enter__(self) -> "Processes":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for pool in self._pools.values():
+            pool.shutdown(cancel_futures=True)
+
+    def do(self, job: dict[str, Any], plugin: bool) -> Any:
+        """What ``work(**job)`` returns, by way of JSON.
+
+        Raises:
+            RuntimeError: the process died.
+
+        """
+        if not self._together:
+            clock = {"started": time.monotonic()} if job["task"] == "reloads" else {}
+            return engine.in_child(self._script, job | clock, plugin)
+        if plugin not in self._pools:
+            self._pools[plugin] = ProcessPoolExecutor(1, get_context("spawn"), _begin, (plugin,))
+        try:
+            return json.loads(json.dumps(self._pools[plugin].submit(work, **job).result()))
+        except RuntimeError:  # BrokenProcessPool is one
+            self._pools.pop(plugin).shutdown()
+            raise
+
+
+def _begin(plugin: bool) -> None:
+    """In a process that does many jobs: the environment, and nothing of what vLLM says on the terminal."""
+    engine.prepare(plugin)
+    from vllm import LLM  # noqa: F401  what is imported now is not looked at again
+
+    gc.freeze()  # vLLM collects ten times at each start and end of an engine, and imports are most of it
+    gc.freeze = gc.unfreeze = lambda: None
+    with tempfile.TemporaryFile() as log:
+        os.dup2(log.fileno(), 1)
+        os.dup2(log.fileno(), 2)
