@@ -88,16 +88,16 @@ MAIN = (
 )
 
 
-def _at_fixed_bytes(layers: int, experts: int, inner: int) -> dict[str, int]:
-    """0.4 GB of small experts, cut finer and finer."""
-    return {"layers": layers, "hidden": 96, "vocabulary": 8192, "experts": experts, "inner": inner}
+def _in_experts(experts: int, inner: int) -> dict[str, int]:
+    """0.4 GB in 16 layers, whose experts are cut finer and finer."""
+    return {"layers": 16, "hidden": 96, "vocabulary": 8192, "experts": experts, "inner": inner}
 
 
 TENSORS = (
-    Model("1 k", _at_fixed_bytes(4, 84, 2048)),
-    Model("4 k", _at_fixed_bytes(16, 84, 512)),
-    Model("16 k", _at_fixed_bytes(16, 336, 128)),
-    Model("64 k", _at_fixed_bytes(64, 336, 32)),
+    Model("1 k", _in_experts(21, 2048)),
+    Model("4 k", _in_experts(84, 512)),
+    Model("16 k", _in_experts(336, 128)),
+    Model("64 k", _in_experts(1344, 32)),
 )
 BYTES = (
     Model("0.25 GB", DENSE | {"hidden": 512, "inner": 1536, "vocabulary": 16384}),

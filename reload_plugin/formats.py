@@ -41,7 +41,13 @@ Initial = Uninitialised | Constant | Values | AsServed
 """What a load-format tensor holds before a loader writes into it."""
 
 
-@dataclass(frozen=True)
+@functools.lru_cache(maxsize=4096)
+def shared(sizes: tuple[int, ...]) -> tuple[int, ...]:
+    """The same object for the same sizes: a checkpoint has many tensors and few shapes."""
+    return sizes
+
+
+@dataclass(frozen=True, slots=True)
 class Geometry:
     """A strided view of a storage, in elements."""
 
@@ -51,9 +57,11 @@ class Geometry:
 
     @staticmethod
     def of(tensor: torch.Tensor) -> Geometry:
-        return Geometry(int(tensor.storage_offset()), tuple(tensor.shape), tuple(tensor.stride()))
+        size, stride = shared(tuple(tensor.shape)), shared(tuple(tensor.stride()))
+        return Geometry(int(tensor.storage_offset()), size, stride)
 
     @staticmethod
+    @functools.lru_cache(maxsize=4096)
     def contiguous(size: tuple[int, ...], offset: int = 0) -> Geometry:
         stride = tuple(math.prod(size[axis + 1 :]) for axis in range(len(size)))
         return Geometry(offset, size, stride)

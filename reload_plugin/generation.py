@@ -294,7 +294,7 @@ def after_commit(
         if record.routes is not None:
             record.learnt_from = None
         record.learnt, record.routes = session.ledger.learnt(record), None
-        arrived = session.loaded.routes
+        arrived = session.ledger.arrived
         record.last_infos = [TensorInfo(name, route.shape, route.dtype) for name, route in arrived.items()]
     record.broken = record.last_error = None
     needs_attention.discard(record)
@@ -403,7 +403,7 @@ def refuse_while_open(record: ModelRecord) -> None:
         abandon_open_session(record)
         return
     raise SessionError(
-        f"A weight update is open: {session.source}, {session.holder}, {len(session.loaded.shapes)} weights "
+        f"A weight update is open: {session.source}, {session.holder}, {session.loaded.count} weights "
         "so far. The engine serves what it served before. Finish it or abort it (abort_weight_update) first."
     )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -63,6 +63,8 @@ class Ledger:
         self._routed: list[str] = []
         """Weights loaded by a route whose coverage has not been noted yet."""
         self._routed_names: set[str] = set()
+        self._settled = 0
+        """How many of the landings had their coverage noted."""
         self._stages: dict[str, Stage] = {}
         self._stage_of: dict[int, Stage] = {}
         self._storages: dict[str, tuple[StagedStorage, Stage]] = {}
@@ -107,9 +109,6 @@ class Ledger:
     def note_landed(self, landed: Landed) -> list[Stage]:
         """Weights were read to where their routes lead. Returns the groups that have everything now."""
         assert self.routes is not None, "only routes tell where weights go"
-        self.loaded.routes.update((name, self.routes.of[name]) for name in landed.names)
-        self._routed += landed.names
-        self._routed_names.update(landed.names)
         touched = dict.fromkeys(self._storages[parameter][1] for parameter in landed.parameters)
         complete = []
         for stage in touched:
@@ -133,7 +132,14 @@ class Ledger:
     @property
     def replayed(self) -> int:
         """How many weights were loaded by their routes."""
-        return len(self._routed_names)
+        return len(self._routed_names) + sum(len(landed.names) for landed in self.loaded.landed)
+
+    @property
+    def arrived(self) -> Mapping[str, Route]:
+        """The routes of all weights that came."""
+        of = self.routes.of if self.routes is not None else {}
+        landed = {name: of[name] for landed in self.loaded.landed for name in landed.names}
+        return landed | self.loaded.routes
 
     @property
     def computed(self) -> int:
@@ -186,29 +192,27 @@ class Ledger:
 
     def settle(self) -> None:
         """Bring coverage and slots up to date, for the layers that are not complete yet."""
-        for name in self._unsettled():
-            for write in self.loaded.routes[name].writes or ():
+        for name, route in self._unsettled():
+            for write in route.writes or ():
                 storage = self.storage_of(write.parameter)
                 if not storage.closed:
                     region = storage.coverage.add(write.target)
                     self.loaded.slots.setdefault(name, []).append(Slot(name, write.parameter, region))
-        self._routed = []
+        self._routed, self._settled = [], len(self.loaded.landed)
         for name in self._problems.misshapen:
             # It came and did not fit: not missing as well, where its place is known.
-            route = self.routes.of.get(name) if self.routes is not None else None
-            for write in (route.writes or ()) if route is not None else ():
+            known = self.routes.of.get(name) if self.routes is not None else None
+            for write in (known.writes or ()) if known is not None else ():
                 self.storage_of(write.parameter).coverage.add(write.target)
 
-    def _unsettled(self) -> Iterable[str]:
-        """Weights that came by routes, without those of which every layer is complete."""
-        members, done = self._expected.names_of_group, set[str]()
-        for stage in self._stages.values():
-            if stage.processed:
-                done |= members.get(stage.group.name, frozenset())
-        for stage in self._stages.values():
-            if not stage.processed:
-                done -= members.get(stage.group.name, frozenset())
-        return [name for name in self._routed if name not in done]
+    def _unsettled(self) -> Iterator[tuple[str, Route]]:
+        """Weights that came by routes, and those routes; without most of which every layer is complete."""
+        for name in self._routed:
+            yield name, self.loaded.routes[name]
+        for landed in self.loaded.landed[self._settled :]:
+            assert self.routes is not None, "only routes tell where weights land"
+            if any(not self._storages[parameter][1].processed for parameter in landed.parameters):
+                yield from ((name, self.routes.of[name]) for name in landed.names)
 
     def coverage(self) -> dict[str, str]:
         """Parameter -> ``whole``, ``part`` or ``none``: how much of it the weights so far write."""
@@ -232,7 +236,7 @@ class Ledger:
     def _destinations(self) -> Iterator[tuple[str, str]]:
         for name, slots in self.loaded.slots.items():
             yield from ((name, slot.parameter) for slot in slots)
-        for name, route in self.loaded.routes.items():
+        for name, route in self.arrived.items():
             yield from ((name, write.parameter) for write in route.writes or ())
 
 

@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import (
 )
 
 from .errors import ReloadError, SourceError
-from .formats import SMALL_BYTES, Box, Geometry
+from .formats import SMALL_BYTES, Box, Geometry, shared
 from .interrupts import let_through
 from .routes import Route, Write
 from .sources import Landed
@@ -47,7 +47,7 @@ class RejectedWeightError(Exception):
     """Stops a loader at a weight that does not fit; the reason is already noted."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Slot:
     """One place a checkpoint tensor is written to. ``region`` is None where it is not a box."""
 
@@ -79,12 +79,25 @@ class Loaded:
     """What a stream has brought so far."""
 
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    """Of the weights that were handed over one by one."""
+    landed: list[Landed] = field(default_factory=list)
+    """Those that were read to where they go, many at a time; a source lists each once."""
     slots: dict[str, list[Slot]] = field(default_factory=dict)
     routes: dict[str, Route] = field(default_factory=dict)
-    """How to do the same again without the loader; names the loader only passed over have no slots."""
+    """How to do the same with a weight that was handed over again, without the loader; those that the loader
+    only passed over have no slots."""
     repeatable: bool = True
     """False when the loader kept a weight back and wrote it later."""
     nbytes: int = 0
+
+    @property
+    def count(self) -> int:
+        """How many weights came."""
+        return len(self.shapes) + sum(len(landed.names) for landed in self.landed)
+
+    def has(self, name: str) -> bool:
+        """Whether a weight came already."""
+        return name in self.shapes or any(name in landed.shapes for landed in self.landed)
 
 
 def _written_arguments(func: Any, cache: dict[Any, tuple[int, ...]] = {}) -> tuple[int, ...]:  # noqa: B006
@@ -186,12 +199,12 @@ class LoadTrace(TorchDispatchMode):
 
     def note_arrival(self, name: str, tensor: torch.Tensor) -> None:
         """Account for a weight, however it is loaded."""
-        self.loaded.shapes[name] = tuple(tensor.shape)
+        self.loaded.shapes[name] = shared(tuple(tensor.shape))
         self.loaded.nbytes += tensor.numel() * tensor.element_size()
 
     def note_landed(self, landed: Landed) -> None:
         """Account for weights that were read to where they go."""
-        self.loaded.shapes.update(landed.shapes)
+        self.loaded.landed.append(landed)
         self.loaded.nbytes += landed.nbytes
         self.current = landed.names[-1]
 
@@ -207,7 +220,7 @@ class LoadTrace(TorchDispatchMode):
                 self._incoming.data = self._incoming.data.clone()
             computed = any(write is None for write in self._writes)
             writes = None if computed else tuple(write for write in self._writes if write is not None)
-            shape, dtype = tuple(self._incoming.shape), self._incoming.dtype
+            shape, dtype = shared(tuple(self._incoming.shape)), self._incoming.dtype
             if writes and not self._sharded and self._known.get(self.current) != shape:
                 self._check_used_up(self._incoming, writes)
             self.loaded.routes[self.current] = Route(shape, dtype, writes)
@@ -333,8 +346,9 @@ class LoadTrace(TorchDispatchMode):
         if not same or not incoming.is_contiguous() or _key(source) == 0 or source.shape != target.shape:
             return None
         start = source.storage_offset() - incoming.storage_offset()
-        view = Geometry(start, tuple(source.shape), tuple(source.stride()))
-        return Write(parameter, where, target.dtype, view, source.dtype)
+        view = Geometry(start, where.size, shared(tuple(source.stride())))
+        plain = Geometry.contiguous(where.size)  # nearly always, and then the same object
+        return Write(parameter, where, target.dtype, plain if view == plain else view, source.dtype)
 
     def reject(self, name: str, reason: str) -> None:
         """Note that a weight does not fit and stop its loader."""
@@ -455,14 +469,14 @@ class Feed:
             raise
         except Exception as error:
             raise SourceError(
-                f"The weights stopped after {len(self._trace.loaded.shapes)} tensors: "
+                f"The weights stopped after {self._trace.loaded.count} tensors: "
                 f"{type(error).__name__}: {error}. The engine serves what it served before."
             ) from error
 
     def _checked(self, item: object) -> tuple[str, torch.Tensor | None]:
         if not (isinstance(item, (tuple, list)) and len(item) == 2 and isinstance(item[0], str)):
             raise SourceError(
-                f"Weight {len(self._trace.loaded.shapes)} is {_describe(item)}, not a (name, tensor) pair. "
+                f"Weight {self._trace.loaded.count} is {_describe(item)}, not a (name, tensor) pair. "
                 "The engine serves what it served before."
             )
         name, tensor = item
@@ -471,7 +485,7 @@ class Feed:
             problems.misshapen[name] = f"a {type(tensor).__name__}, not a tensor"
         elif tensor.is_meta and not self._trace.dry:
             problems.misshapen[name] = "a meta tensor, which has no values"
-        elif name in self._trace.loaded.shapes:
+        elif self._trace.loaded.has(name):
             problems.duplicate[name] = "sent more than once"
         else:
             return name, tensor

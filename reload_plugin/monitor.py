@@ -59,7 +59,7 @@ def status_of(model: nn.Module, digest: bool = True, rank: int = 0) -> ReloadSta
     serving, session = record.serving, record.session
     update = None
     if session is not None:
-        update = f"{session.source}, {session.holder}, {len(session.loaded.shapes)} weights so far"
+        update = f"{session.source}, {session.holder}, {session.loaded.count} weights so far"
         update += f", failed: {session.failed}" if session.failed else ""
     if digest and serving.digest is None and session is None:
         serving = record.serving = dataclasses.replace(serving, digest=digest_of(record))

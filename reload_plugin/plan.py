@@ -11,15 +11,20 @@ import gc
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
+import torch
 from torch import nn
+from torch.utils._python_dispatch import _disable_current_modes
 
 from .errors import ReloadError, SourceError, weights_error
 from .ledger import Expected
-from .load import Problems, Slot
+from .load import Problems
 from .placement import placement
 from .routes import Routes
 from .session import SERVES_OLD, ReloadSession, complete_record_of
 from .sources import TensorInfo
+
+_AT_A_TIME = 1000
+"""Tensors on meta that a plan has at one time, unless the loader collects them."""
 
 
 class PlanUnavailableError(Exception):
@@ -31,7 +36,6 @@ class Plan:
     """What a checkpoint would do to a model."""
 
     infos: dict[str, TensorInfo]
-    slots: dict[str, list[Slot]] = field(repr=False)
     order: tuple[str, ...] = field(repr=False)
     """Names in the order in which the layers need them."""
     names_of_group: dict[str, frozenset[str]] = field(repr=False)
@@ -84,7 +88,7 @@ def make_plan(
         raise SourceError(f"{source} holds no tensors. {SERVES_OLD}")
     with _without_collections(), ReloadSession(model, source=source, dry=True, expected=expected) as session:
         try:
-            session.load([(info.name, info.meta()) for info in listed])
+            session.load(_without_values(listed))
         except (NotImplementedError, ReloadError) as error:
             raise PlanUnavailableError(str(error)) from error
         if any("meta" in reason for reason in session.problems.misshapen.values()):
@@ -92,6 +96,14 @@ def make_plan(
         kept, ignored = session.account()
         coverage = session.ledger.coverage()
         return _plan(model, listed, session, coverage, kept, ignored)
+
+
+def _without_values(infos: Sequence[TensorInfo]) -> Iterator[tuple[str, torch.Tensor]]:
+    """The tensors on meta. Only some at a time: each takes as much memory as all that is learnt of it."""
+    for first in range(0, len(infos), _AT_A_TIME):
+        with _disable_current_modes():
+            some = [(info.name, info.meta()) for info in infos[first : first + _AT_A_TIME]]
+        yield from some
 
 
 @contextlib.contextmanager
@@ -130,7 +142,6 @@ def _plan(
     order = sorted(needed, key=lambda name: needed[name][:1] or [-1])
     return Plan(
         infos={info.name: info for info in infos},
-        slots=slots,
         order=tuple(order),
         names_of_group=known if session.loaded.repeatable else {},
         coverage=coverage,

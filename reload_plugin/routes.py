@@ -7,7 +7,6 @@ valid for as long as names, shapes, dtypes and the placement of experts stay the
 from __future__ import annotations
 
 import ctypes
-import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -16,7 +15,7 @@ import torch
 from .formats import Geometry
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Write:
     """One write into staging: a copy of a view of the weight, or a constant.
 
@@ -32,7 +31,7 @@ class Write:
     value: float | int | bool | complex = 0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Route:
     """Where one weight goes. ``writes`` is None where the loader computes; empty where it ignores."""
 
@@ -40,7 +39,7 @@ class Route:
     dtype: torch.dtype
     writes: tuple[Write, ...] | None
 
-    @functools.cached_property
+    @property
     def plain(self) -> Write | None:
         """The one write, if all of the weight goes as it is into contiguous elements."""
         if self.writes is None or len(self.writes) != 1:

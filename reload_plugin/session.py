@@ -387,7 +387,7 @@ class ReloadSession:
 
     def check(self) -> tuple[dict[str, str], dict[str, str]]:
         """Account for every slot; returns (kept, ignored). Raises WeightsError with all offenders."""
-        if not self.loaded.shapes and not self.loaded.slots and not self.problems:
+        if not self.loaded.count and not self.loaded.slots and not self.problems:
             raise SourceError(f"{self.source} gave no weights. {SERVES_OLD}")
         kept, ignored = self.account()
         if self.problems:
@@ -644,7 +644,7 @@ class ReloadSession:
         return ReloadReport(
             source=self.source,
             policy=self.policy,
-            tensors=len(self.loaded.shapes),
+            tensors=self.loaded.count,
             nbytes=self.loaded.nbytes,
             replayed=self.ledger.replayed,
             computed=self.ledger.computed,

@@ -12,7 +12,7 @@ import torch
 from ..memory import HostPool
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class TensorInfo:
     """One tensor of a checkpoint, known without reading its bytes."""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 
 import torch
 
@@ -44,6 +44,11 @@ class Checkpoint:
     def nbytes(self) -> int:
         """Bytes of all its tensors."""
         return sum(info.nbytes for info in self.infos())
+
+    @property
+    def stored(self) -> Collection[str]:
+        """Every name, in stored order."""
+        return self._places.keys()
 
     def names(self) -> Sequence[str]:
         """Every name, by the number of the layer and then by name."""

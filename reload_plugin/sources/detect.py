@@ -88,7 +88,7 @@ def plain_safetensors(
     """Safetensors files as they are, or as OLMo means them; ``opened`` makes the source of those that are."""
     source = opened(files, description)
     refuse_stale(source.metadata)
-    if is_olmo(source.file_of):
+    if is_olmo(source.stored):
         return OlmoSource(SafetensorsSource(files, description), within)
     return source
 
@@ -184,7 +184,7 @@ def _safetensors(folder: Path, plain: list[str], present: set[str], within: str 
     source = SafetensorsSource(files, str(folder))
     refuse_stale(source.metadata)
     check_index(*index, source.file_of, [Path(file).name for file in files])
-    return OlmoSource(source, within) if is_olmo(source.file_of) else source
+    return OlmoSource(source, within) if is_olmo(source.stored) else source
 
 
 def _torch_files(folder: Path, present: set[str]) -> list[str]:

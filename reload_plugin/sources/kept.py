@@ -164,6 +164,10 @@ class Overlay:
     def infos(self) -> Sequence[TensorInfo]:
         return list({**self._base, **self._top}.values())
 
+    def is_hidden_by(self, other: Source) -> bool:
+        """Whether ``other`` brings everything that ``top`` does."""
+        return self._top.keys() <= {info.name for info in other.infos() or ()}
+
     def read(
         self, order: Sequence[str] | None = None, pool: HostPool | None = None, room: Room | None = None
     ) -> Stream:

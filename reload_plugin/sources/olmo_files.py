@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import base64
 import binascii
-from collections.abc import Iterable
+from collections.abc import Collection
 
 from ..errors import SourceError
 from .base import TensorInfo
@@ -43,10 +43,9 @@ class OlmoSource(Checkpoint):
             self._places[name] = Place(info, place.file, place.start, place.nbytes)
 
 
-def is_olmo(names: Iterable[str]) -> bool:
+def is_olmo(names: Collection[str]) -> bool:
     """Whether all names are pickles in base64."""
-    listed = list(names)
-    return bool(listed) and all(_pickle_of(name) is not None for name in listed)
+    return bool(names) and all(_pickle_of(name) is not None for name in names)
 
 
 def _pickle_of(name: str) -> bytes | None:

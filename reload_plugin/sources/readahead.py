@@ -173,6 +173,8 @@ def _read_run(run: Run) -> None:
         if got == 0:
             file, name = run.place_at(position)
             raise SourceError(f"{file} ends in the middle of {name}: it was cut while it was read.")
+        if got == sum(map(len, left)):
+            return
         done = 0
         while done < len(left) and got >= len(left[done]):
             got -= len(left[done])

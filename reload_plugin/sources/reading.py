@@ -23,7 +23,7 @@ SCRATCH = 8 << 20
 """Bytes of a file that are read at once on their way to memory of another layout."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Place:
     """Where a tensor lies in one piece: file (or what its checkpoint calls it), first byte, bytes."""
 

@@ -21,6 +21,7 @@ from typing import Any, TypeGuard
 import torch
 
 from ..errors import SourceError
+from ..formats import shared
 from .base import Span, TensorInfo, tensor_info
 from .checkpoint import Checkpoint
 from .json_files import open_regular, strict_json
@@ -254,7 +255,7 @@ def _tensor(name: str, entry: dict[str, Any], base: int) -> tuple[TensorInfo, in
     if math.prod(shape) * dtype.itemsize != nbytes:
         raise ValueError(f"{name} has the shape {_brief(shape)} in {kind} and {nbytes:,} bytes")
     named = TensorInfo if nbytes else tensor_info  # bytes that are there vouch for the shape
-    return named(name, tuple(shape), dtype), base + start, nbytes
+    return named(name, shared(tuple(shape)), dtype), base + start, nbytes
 
 
 def _naturals(value: Any) -> TypeGuard[list[int]]:
