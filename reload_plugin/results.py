@@ -9,6 +9,7 @@ handed out.
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -23,7 +24,7 @@ def written_in_place(served: Sequence[torch.Tensor]) -> Iterator[set[int]]:
     """While entered, ``torch.empty_like`` of a tensor like one of ``served`` gives that one's memory, once.
 
     The name in ``torch`` is replaced for the time; modes would disturb the ``torch.compile`` that some
-    methods use while processing. Code that is being compiled gets the plain function.
+    methods use while processing. Code that is being compiled, and other threads, get the plain function.
 
     Args:
         served: tensors whose values may be overwritten; contiguous ones on the CPU are.
@@ -35,10 +36,11 @@ def written_in_place(served: Sequence[torch.Tensor]) -> Iterator[set[int]]:
     """
     free = [tensor for tensor in served if tensor.numel() and _is_plain(tensor) and not tensor.is_inference()]
     given: set[int] = set()
-    original = torch.empty_like
+    original, thread = torch.empty_like, threading.get_ident()
 
     def empty_like(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        if torch.compiler.is_compiling() or args or kwargs or not _is_plain(tensor):
+        elsewhere = torch.compiler.is_compiling() or threading.get_ident() != thread
+        if elsewhere or args or kwargs or not _is_plain(tensor):
             return original(tensor, *args, **kwargs)
         for number, place in enumerate(free):
             if place.shape == tensor.shape and place.dtype == tensor.dtype:

@@ -4,6 +4,7 @@ import gc
 import itertools
 import os
 import signal
+import threading
 import types
 import weakref
 from collections.abc import Callable, Iterable, Iterator
@@ -844,6 +845,9 @@ def test_only_the_plain_call_is_given_served_memory() -> None:
             torch.empty_like(like.to(torch.int32)),
             torch.empty_like(torch.zeros(3, 2)),
         ]
+        thread = threading.Thread(target=lambda: others.append(torch.empty_like(like)))
+        thread.start()
+        thread.join()
         assert not given
         first, second = torch.empty_like(like), torch.empty_like(like)
     assert first.data_ptr() == served.data_ptr()
