@@ -1,6 +1,8 @@
 """Reading straight to where tensors go: one plan of it for every save of the same layout."""
 
 import os
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -8,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from reload_plugin.errors import SourceError
-from reload_plugin.sources import Landed, TensorInfo
+from reload_plugin.sources import Landed, TensorInfo, readahead
 from reload_plugin.sources import reading as reading_module
 from reload_plugin.sources.safetensors_files import SafetensorsSource
 
@@ -136,3 +138,77 @@ def test_a_cut_file_and_its_tensor_are_named(tmp_path: Path) -> None:
         SourceError, match=rf"{second} ends in the middle of {last.info.name}: it was cut while"
     ):
         list(reading)
+
+
+# --- several readers, and a disk that is told what comes ---
+
+
+@pytest.fixture
+def spare_cores(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Enough cores for every reader; the names of those that read."""
+    readers: list[str] = []
+    preadv = os.preadv
+
+    def noting(handle: int, memory: list[memoryview], start: int) -> int:
+        readers.append(threading.current_thread().name)
+        time.sleep(0.001)  # so that no reader does all the work before the others have begun
+        return preadv(handle, memory, start)
+
+    monkeypatch.setattr(readahead, "_cores", lambda: torch.get_num_threads() + 8)
+    monkeypatch.setattr(os, "preadv", noting)
+    return readers
+
+
+@pytest.mark.parametrize("landing", [True, False], ids=["to where they go", "to tensors"])
+def test_several_readers_bring_what_one_does(tmp_path: Path, spare_cores: list[str], landing: bool) -> None:
+    tensors, room = save(tmp_path / "1", seed=1), StackedRoom()
+    found = list(source_of(tmp_path / "1").read(ORDER, room=room if landing else None))
+    assert len(set(spare_cores)) == readahead.READERS
+    assert threading.main_thread().name not in spare_cores
+    if landing:
+        room.holds(tensors)
+    else:
+        assert [name for name, _ in found] == list(ORDER)
+        assert all(torch.equal(tensor, tensors[name]) for name, tensor in found)
+    assert not [thread for thread in threading.enumerate() if "reader" in thread.name]
+
+
+def test_what_one_of_the_readers_meets_is_raised_and_all_of_them_end(
+    tmp_path: Path, spare_cores: list[str]
+) -> None:
+    save(tmp_path / "1", seed=1)
+    source = source_of(tmp_path / "1")
+    reading = source.read(ORDER)
+    next(reading)
+    assert len([thread for thread in threading.enumerate() if "reader" in thread.name]) == readahead.READERS
+    for file in (tmp_path / "1").iterdir():
+        os.truncate(file, file.stat().st_size - 100)
+    with pytest.raises(SourceError, match=r"ends in the middle|changed"):
+        list(reading)
+    assert not [thread for thread in threading.enumerate() if "reader" in thread.name]
+
+
+@pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="this system takes no advice")
+def test_the_system_is_told_of_every_byte_before_it_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save(tmp_path / "1", seed=1)
+    told: set[tuple[int, int]] = set()
+    unread: list[int] = []
+    preadv = os.preadv
+
+    def tell(handle: int, start: int, nbytes: int, advice: int) -> None:
+        assert advice == os.POSIX_FADV_WILLNEED
+        told.update((handle, byte) for byte in range(start, start + nbytes))
+
+    def read(handle: int, memory: list[memoryview], start: int) -> int:
+        got = preadv(handle, memory, start)
+        unread.append(len(told))
+        assert {(handle, byte) for byte in range(start, start + got)} <= told
+        return got
+
+    monkeypatch.setattr(os, "posix_fadvise", tell)
+    monkeypatch.setattr(os, "preadv", read)
+    monkeypatch.setattr(reading_module, "ANNOUNCED", 500)
+    list(source_of(tmp_path / "1").read(ORDER, room=StackedRoom()))
+    assert unread[0] < len(told), "all at once, however large the checkpoint"

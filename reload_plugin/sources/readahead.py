@@ -1,4 +1,4 @@
-"""Reading files ahead of whoever uses them: one thread that fills memory it was given."""
+"""Reading files ahead of whoever uses them: a few threads that fill memory they were given."""
 
 from __future__ import annotations
 
@@ -80,35 +80,41 @@ class Batch:
             self._done.set()
 
 
+READERS = 4
+"""Threads that read at one time, if there are cores for them: one does not keep a fast disk busy."""
+
+
 class ReadAhead:
-    """A thread that reads batches in the order in which they were asked for.
+    """Threads that take up batches in the order in which they were asked for.
 
     The memory of a batch must stay until the batch was waited for or this context was left: leaving it
-    waits for the read that is under way and drops the rest. Without a core to spare there is no thread,
+    waits for the reads that are under way and drops the rest. Without a core to spare there is no thread,
     and who waits for a batch reads it: a reader that shares its core with an OpenMP worker holds up all
     the others, who spin until that one is done.
     """
 
     def __init__(self) -> None:
-        self.threaded = _cores() > torch.get_num_threads()
+        self._wanted = min(READERS, _cores() - torch.get_num_threads())
+        self.threaded = self._wanted > 0
         self._batches: queue.SimpleQueue[Batch | None] = queue.SimpleQueue()
         self._stop = False
-        self._thread: threading.Thread | None = None
+        self._threads: list[threading.Thread] = []
 
     def __enter__(self) -> ReadAhead:
-        if self.threaded:
-            self._thread = threading.Thread(target=self._work, name="reload_plugin reader", daemon=True)
-            self._thread.start()
+        for number in range(self._wanted):
+            name = f"reload_plugin reader {number}"
+            self._threads.append(threading.Thread(target=self._work, name=name, daemon=True))
+            self._threads[-1].start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._thread is not None:
-            self._stop = True
+        self._stop = True
+        for _ in self._threads:
             self._batches.put(None)
-            self._thread.join()
-            self._thread = None
+        while self._threads:
+            self._threads.pop().join()
 
     def submit(self, runs: Sequence[Run], held: Sequence[object]) -> Batch:
         """Have ``runs`` read soon; ``held`` owns their memory."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
+import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,6 +19,8 @@ from .readahead import IOV_MAX, Batch, Piece, ReadAhead, Run, read_piece, runs_o
 
 AHEAD = 16 << 20
 """Bytes that are being read before they are asked for; one batch more at most."""
+ANNOUNCED = 32 << 20
+"""Bytes ahead of those being read that the system is told of; they go to its page cache."""
 BATCH = 2 << 20
 """Bytes from which on tensors are not read together with the next."""
 SCRATCH = 8 << 20
@@ -36,6 +40,11 @@ class Place:
     def files(self) -> tuple[str, ...]:
         """The files that hold it."""
         return (self.file,)
+
+    @property
+    def extents(self) -> Iterator[tuple[str, int, int]]:
+        """File, first byte and end of all that is read for it."""
+        yield self.file, self.start, self.start + self.nbytes
 
 
 @dataclass(frozen=True)
@@ -83,6 +92,12 @@ class Assembly:
     def files(self) -> tuple[str, ...]:
         """The files that hold it."""
         return tuple(dict.fromkeys(part.file for part in self.parts))
+
+    @property
+    def extents(self) -> Iterator[tuple[str, int, int]]:
+        """File, first byte and end of all that is read for it, the gaps in strided parts included."""
+        size = self.info.dtype.itemsize
+        return ((part.file, part.start, part.start + part.extent * size) for part in self.parts if part.numel)
 
     @property
     def nbytes(self) -> int:
@@ -148,6 +163,16 @@ class Parcel:
         landed = Landed(tuple(shapes), shapes, self.nbytes, parameters)
         numbers = {parameter: number for number, parameter in enumerate(parameters)}
         return Landing(landed, _stretches(places, [(numbers[name], start) for name, start in targets]))
+
+    @functools.cached_property
+    def extents(self) -> Sequence[tuple[str, int, int]]:
+        """File, first byte and end of what it reads; neighbours together."""
+        found: list[tuple[str, int, int]] = []
+        for file, start, end in (extent for place in self.places for extent in place.extents):
+            if found and found[-1][0] == file and found[-1][2] == start:
+                start = found.pop()[1]
+            found.append((file, start, end))
+        return found
 
     def place_at(self, file: str, path: str, position: int) -> tuple[str, str]:
         """The tensor that a byte of a file belongs to, behind the file's path."""
@@ -224,6 +249,22 @@ def parcels_of(places: Iterable[Place | Assembly]) -> Iterator[Parcel]:
         yield Parcel(batch, nbytes)
 
 
+def _announced(parcels: Iterator[Parcel], handles: Mapping[str, int]) -> Iterator[Parcel]:
+    """The parcels; the system is told of each some time before, so that a cold disk reads meanwhile."""
+    window: deque[Parcel] = deque()
+    nbytes = 0
+    for parcel in parcels:
+        for file, start, end in parcel.extents if hasattr(os, "posix_fadvise") else ():
+            with contextlib.suppress(OSError):  # it is advice
+                os.posix_fadvise(handles[file], start, end - start, os.POSIX_FADV_WILLNEED)
+        window.append(parcel)
+        nbytes += parcel.nbytes
+        while nbytes > ANNOUNCED:
+            nbytes -= window[0].nbytes
+            yield window.popleft()
+    yield from window
+
+
 class _Reading:
     """One pass over the tensors: parcels are asked for ahead of the tensor that is handed out."""
 
@@ -238,6 +279,7 @@ class _Reading:
     def all(self, parcels: Iterator[Parcel]) -> Iterator[tuple[str, torch.Tensor] | Landed]:
         waiting: deque[_Asked] = deque()
         ahead = 0
+        parcels = _announced(parcels, self._handles)
         following = next(parcels, None)
         with ReadAhead() as reader:
             while following or waiting:
