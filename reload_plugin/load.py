@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import (
     TorchDispatchMode,
     _disable_current_modes,
@@ -166,6 +167,8 @@ class LoadTrace(TorchDispatchMode):
         self.protected: dict[int, str] = {}
         self.current = ""
         self._sources: dict[int, str] = {}
+        self._noted: list[StorageWeakRef] = []
+        """Storages that ``_sources`` names: none that comes later gets the identity of one that is gone."""
         self._touched: list[StagedStorage] = []
         self._recent: set[int] = set()
         self._incoming: torch.Tensor | None = None
@@ -192,9 +195,10 @@ class LoadTrace(TorchDispatchMode):
         """The stream hands ``tensor`` to the loader now."""
         if self.current in self.loaded.slots:
             self._sources.clear()
+            self._noted.clear()
         self.current = name
         self.note_arrival(name, tensor)
-        self._sources[_key(tensor)] = name
+        self._note_source(tensor, name)
         self._incoming = tensor
 
     def note_arrival(self, name: str, tensor: torch.Tensor) -> None:
@@ -280,8 +284,14 @@ class LoadTrace(TorchDispatchMode):
     def _follow(self, out: Any, source: str) -> None:
         """What is computed from a weight still belongs to that weight."""
         for tensor in out if isinstance(out, (list, tuple)) else (out,):
-            if isinstance(tensor, torch.Tensor):
-                self._sources.setdefault(_key(tensor), source)
+            if isinstance(tensor, torch.Tensor) and _key(tensor) not in self._sources:
+                self._note_source(tensor, source)
+
+    def _note_source(self, tensor: torch.Tensor, name: str) -> None:
+        key = _key(tensor)
+        self._sources[key] = name
+        if key:
+            self._noted.append(StorageWeakRef(tensor.untyped_storage()))
 
     def _note_write(self, func: Any, target: torch.Tensor, args: tuple[Any, ...], name: str) -> None:
         key = _key(target)

@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-defined]
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves
@@ -60,6 +61,9 @@ class ConstructionTrace(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.initial: dict[int, Initial] = {}
+        self._noted: list[StorageWeakRef] = []
+        """As long as somebody refers to them, even weakly, no other storage gets the identity of one that is
+        gone: ``torch.tensor(1.0)``, which no mode sees being made, would have the values of that one."""
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -73,6 +77,7 @@ class ConstructionTrace(TorchDispatchMode):
             for tensor in tree_leaves(out):
                 if isinstance(tensor, torch.Tensor) and (key := storage_id(tensor)) not in inputs and key:
                     self.initial[key] = self._made_by(name, args)
+                    self._noted.append(StorageWeakRef(tensor.untyped_storage()))
         return out
 
     def _made_by(self, name: str, args: tuple[Any, ...]) -> Initial:

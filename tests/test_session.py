@@ -44,7 +44,7 @@ from reload_plugin.errors import (
     WeightsError,
 )
 from reload_plugin.holders import holders_of, read, tensors_in
-from reload_plugin.record import ConstructionTrace, record_constructed, record_of
+from reload_plugin.record import ConstructionTrace, record_constructed, record_of, storage_id
 from reload_plugin.reload import before_serving
 from reload_plugin.staging import POISON
 
@@ -800,6 +800,16 @@ def test_a_session_that_is_over_goes_at_once() -> None:
         assert gone() is None
     finally:
         gc.enable()
+
+
+def test_a_tensor_that_is_made_unseen_has_not_the_values_of_one_that_is_gone() -> None:
+    """No mode sees ``torch.tensor`` make something, and it is made where the last scalar was."""
+    trace = ConstructionTrace()
+    with trace:
+        for _ in range(100):
+            torch.zeros(())
+            scalar = torch.tensor(1.0)
+            assert storage_id(scalar) not in trace.initial
 
 
 # --- results written to where they are served ---
