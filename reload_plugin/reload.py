@@ -135,7 +135,6 @@ def reload_weights(
                 report = _from_source(model, record, source, chosen)
         seconds = report.seconds | {"total": time.perf_counter() - started}
         report = note_report(record, report.model_copy(update={"seconds": seconds}))
-        record.pool.settle()
     trim_heap()
     return report
 

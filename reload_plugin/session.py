@@ -473,6 +473,7 @@ class ReloadSession:
         self._stages, self._open_stages, self._late, self._staged = [], {}, [], []
         self._trace.storages = {}
         self._trace.protected = {}
+        self._record.pool.settle()
 
     # -- process and commit -----------------------------------------------------------------------
 
