@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,38 +22,18 @@ from .safetensors_index import check_index, read_index
 from .torch_source import TorchSource
 
 
-class EngineReaderSource:
-    """Anything else that vLLM's own default loader reads; its names are known only while it is read."""
+class UnlistedSource:
+    """What a loader of vLLM's own reads; its names are known only while it is read.
 
-    def __init__(self, vllm_config: Any, model_config: Any, model: nn.Module, path: str) -> None:
-        self.description = path
-        self._arguments = (vllm_config, model_config, model, path)
+    Args:
+        description: what messages call it.
+        weights: begins to read, and gives the weights in the loader's order and in memory of its own.
 
-    def infos(self) -> Sequence[TensorInfo] | None:
-        return None
-
-    def read(
-        self, order: Sequence[str] | None = None, pool: HostPool | None = None, room: Room | None = None
-    ) -> Stream:
-        assert order is None, "a source without a listing has one order"
-        del pool, room  # vLLM's readers allocate for themselves
-        yield from _vllm.all_weights(*self._arguments)
-
-    def unchanged(self) -> bool:
-        return False
-
-
-class BucketSource:
-    """Safetensors files in a bucket, streamed by vLLM's loader; its names are known only while it is read.
-
-    Run:ai Model Streamer holds as much of them in host memory as RUNAI_STREAMER_MEMORY_LIMIT says.
     """
 
-    in_order = False
-
-    def __init__(self, vllm_config: Any, path: str) -> None:
-        self.description = path
-        self._vllm_config = vllm_config
+    def __init__(self, description: str, weights: Callable[[], Iterator[Any]]) -> None:
+        self.description = description
+        self._weights = weights
 
     def infos(self) -> Sequence[TensorInfo] | None:
         return None
@@ -62,8 +42,8 @@ class BucketSource:
         self, order: Sequence[str] | None = None, pool: HostPool | None = None, room: Room | None = None
     ) -> Stream:
         assert order is None, "a source without a listing has one order"
-        del pool, room  # the library allocates for itself
-        yield from _vllm.stored_weights(self._vllm_config, self.description)
+        del pool, room
+        yield from self._weights()
 
     def unchanged(self) -> bool:
         return False
@@ -79,7 +59,7 @@ def _of_bucket(path: str, vllm_config: Any, require_marker: str | None) -> Sourc
         raise SourceError(
             f"A marker (require_marker) cannot be looked for in a bucket: {path}. Leave it out."
         )
-    return BucketSource(vllm_config, path)
+    return UnlistedSource(path, functools.partial(_vllm.stored_weights, vllm_config, path))
 
 
 def open_folder(
@@ -131,8 +111,9 @@ def _of_files(
     path: str, files: Sequence[str], vllm_config: Any, model_config: Any, model: nn.Module
 ) -> Source:
     """What vLLM would read: by us if we can."""
+    unlisted = functools.partial(_vllm.all_weights, vllm_config, model_config, model, path)
     if getattr(model, "secondary_weights", ()):
-        return EngineReaderSource(vllm_config, model_config, model, path)
+        return UnlistedSource(path, unlisted)
     if all(file.endswith(".safetensors") for file in files):
         load_format = _vllm.load_format(vllm_config)
         if load_format not in READERS:
@@ -142,7 +123,7 @@ def _of_files(
         return plain_safetensors(files, path, opened=fast)
     if all(file.endswith((".bin", ".pt", ".pth")) for file in files):
         return TorchSource(files, path)
-    return EngineReaderSource(vllm_config, model_config, model, path)
+    return UnlistedSource(path, unlisted)
 
 
 def _weight_files(path: str, vllm_config: Any, model: nn.Module) -> list[str]:
