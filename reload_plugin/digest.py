@@ -8,7 +8,7 @@ import torch
 import xxhash
 
 from .hashing import add_tensor
-from .holders import Contents, owns_native, reachable, read
+from .holders import Contents, holds_nothing, owns_native, reachable, read
 from .record import HolderRecord, ModelRecord, TensorRecord, storage_id
 
 logger = logging.getLogger("vllm.reload_plugin")
@@ -70,6 +70,8 @@ class _Book:
     def _add(self, path: str, value: object) -> None:
         if isinstance(value, (bool, int, float)):
             self._total.update(f"{path} {value!r};".encode())
+            return
+        if holds_nothing(type(value)):
             return
         for found in (value,) if isinstance(value, torch.Tensor) else reachable(value):
             if isinstance(found, torch.Tensor):

@@ -55,7 +55,7 @@ _FOREIGN = (
 )
 """Packages whose objects are shared infrastructure and not part of any layer's state."""
 
-_ATOMS = (
+_HOLD_NOTHING = (
     str,
     bytes,
     int,
@@ -66,13 +66,15 @@ _ATOMS = (
     type,
     enum.Enum,
     types.ModuleType,
-    types.FunctionType,
     types.BuiltinFunctionType,
-    types.MethodType,
     torch.dtype,
     torch.device,
+    torch.Size,
     weakref.ref,
 )
+"""Classes of values that are what they are and hold no others."""
+
+_ATOMS = (*_HOLD_NOTHING, types.FunctionType, types.MethodType)
 
 
 def _remembered(asked: Callable[[type], T]) -> Callable[[type], T]:
@@ -242,8 +244,18 @@ def tensors_in(value: object) -> Iterator[torch.Tensor]:
     return (found for found in reachable(value) if isinstance(found, torch.Tensor))
 
 
+@_remembered
+def holds_nothing(cls: type) -> bool:
+    """Whether values of a class hold no others, and nothing that is not Python's."""
+    return issubclass(cls, _HOLD_NOTHING) and not hasattr(cls, "__del__")
+
+
 def reachable(value: object, seen: set[int] | None = None) -> Iterator[object]:
-    """A held value and all it holds; tensors as often as they are held, everything else once."""
+    """A held value and all it holds; tensors as often as they are held, everything else once, but for plain
+    values, which do not matter.
+    """
+    if holds_nothing(type(value)):
+        return
     seen = set() if seen is None else seen
     if isinstance(value, torch.Tensor):
         yield value

@@ -153,13 +153,52 @@ def _cgroup_left() -> int | None:
     return None
 
 
+class Allocator(NamedTuple):
+    """What the C library's ``malloc`` offers for giving back memory it does not use."""
+
+    name: str
+    unused: Callable[[], int] | None
+    """Bytes it holds in memory for later; None where it does not say."""
+    give_back: Callable[[int], object]
+    """About so many of them to the system; glibc's gives back all there are."""
+
+
 @functools.cache
-def _malloc_trim() -> Callable[[int], int] | None:
-    return getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+def allocator() -> Allocator | None:
+    """The allocator of this process: tcmalloc, which vLLM preloads on a CPU where it has it, or glibc's."""
+    if sys.platform != "linux":
+        return None
+    library = ctypes.CDLL(None)
+    if hasattr(library, "MallocExtension_ReleaseToSystem"):
+        return _tcmalloc(library)
+    trim = getattr(library, "malloc_trim", None)
+    return None if trim is None else Allocator("glibc", None, lambda _: trim(0))
 
 
-def trim_heap() -> None:
-    """Give freed pages of the C heap back to the system, where the C library can (glibc)."""
-    trim = _malloc_trim()
-    if trim is not None:
-        trim(0)
+def _tcmalloc(library: ctypes.CDLL) -> Allocator:
+    """By its C interface (gperftools, ``malloc_extension_c.h``)."""
+    ask, release = library.MallocExtension_GetNumericProperty, library.MallocExtension_ReleaseToSystem
+    ask.argtypes = [ctypes.c_char_p, ctypes.POINTER(ctypes.c_size_t)]
+    release.argtypes, release.restype = [ctypes.c_size_t], None
+
+    def unused() -> int:
+        found = ctypes.c_size_t(0)
+        return int(found.value) if ask(b"tcmalloc.pageheap_free_bytes", ctypes.byref(found)) else 0
+
+    return Allocator("tcmalloc", unused, release)
+
+
+def trim_heap(nbytes: int) -> None:
+    """Give ``nbytes`` bytes that the C heap does not use back to the system; glibc's gives all it can."""
+    found = allocator()
+    if found is not None and nbytes > 0:
+        found.give_back(nbytes)
+
+
+def settle_heap() -> None:
+    """Between reloads: leave the C heap at most ``KEPT`` bytes that it does not use, and glibc's none: what
+    that one keeps lies in so many pieces that the next reload makes it grow all the same.
+    """
+    found = allocator()
+    if found is not None:
+        trim_heap(1 if found.unused is None else found.unused() - KEPT)

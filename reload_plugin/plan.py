@@ -6,8 +6,6 @@ does not fit is refused here. A plan holds no storage.
 
 from __future__ import annotations
 
-import contextlib
-import gc
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -16,6 +14,7 @@ from torch import nn
 from torch.utils._python_dispatch import _disable_current_modes
 
 from .errors import ReloadError, SourceError, weights_error
+from .garbage import no_collections
 from .ledger import Expected
 from .load import Problems
 from .placement import placement
@@ -86,7 +85,7 @@ def make_plan(
     listed: Sequence[TensorInfo] = list(infos)
     if not listed:
         raise SourceError(f"{source} holds no tensors. {SERVES_OLD}")
-    with _without_collections(), ReloadSession(model, source=source, dry=True, expected=expected) as session:
+    with no_collections(), ReloadSession(model, source=source, dry=True, expected=expected) as session:
         try:
             session.load(_without_values(listed))
         except (NotImplementedError, ReloadError) as error:
@@ -104,20 +103,6 @@ def _without_values(infos: Sequence[TensorInfo]) -> Iterator[tuple[str, torch.Te
         with _disable_current_modes():
             some = [(info.name, info.meta()) for info in infos[first : first + _AT_A_TIME]]
         yield from some
-
-
-@contextlib.contextmanager
-def _without_collections() -> Iterator[None]:
-    """A plan is many small objects that stay; each full search among them for garbage costs as much as
-    planning a thousand tensors.
-    """
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()
 
 
 def _plan(

@@ -17,6 +17,7 @@ from torch import nn
 
 from . import _vllm
 from .errors import ReloadError, SourceError, weights_error
+from .garbage import no_full_collections
 from .generation import (
     abandon_open_session,
     after_commit,
@@ -36,7 +37,7 @@ from .interrupts import between
 from .kernel_format import copy_kernel_format
 from .ledger import Expected
 from .load import Feed, LoadTrace, Problems
-from .memory import available, trim_heap
+from .memory import available, settle_heap
 from .options import ReloadOptions, options
 from .partial import absorbed, base_of, laid_over, update_in_place
 from .plan import Plan
@@ -115,7 +116,7 @@ def reload_weights(
 
     """
     started = time.perf_counter()
-    with noting_failures(model) as record, as_reload_errors(record):
+    with no_full_collections(), noting_failures(model) as record, as_reload_errors(record):
         chosen = options(**how)
         _require_one_rank(record, chosen.policy)
         if weights_iterator is not None and weights_path is not None:
@@ -135,7 +136,7 @@ def reload_weights(
                 report = _from_source(model, record, source, chosen)
         seconds = report.seconds | {"total": time.perf_counter() - started}
         report = note_report(record, report.model_copy(update={"seconds": seconds}))
-    trim_heap()
+    settle_heap()
     return report
 
 

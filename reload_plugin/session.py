@@ -27,6 +27,7 @@ from . import _vllm
 from .commit import Commit, plan_commit
 from .digest import digest_of
 from .errors import NotRecordedError, SessionError, SourceError, weights_error
+from .garbage import no_full_collections
 from .interrupts import between, deliver, held, let_through
 from .ledger import Expected, Ledger
 from .load import Feed, Fetching, Loaded, LoadTrace, Problems, load_all, load_by_routes
@@ -193,7 +194,7 @@ class ReloadSession:
 
         self.problems.missing.clear()  # of a finish that was too early
         feed = Feed(weights, self._trace, self.close_complete, self._put_aside, fetching)
-        with held(), self._noting_failure(), self.loading(), self._timed("load"):
+        with held(), no_full_collections(), self._noting_failure(), self.loading(), self._timed("load"):
             if self.ledger.routes is None:
                 load_all(loader, feed, self._trace)
             else:
@@ -342,7 +343,7 @@ class ReloadSession:
             ProcessingError: vLLM's processing raised.
 
         """
-        with held(), self._noting_failure():
+        with held(), no_full_collections(), self._noting_failure():
             return self._finish(check)
 
     def _finish(self, check: bool) -> ReloadReport:
@@ -523,8 +524,7 @@ class ReloadSession:
         nbytes = stage.group.nbytes
         if nbytes < SMALL:
             return
-        if resident() + nbytes > self._resident + self._prepared + self._largest + BUDGET:
-            trim_heap()
+        trim_heap(resident() + nbytes - self._resident - self._prepared - self._largest - BUDGET)
 
     def _keep(self, stage: Stage) -> None:
         """Commit a result at once or put it aside; staging that is not part of it is given back."""

@@ -22,7 +22,7 @@ from .generation import (
     with_all_ranks,
 )
 from .interrupts import held, let_through
-from .memory import trim_heap
+from .memory import settle_heap
 from .session import SERVES_OLD, ReloadSession, complete_record_of
 from .verify import ReloadReport
 
@@ -49,7 +49,7 @@ def restore_for_reloading(model: nn.Module) -> Iterator[ReloadSession]:
             report = session.finish()
         after_commit(record, None, session)
         session.report = note_report(record, report)
-        trim_heap()
+        settle_heap()
 
 
 @held()
@@ -93,7 +93,7 @@ def finish_layerwise(model: nn.Module) -> ReloadReport:
     needs_attention.discard(record)
     after_commit(record, None, session)
     report = note_report(record, report)
-    trim_heap()
+    settle_heap()
     return report
 
 

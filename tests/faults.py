@@ -76,7 +76,7 @@ class Ends(enum.Enum):
 def settled() -> int:
     """Bytes of this process in memory, once what nobody needs has gone."""
     gc.collect()
-    memory.trim_heap()
+    memory.trim_heap(1 << 40)
     return memory.resident()
 
 

@@ -1,8 +1,13 @@
 """The pool that staging comes from: blocks of one stretch, used again, and never handed out twice."""
 
 import mmap
+import os
 import random
+import subprocess
+import sys
+from pathlib import Path
 
+import pytest
 import torch
 
 from reload_plugin import memory
@@ -76,3 +81,66 @@ def test_between_reloads_a_bounded_part_stays_with_the_process() -> None:
     kept.fill_(2)
     pool.settle()
     assert kept.unique().tolist() == [2], "memory in use was given back"
+
+
+# --- the C heap ---
+
+TCMALLOC = next(Path("/usr/lib").glob("*/libtcmalloc_minimal.so.*"), None)
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """What an allocator that holds 100 MiB it does not use is asked to give back."""
+    found: list[int] = []
+    monkeypatch.setattr(memory, "allocator", lambda: memory.Allocator("one", lambda: 100 * MIB, found.append))
+    return found
+
+
+def test_the_heap_is_asked_for_no_more_than_is_too_much(asked: list[int]) -> None:
+    memory.trim_heap(-1)
+    memory.trim_heap(0)
+    assert asked == []
+    memory.trim_heap(3 * MIB)
+    assert asked == [3 * MIB]
+
+
+def test_between_reloads_the_heap_keeps_a_bounded_part(asked: list[int]) -> None:
+    memory.settle_heap()
+    assert asked == [100 * MIB - memory.KEPT]
+
+
+def test_a_heap_that_does_not_say_what_it_keeps_keeps_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    found: list[int] = []
+    monkeypatch.setattr(memory, "allocator", lambda: memory.Allocator("one", None, found.append))
+    memory.settle_heap()
+    assert len(found) == 1
+
+
+GROW_AND_GIVE_BACK = """
+import torch
+from reload_plugin import memory
+blocks = [torch.ones(4 << 20) for _ in range(20)]
+del blocks
+full = memory.resident()
+memory.settle_heap()
+settled = memory.resident()
+print(memory.allocator().name, (full - settled) >> 20)
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "preload"),
+    [
+        ("glibc", ""),
+        pytest.param(
+            "tcmalloc", str(TCMALLOC), marks=pytest.mark.skipif(TCMALLOC is None, reason="needs tcmalloc")
+        ),
+    ],
+)
+def test_the_process_has_an_allocator_that_gives_back(name: str, preload: str) -> None:
+    environment = os.environ | {"LD_PRELOAD": preload}
+    child = [sys.executable, "-c", GROW_AND_GIVE_BACK]
+    out = subprocess.run(child, env=environment, capture_output=True, text=True, check=True).stdout.split()
+    assert out[0] == name
+    if name == "tcmalloc":  # 320 MiB, of which it may keep KEPT; glibc's gives such blocks back when freed
+        assert int(out[1]) > 200

