@@ -146,6 +146,8 @@ class _Graft:
         """Make ``holder``, which holds ``served``, hold the values of ``result``."""
         for key, new in result.items():
             old = served.get(key, ABSENT)
+            if old is new and not isinstance(new, torch.Tensor):
+                continue
             value = new if old is ABSENT else self.value(f"{path}.{key[1]}", old, new)
             if value is not old:
                 self._commit.writes.append((holder, key, value))

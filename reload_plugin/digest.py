@@ -62,17 +62,16 @@ class _Book:
             if key not in contents:
                 continue
             value, constructed = contents[key], holder.constructed.get(key)
+            if holds_nothing(type(value)):
+                if isinstance(value, (bool, int, float)):
+                    self._total.update(f"{path}.{key[1]} {value!r};".encode())
+                continue
             replaced = isinstance(constructed, TensorRecord) and constructed.ref() is not value
             table = replaced and constructed.is_table  # type: ignore[union-attr]
             if table or not (replaced and key not in holder.undo):  # else it was bound later, like a KV cache
                 self._add(f"{path}.{key[1]}", value)
 
     def _add(self, path: str, value: object) -> None:
-        if isinstance(value, (bool, int, float)):
-            self._total.update(f"{path} {value!r};".encode())
-            return
-        if holds_nothing(type(value)):
-            return
         for found in (value,) if isinstance(value, torch.Tensor) else reachable(value):
             if isinstance(found, torch.Tensor):
                 self._total.update(f"{path};".encode())

@@ -195,9 +195,9 @@ def _delete_attribute(holder: object, name: str) -> None:
         object.__delattr__(holder, name)
 
 
-def put_back(holder: object, contents: Contents) -> None:
-    """Make ``holder`` hold exactly ``contents`` again, in the same order."""
-    now = read(holder)
+def put_back(holder: object, contents: Contents, now: Contents | None = None) -> None:
+    """Make ``holder`` hold exactly ``contents`` again, in the same order. ``now``: what it holds."""
+    now = read(holder) if now is None else now
     if list(now) == list(contents) and all(now[key] is contents[key] for key in now):
         return
     for key in reversed(list(now)):

@@ -59,9 +59,11 @@ class State:
     contents: list[tuple[object, Contents]]
     tensors: dict[int, TensorState]
 
-    def show(self) -> None:
-        for holder, contents in self.contents:
-            put_back(holder, contents)
+    def show(self, now: State | None = None) -> None:
+        """Put it on the live objects; they are as ``now`` says, if that was just taken of the same group."""
+        held = [None] * len(self.contents) if now is None else [contents for _, contents in now.contents]
+        for (holder, contents), present in zip(self.contents, held, strict=True):
+            put_back(holder, contents, present)
         for state in self.tensors.values():
             state.show()
 
@@ -367,7 +369,7 @@ class Stage:
     def hide(self) -> None:
         """Show the served state; ``unhide`` goes on where this left off."""
         self._shelf = self.capture()
-        self.served.show()
+        self.served.show(self._shelf)
 
     def unhide(self) -> None:
         assert self._shelf is not None, "only a hidden stage can be shown again"
@@ -381,7 +383,7 @@ class Stage:
     def take_result(self) -> None:
         """Keep the present state as the result of processing and show the served one."""
         self.result = self.capture()
-        self.served.show()
+        self.served.show(self.result)
 
     def release(self, keep: set[int]) -> None:
         """Give back all staging but the storages whose identity is in ``keep``."""
