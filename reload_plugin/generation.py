@@ -24,7 +24,7 @@ from .ranks import vote_for
 from .record import ModelRecord
 from .routes import Routes
 from .session import SERVES_OLD, Policy, ReloadSession, State, complete_record_of
-from .sources import Source, TensorInfo, open_folder
+from .sources import Source, TensorInfo, give_back, open_folder
 from .verify import ReloadReport
 
 logger = logging.getLogger("vllm.reload_plugin")
@@ -80,9 +80,11 @@ def _order(model: nn.Module, record: ModelRecord, infos: list[TensorInfo]) -> li
         with contextlib.suppress(PlanUnavailableError, ReloadError):
             return list(make_plan(model, infos, "the weights put aside").order)
         return names
-    groups = record.groups
-    group_of = {t.name: index for index, group in enumerate(groups) for t in group.tensors}
-    return sorted(names, key=lambda name: [group_of[w.parameter] for w in routes[name].writes or ()][:1])
+
+    def first_group(name: str) -> list[int]:
+        return [record.group_of[write.parameter] for write in routes[name].writes or ()][:1]
+
+    return sorted(names, key=first_group)
 
 
 def learn_routes(model: nn.Module, record: ModelRecord) -> None:
@@ -305,9 +307,7 @@ def replace_last_good(record: ModelRecord, source: Source | None) -> None:
     old = record.last_good
     record.last_good = source
     if old is not source and getattr(source, "base", None) is not old:
-        close = getattr(old, "close", None)
-        if close is not None:
-            close()
+        give_back(old)
 
 
 # -- one weight update at a time, and none half served --------------------------------------------

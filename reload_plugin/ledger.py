@@ -84,6 +84,10 @@ class Ledger:
     def storage_of(self, parameter: str) -> StagedStorage:
         return self._storages[parameter][0]
 
+    def group_of(self, parameter: str) -> str:
+        """The name of a parameter's group."""
+        return self._storages[parameter][1].group.name
+
     @functools.cached_property
     def _groups_of(self) -> Mapping[str, Sequence[str]]:
         """Weight -> the groups it goes into, as expected."""
@@ -227,10 +231,9 @@ class Ledger:
         """Group name -> weights that went into it; empty for loaders that collect weights first."""
         if not self.loaded.repeatable:
             return {}
-        group_of = {t.name: group.name for group in record.groups for t in group.tensors}
         found: dict[str, set[str]] = defaultdict(set)
         for name, parameter in self._destinations():
-            found[group_of[parameter]].add(name)
+            found[record.groups[record.group_of[parameter]].name].add(name)
         return {group: frozenset(names) for group, names in found.items()}
 
     def _destinations(self) -> Iterator[tuple[str, str]]:

@@ -160,7 +160,7 @@ class Allocator(NamedTuple):
     unused: Callable[[], int] | None
     """Bytes it holds in memory for later; None where it does not say."""
     give_back: Callable[[int], object]
-    """About so many of them to the system; glibc's gives back all there are."""
+    """At least so many of them to the system, if there are so many; glibc's gives back all it can."""
 
 
 @functools.cache
@@ -188,11 +188,17 @@ def _tcmalloc(library: ctypes.CDLL) -> Allocator:
     return Allocator("tcmalloc", unused, release)
 
 
-def trim_heap(nbytes: int) -> None:
-    """Give ``nbytes`` bytes that the C heap does not use back to the system; glibc's gives all it can."""
+def keep_within(limit: int, nbytes: int) -> None:
+    """Before ``nbytes`` bytes are asked of the C heap: make it give back what it does not use, if the process
+    would have more than ``limit`` bytes in memory otherwise.
+    """
     found = allocator()
-    if found is not None and nbytes > 0:
-        found.give_back(nbytes)
+    if found is None:
+        return
+    at_hand = 0 if found.unused is None else found.unused()
+    excess = resident() + max(0, nbytes - at_hand) - limit
+    if excess > 0:
+        found.give_back(excess)
 
 
 def settle_heap() -> None:
@@ -200,5 +206,9 @@ def settle_heap() -> None:
     that one keeps lies in so many pieces that the next reload makes it grow all the same.
     """
     found = allocator()
-    if found is not None:
-        trim_heap(1 if found.unused is None else found.unused() - KEPT)
+    if found is None:
+        return
+    if found.unused is None:
+        found.give_back(0)
+    elif (excess := found.unused() - KEPT) > 0:
+        found.give_back(excess)

@@ -22,8 +22,11 @@ from .plan import Plan, PlanUnavailableError, make_plan
 from .progress import watched
 from .record import LayerRecord, ModelRecord
 from .session import SERVES_OLD
-from .sources import HostCopy, Overlay, Source, SpillFile
+from .sources import HostCopy, Overlay, Source, SpillFile, give_back, in_a_file
 from .verify import ReloadReport
+
+SMALL_UPDATE = 64 << 20
+"""Bytes of partial updates that are kept in memory; more go to a file."""
 
 
 def base_of(model: nn.Module, record: ModelRecord) -> Source | None:
@@ -136,21 +139,49 @@ def _refuse(record: ModelRecord, top: Source, unfit: Iterable[str]) -> None:
     )
 
 
-def absorbed(base: Source, top: Source) -> Source:
-    """A source of the served weights after ``top`` went over ``base``; as few layers as possible."""
-    if isinstance(base, Overlay) and isinstance(base.top, (HostCopy, SpillFile)):
-        _add_all(base.top, top)
-        return base
+def absorbed(base: Source, top: Source, folder: str | None = None) -> Source:
+    """A source of the served weights after ``top`` went over ``base``; as few layers as possible.
+
+    Takes both over: what no longer shows is given back. ``folder`` is for a spill file, should one be needed.
+
+    Raises:
+        SourceError: the disk is full; then both are as they were, and ``top`` still goes over ``base``.
+
+    """
+    over: list[Source] = []
+    while isinstance(base, Overlay) and base.is_hidden_by(top):
+        over.append(base.top)  # a trainer that sends the same weights each time needs its last two folders
+        base = base.base
     if isinstance(base, (HostCopy, SpillFile)):
         _add_all(base, top)
-        return base
-    while isinstance(base, Overlay) and base.is_hidden_by(top):
-        base = base.base  # a trainer that sends the same weights each time needs its last two folders only
-    return Overlay(base, top)
+        over.append(top)
+        served: Source = base
+    elif isinstance(base, Overlay) and isinstance(base.top, (HostCopy, SpillFile)):
+        together = _together(base.top, top, folder)
+        over += [source for source in (base.top, top) if source is not together]
+        served = Overlay(base.base, together)
+    else:
+        served = Overlay(base, top)
+    for source in over:
+        give_back(source)
+    return served
+
+
+def _together(kept: HostCopy | SpillFile, top: Source, folder: str | None) -> HostCopy | SpillFile:
+    """The weights of two updates; in a file when they are many, for there may be any number of updates."""
+    nbytes = kept.nbytes + sum(info.nbytes for info in top.infos() or ())
+    if isinstance(kept, SpillFile) or nbytes <= SMALL_UPDATE:
+        _add_all(kept, top)
+        return kept
+    file = in_a_file(kept, folder)
+    try:
+        _add_all(file, top)
+    except BaseException:
+        file.close()
+        raise
+    return file
 
 
 def _add_all(kept: HostCopy | SpillFile, top: Source) -> None:
     for name, tensor in top.read():
         kept.add(name, tensor)
-    if isinstance(top, (HostCopy, SpillFile)):
-        top.close()

@@ -113,16 +113,15 @@ def _plan(
     kept: dict[str, str],
     ignored: dict[str, str],
 ) -> Plan:
-    groups = complete_record_of(model).groups
-    group_of = {t.name: index for index, group in enumerate(groups) for t in group.tensors}
-    slots = session.loaded.slots
+    record, slots = complete_record_of(model), session.loaded.slots
     needed: dict[str, list[int]] = {
-        info.name: sorted({group_of[slot.parameter] for slot in slots.get(info.name, ())}) for info in infos
+        info.name: sorted({record.group_of[slot.parameter] for slot in slots.get(info.name, ())})
+        for info in infos
     }
     members: dict[str, set[str]] = {}
     for name, indices in needed.items():
         for index in indices:
-            members.setdefault(groups[index].name, set()).add(name)
+            members.setdefault(record.groups[index].name, set()).add(name)
     known = {group: frozenset(names) for group, names in members.items()}
     order = sorted(needed, key=lambda name: needed[name][:1] or [-1])
     return Plan(
@@ -131,7 +130,7 @@ def _plan(
         names_of_group=known if session.loaded.repeatable else {},
         coverage=coverage,
         routes=session.routes(),
-        placement=placement(complete_record_of(model)),
+        placement=placement(record),
         problems=session.problems,
         kept=kept,
         ignored=ignored,

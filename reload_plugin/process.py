@@ -59,6 +59,8 @@ def process_stage(
             f"Processing {stage.group.name or 'the model'} raised {type(error).__name__}: {error}. "
             "The engine serves what it served before."
         ) from error
+    finally:
+        stage.overwritten = stage.overwritten | stage.final_storages()
     stage.captured = captured
     stage.processed = True
 

@@ -205,6 +205,11 @@ class Group:
     def late(self) -> bool:
         return any(layer.late for layer in self.layers)
 
+    @property
+    def plain(self) -> bool:
+        """Whether processing leaves its layers as they were loaded (embeddings, norms)."""
+        return not any(layer.effect or layer.deferred or layer.online or layer.late for layer in self.layers)
+
 
 @dataclass(eq=False)
 class ModelRecord:
@@ -215,6 +220,8 @@ class ModelRecord:
     model_config: Any = None
     target_device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     groups: list[Group] = field(default_factory=list)
+    group_of: dict[str, int] = field(default_factory=dict)
+    """Load-format tensor -> number of its group in ``groups``, which keep the model's order."""
     complete: bool = False
     serving: Serving = field(default_factory=Serving)
     """The generation of weights that the model answers with."""
@@ -452,6 +459,7 @@ def finish_record(
     record.model_config = model_config
     record.target_device = target_device
     record.groups = _group(record.layers)
+    record.group_of = {t.name: number for number, group in enumerate(record.groups) for t in group.tensors}
     record.complete = True
 
 
@@ -523,9 +531,7 @@ def _joined(groups: Iterable[Group]) -> Iterator[Group]:
     """Small layers that processing leaves as they are (norms), together: a stage costs more than they do."""
     small = Group([])
     for group in groups:
-        if group.nbytes > SMALL_GROUP or any(
-            layer.effect or layer.deferred or layer.online or layer.late for layer in group.layers
-        ):
+        if group.nbytes > SMALL_GROUP or not group.plain:
             yield group
             continue
         small.layers += group.layers

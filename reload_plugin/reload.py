@@ -39,13 +39,13 @@ from .ledger import Expected
 from .load import Feed, LoadTrace, Problems
 from .memory import available, settle_heap
 from .options import ReloadOptions, options
-from .partial import absorbed, base_of, laid_over, update_in_place
+from .partial import SMALL_UPDATE, absorbed, base_of, laid_over, update_in_place
 from .plan import Plan
 from .progress import watched
 from .ranks import ranks_of
 from .record import ModelRecord, record_constructed
 from .session import SERVES_OLD, Policy, ReloadSession
-from .sources import HostCopy, Source, SpillFile, TensorInfo, open_folder
+from .sources import HostCopy, Source, SpillFile, TensorInfo, give_back, in_a_file, open_folder
 from .sources.config import check_config
 from .verify import ReloadReport
 from .weight_update import abort_weight_update, finish_layerwise, open_layerwise, restore_for_reloading
@@ -65,9 +65,6 @@ logger = logging.getLogger("vllm.reload_plugin")
 
 Weights = Iterable[tuple[str, torch.Tensor]]
 Kept = HostCopy | SpillFile
-
-SMALL_UPDATE = 64 << 20
-"""Bytes of a partial update that are collected in memory; more go to a file."""
 
 
 def reload_weights(
@@ -241,7 +238,9 @@ def _collected(weights: Weights, chosen: ReloadOptions, in_memory: int | None) -
                 problems.nonfinite[name] = reason
             kept.add(name, tensor)
             if isinstance(kept, HostCopy) and trace.loaded.nbytes > (in_memory or 0):
-                kept = _moved_to_file(kept, chosen)
+                in_file = in_a_file(kept, chosen.spill_dir)
+                kept.close()
+                kept = in_file
         if problems:
             raise weights_error("the iterator", SERVES_OLD, **vars(problems))
         if not trace.loaded.shapes:
@@ -258,14 +257,6 @@ def _items(feed: Feed) -> Iterator[tuple[str, torch.Tensor]]:
             name, tensor = feed.fetch()
             if tensor is not None:
                 yield name, tensor
-
-
-def _moved_to_file(kept: HostCopy, chosen: ReloadOptions) -> SpillFile:
-    file = SpillFile(chosen.spill_dir, kept.description)
-    for name, tensor in kept.read():
-        file.add(name, tensor)
-    kept.close()
-    return file
 
 
 def _plan_of_manifest(model: nn.Module, record: ModelRecord, chosen: ReloadOptions) -> Plan | None:
@@ -392,23 +383,22 @@ def _require_one_rank(record: ModelRecord, policy: str) -> None:
 
 def _partially(model: nn.Module, record: ModelRecord, top: Source, chosen: ReloadOptions) -> ReloadReport:
     """Change the weights that ``top`` holds and no others. All or nothing."""
-    close = getattr(top, "close", lambda: None)
     sent = len(top.infos() or ())
     try:
         base = base_of(model, record)
         if base is None:
             report = update_in_place(model, record, top, chosen)
             replace_last_good(record, None)
-            close()
+            give_back(top)
             return report
         whole = laid_over(model, record, base, top)
         asked = chosen.model_copy(update={"partial": False, "keep_load_format": None})
         report = _from_source(model, record, whole, asked)
     except BaseException:
-        close()
+        give_back(top)
         raise
     with contextlib.suppress(SourceError):  # else both stay, one over the other
-        record.last_good = absorbed(base, top)
+        record.last_good = absorbed(base, top, chosen.spill_dir)
     return report.model_copy(update={"partial": True, "companions": report.tensors - sent})
 
 

@@ -14,12 +14,21 @@ from .sources import TensorInfo
 
 
 class StagingMemory:
-    """Staging of parameters by their names, allocated when it is first asked for."""
+    """Staging of parameters by their names, allocated when it is first asked for.
 
-    def __init__(self, ledger: Ledger, trace: LoadTrace, pool: HostPool) -> None:
+    Args:
+        ledger: knows the staging.
+        trace: watches over it.
+        pool: memory for it.
+        touched: receives the name of a group before its served memory is given as staging.
+
+    """
+
+    def __init__(self, ledger: Ledger, trace: LoadTrace, pool: HostPool, touched: set[str]) -> None:
         self._ledger = ledger
         self._trace = trace
         self._pool = pool
+        self._touched = touched
 
     def __call__(self, parameter: str) -> torch.UntypedStorage:
         """Raises ``LateWriteError`` when the parameter's group is processed already."""
@@ -27,6 +36,8 @@ class StagingMemory:
         if storage.closed:
             raise self._trace.late(parameter)
         if not storage.materialised:
+            if storage.final is not None:
+                self._touched.add(self._ledger.group_of(parameter))
             storage.materialise(pool=self._pool)
             self._ledger.renewed(storage)
             self._trace.watch([storage])

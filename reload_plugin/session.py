@@ -24,6 +24,7 @@ import torch
 from torch import nn
 
 from . import _vllm
+from .admission import Admission
 from .commit import Commit, plan_commit
 from .digest import digest_of
 from .errors import NotRecordedError, SessionError, SourceError, weights_error
@@ -31,13 +32,13 @@ from .garbage import no_full_collections
 from .interrupts import between, deliver, held, let_through
 from .ledger import Expected, Ledger
 from .load import Feed, Fetching, Loaded, LoadTrace, Problems, load_all, load_by_routes
-from .memory import SMALL, Gauge, resident, trim_heap
+from .memory import SMALL, Gauge, keep_within, resident
 from .overflow import OPEN_BUDGET, OPEN_STREAMING, Overflow
 from .placement import placement
 from .process import ProcessWeights, process_stage, process_tail
-from .record import Group, ModelRecord, record_of, storage_id
+from .record import ModelRecord, record_of, storage_id
 from .room import StagingMemory, StagingRoom
-from .routes import Route, Routes, follow
+from .routes import Routes, follow
 from .serving import Serving
 from .sources import Landed
 from .staging import Stage, StagedStorage, WrappedTree, rewrap_tree, unwrap_tree
@@ -123,11 +124,6 @@ class ReloadSession:
         self._overflow = overflow
         self._inspect = inspect
         self._replaying = False
-        self._results = 0
-        """Bytes of staging that belong to layers which are done."""
-        self._begun: dict[str, int] = {}
-        """Group that waits for the rest of its weights -> bytes of all its staging."""
-        self._open = OPEN_BUDGET if policy == "staged" else OPEN_STREAMING
         self._prepared = 0
         """Bytes of the layers that wait for the commit, about as much as their new values take."""
         self._from_served = from_served
@@ -147,9 +143,11 @@ class ReloadSession:
         self._late: list[Stage] = []
         self._tree: WrappedTree = []
         self._gauge = Gauge()
+        waiting = OPEN_BUDGET if policy == "staged" else OPEN_STREAMING
+        self._admission = Admission(self._record, self.ledger, self._gauge, waiting)
         self._moved: list[str] = []
         by_hand = inspect is not None or (overflow is not None and not self._expected.planned)
-        self._memory = StagingMemory(self.ledger, self._trace, self._record.pool)
+        self._memory = StagingMemory(self.ledger, self._trace, self._record.pool, self.committed)
         self.room = StagingRoom(self.ledger, self._memory, by_hand)
 
     # -- life -------------------------------------------------------------------------------------
@@ -213,44 +211,10 @@ class ReloadSession:
         if name in self._overflow:
             self.problems.duplicate[name] = "sent more than once"
             return True
-        if self._has_room(name, tensor) or self._admits(name, tensor):
+        if self._admission.admits(name, tensor):
             return False
         self._overflow.add(name, tensor)
         return True
-
-    def _admits(self, name: str, tensor: torch.Tensor) -> bool:
-        """Whether what a weight begins still fits beside the layers that wait for the rest of theirs. A layer
-        counts in whole from its first weight on: it takes that much before it is done.
-        """
-        limit = self._largest + self._open
-        if self._gauge.held - self._results > limit:
-            return False
-        begins = {group.name: group.nbytes for group in self._groups_of(self.ledger.route_for(name, tensor))}
-        if sum((self._begun | begins).values()) > limit:
-            return begins.keys() <= self._begun.keys()
-        self._begun |= begins
-        return True
-
-    def _groups_of(self, route: Route | None) -> list[Group]:
-        """Groups that a route leads to and that are processed as soon as they are complete."""
-        writes = (route.writes or ()) if route is not None else ()
-        groups = [self._group_of[write.parameter] for write in writes]
-        return [group for group in groups if not group.deferred]
-
-    @functools.cached_property
-    def _group_of(self) -> dict[str, Group]:
-        return {tensor.name: group for group in self._record.groups for tensor in group.tensors}
-
-    def _has_begun(self, name: str) -> bool:
-        routes = self.ledger.routes
-        found = self._groups_of(routes.of.get(name) if routes is not None else None)
-        return any(group.name in self._begun for group in found)
-
-    def _has_room(self, name: str, tensor: torch.Tensor) -> bool:
-        """Whether a weight goes where there is memory for it already."""
-        route = self.ledger.route_for(name, tensor)
-        writes = (route.writes or ()) if route is not None else ()
-        return bool(writes) and all(self.ledger.storage_of(w.parameter).materialised for w in writes)
 
     def _load_aside(self) -> None:
         """Load what was put aside, now that it can be sorted."""
@@ -258,7 +222,7 @@ class ReloadSession:
             return
         self._replaying = True
         try:
-            with contextlib.closing(self._overflow.replay(self.room, self._has_begun)) as weights:
+            with contextlib.closing(self._overflow.replay(self.room, self._admission.has_begun)) as weights:
                 self.load(weights, between)
         finally:
             self._replaying = False
@@ -318,7 +282,12 @@ class ReloadSession:
         self._entered = True
         for stage in self._stages:
             self._open_stages[id(stage)] = stage
-            stage.enter(self.ledger.routes is not None, self._trace.dry, self._from_served)
+            stage.enter(
+                self.ledger.routes is not None,
+                self._trace.dry,
+                self._from_served,
+                self.policy == "streaming",
+            )
             self._trace.watch(stage.storages)
             self.ledger.admit(stage)
         self._trace.protected = _served_storages(self._stages) | _left_alone(self._record, self._stages)
@@ -494,7 +463,7 @@ class ReloadSession:
     def _close(self, stage: Stage) -> None:
         """Process one group; keep or commit its result, and show what it serves."""
         stage.unwrap_loaders()
-        self._begun.pop(stage.group.name, None)
+        self._admission.done(stage.group.name)
         self._keep_to_budget(stage)
         with self._untraced():
             self._process(stage)
@@ -522,9 +491,9 @@ class ReloadSession:
     def _keep_to_budget(self, stage: Stage) -> None:
         """Before a layer is processed: make the heap give back what it does not use, if it grew too much."""
         nbytes = stage.group.nbytes
-        if nbytes < SMALL:
+        if nbytes < SMALL or stage.group.plain:
             return
-        trim_heap(resident() + nbytes - self._resident - self._prepared - self._largest - BUDGET)
+        keep_within(self._resident + self._prepared + self._largest + BUDGET, nbytes)
 
     def _keep(self, stage: Stage) -> None:
         """Commit a result at once or put it aside; staging that is not part of it is given back."""
@@ -538,10 +507,10 @@ class ReloadSession:
             commit.forget()
             return
         self._gauge.add(commit.nbytes_beside(stage))
-        self._results += commit.nbytes_beside(stage)
+        self._admission.results += commit.nbytes_beside(stage)
         for storage in self._let_go(stage, commit.kept_storages(applied=False)):
             storage.let_go()
-        self._results += sum(storage.nbytes for storage in stage.storages if storage.materialised)
+        self._admission.results += sum(storage.nbytes for storage in stage.storages if storage.materialised)
         self._prepared += stage.group.nbytes
         self._staged.append((stage, commit))
 

@@ -95,6 +95,10 @@ class StagedStorage:
         """Its values start as the ones that are served."""
         self.served: dict[int, torch.Tensor] = {}
         self.objects: dict[int, torch.Tensor] = {}
+        self.final: torch.UntypedStorage | None = None
+        """Served memory that weights may be written to as it is: they stay there."""
+        self.is_final = False
+        """Its memory is ``final``, and what was served there is gone."""
 
     @property
     def key(self) -> int:
@@ -108,13 +112,17 @@ class StagedStorage:
     def materialise(self, initialise: bool = True, pool: HostPool | None = None) -> None:
         """Allocate, and write what the constructor would have left there.
 
-        With a pool the tensors move to a block of it; views of them that were taken before do not.
+        With a pool the tensors move to a block of it, or to where they are served if they may; views of them
+        that were taken before do not.
         """
         if self.materialised:
             return
         self.materialised = True
-        self._gauge.add(self.nbytes)
-        if pool is not None and self.storage.device.type == "cpu" and self.nbytes >= SMALL:
+        self.is_final = pool is not None and self.final is not None
+        self._gauge.add(0 if self.is_final else self.nbytes)
+        if self.is_final and self.final is not None:
+            self._move_to(self.final)
+        elif pool is not None and self.storage.device.type == "cpu" and self.nbytes >= SMALL:
             self._move_to(pool.take(self.nbytes))
         else:
             self.storage.resize_(self.nbytes)
@@ -142,13 +150,21 @@ class StagedStorage:
     def release(self) -> None:
         """Give the memory back, also under views that a loader still holds."""
         self._forget()
-        if self.storage.resizable():  # not once numpy was given the memory; then it goes with its views
+        if not self.is_final and self.storage.resizable():  # not once numpy has it: then with its views
             self.storage.resize_(0)
 
     def _forget(self) -> None:
-        if self.materialised:
+        if self.materialised and not self.is_final:
             self._gauge.add(-self.nbytes)
         self.materialised = False
+
+    def find_final(self) -> None:
+        """Let weights be written to where these tensors are served, if they have the load format there."""
+        served = [(record.format, self.served.get(id(record))) for record in self.records]
+        if all(tensor is not None and _has_format(tensor, fmt) for fmt, tensor in served):
+            places = {storage_id(tensor): tensor for _, tensor in served if tensor is not None}
+            if len(places) == 1:
+                self.final = next(iter(places.values())).untyped_storage()
 
     def _initialise(self, record: TensorRecord) -> None:
         view, initial = self.views[id(record)], record.format.initial
@@ -168,6 +184,10 @@ class StagedStorage:
                 view.copy_(served)
         else:
             assert isinstance(initial, Uninitialised)
+
+
+def _has_format(tensor: torch.Tensor, fmt: TensorFormat) -> bool:
+    return tensor.dtype == fmt.dtype and Geometry.of(tensor) == fmt.geometry
 
 
 def _end(fmt: TensorFormat) -> int:
@@ -215,13 +235,16 @@ class Stage:
 
     # -- entering ---------------------------------------------------------------------------------
 
-    def enter(self, routed: bool = False, noting: bool = False, from_served: bool = False) -> None:
+    def enter(
+        self, routed: bool = False, noting: bool = False, from_served: bool = False, straight: bool = False
+    ) -> None:
         """Put the group's layers into load format, without memory. Undone by ``served.show()``.
 
         Args:
             routed: no loader will run, so what loaders leave behind beside values stays as it is.
             noting: ``loader_left_traces`` will be asked.
             from_served: values start as the ones that are served, where they have the load format.
+            straight: weights may be written to where they are served, before the group is whole.
 
         """
         holders = self._alive_holders()
@@ -233,6 +256,8 @@ class Stage:
             self._resolve(record)
         for storage in self.storages:
             storage.from_served = from_served
+        if straight and not any(layer.deferred or layer.late or layer.online for layer in self.group.layers):
+            self._find_final(holders)
         for holder, held in holders:
             for key, before in holder.undo.items():
                 if not isinstance(before, TensorRecord) and not (routed and key in holder.by_loader):
@@ -240,6 +265,13 @@ class Stage:
         for held, key, record in places:
             write(held, key, self._objects[id(record)])
         self._entered = [(held, read(held)) for _, held in holders] if noting else []
+
+    def _find_final(self, holders: list[tuple[HolderRecord, object]]) -> None:
+        """Let weights be written to where they are served, where that is what loaders are to write to."""
+        replaced = {id(holder.constructed.get(key)) for holder, _ in holders for key in holder.undo}
+        for storage in self.storages:
+            if not any(id(record) in replaced for record in storage.records):
+                storage.find_final()
 
     def loader_left_traces(self) -> bool:
         """Whether a loader changed more than values: attributes of a layer or of a parameter.
@@ -344,13 +376,19 @@ class Stage:
 
     def replaceable(self) -> list[torch.Tensor]:
         """Served tensors that the load format does not show: processing reads none of them."""
+        shown = self.final_storages()
         holders = zip(self._alive_holders(), self.served.contents, strict=True)
         made = [
             contents[key] for (holder, _), (_, contents) in holders for key in holder.undo if key in contents
         ]
         made = [tensor.data for tensor in made if isinstance(tensor, torch.Tensor)]
         restaged = [state.data for state in self.served.tensors.values()]
-        return list({storage_id(tensor): tensor for tensor in (*made, *restaged)}.values())
+        found = {storage_id(tensor): tensor for tensor in (*made, *restaged)}
+        return [tensor for key, tensor in found.items() if key not in shown]
+
+    def final_storages(self) -> set[int]:
+        """Identities of served memory that weights were written to."""
+        return {storage.key for storage in self.storages if storage.is_final}
 
     # -- moving between states --------------------------------------------------------------------
 

@@ -39,7 +39,8 @@ class Meter:
     def note(self, storage: staging.StagedStorage) -> None:
         """One more was allocated."""
         self._alive.add(storage)
-        waiting = [found.storage.nbytes() for found in self._alive if not found.closed]
+        staged = [found for found in self._alive if not found.is_final]
+        waiting = [found.storage.nbytes() for found in staged if not found.closed]
         self.open = max(self.open, sum(waiting))
         self.layers = max(self.layers, sum(nbytes > 0 for nbytes in waiting))
 

@@ -90,18 +90,22 @@ TCMALLOC = next(Path("/usr/lib").glob("*/libtcmalloc_minimal.so.*"), None)
 
 @pytest.fixture
 def asked(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """What an allocator that holds 100 MiB it does not use is asked to give back."""
+    """What an allocator with 100 MiB to spare, in a process of 500 MiB, is asked to give back."""
     found: list[int] = []
     monkeypatch.setattr(memory, "allocator", lambda: memory.Allocator("one", lambda: 100 * MIB, found.append))
+    monkeypatch.setattr(memory, "resident", lambda: 500 * MIB)
     return found
 
 
-def test_the_heap_is_asked_for_no_more_than_is_too_much(asked: list[int]) -> None:
-    memory.trim_heap(-1)
-    memory.trim_heap(0)
-    assert asked == []
-    memory.trim_heap(3 * MIB)
-    assert asked == [3 * MIB]
+@pytest.mark.parametrize(
+    ("limit", "needed", "back"),
+    [(600, 200, []), (590, 200, [10]), (500, 100, []), (500, 101, [1]), (400, 0, [100])],
+)
+def test_the_heap_is_asked_for_no_more_than_is_too_much(
+    asked: list[int], limit: int, needed: int, back: list[int]
+) -> None:
+    memory.keep_within(limit * MIB, needed * MIB)
+    assert asked == [nbytes * MIB for nbytes in back]
 
 
 def test_between_reloads_the_heap_keeps_a_bounded_part(asked: list[int]) -> None:

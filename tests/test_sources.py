@@ -13,7 +13,6 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from reload_plugin.errors import SourceError
-from reload_plugin.partial import absorbed
 from reload_plugin.sources import open_folder
 from reload_plugin.sources.safetensors_files import SafetensorsSource
 
@@ -387,30 +386,3 @@ def test_an_index_in_another_encoding_is_refused(file: Path) -> None:
 def test_a_path_without_anything_is_refused(path: str) -> None:
     with pytest.raises(SourceError, match="There is no folder"):
         open_path(Path(path) if path != "./nothing" else path)
-
-
-# --- one checkpoint over another ---
-
-
-def step(folder: Path, number: int, names: str) -> SafetensorsSource:
-    """A partial update of these weights, all of them ``number``."""
-    save_file({name: torch.full((4,), float(number)) for name in names}, folder / f"{number}.safetensors")
-    return SafetensorsSource([str(folder / f"{number}.safetensors")], f"step {number}")
-
-
-def test_updates_of_the_same_weights_do_not_pile_up(tmp_path: Path) -> None:
-    """Only what still shows is needed: the folders of the steps between may go."""
-    served = step(tmp_path, 0, "abc")
-    for number in range(1, 6):
-        served = absorbed(served, step(tmp_path, number, "ab"))
-    for number in range(1, 5):
-        (tmp_path / f"{number}.safetensors").unlink()
-    assert served.unchanged()
-    assert {name: t.unique().tolist() for name, t in served.read()} == {"a": [5], "b": [5], "c": [0]}
-
-
-def test_an_update_that_still_shows_stays_beneath_another(tmp_path: Path) -> None:
-    served = absorbed(absorbed(step(tmp_path, 0, "abc"), step(tmp_path, 1, "ab")), step(tmp_path, 2, "bc"))
-    assert {name: t.unique().tolist() for name, t in served.read()} == {"a": [1], "b": [2], "c": [2]}
-    (tmp_path / "1.safetensors").unlink()
-    assert not served.unchanged()

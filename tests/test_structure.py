@@ -30,6 +30,7 @@ LINE = (
     "load",
     "ledger",
     "room",
+    "admission",
     "results",
     "process",
     "digest",

@@ -4,7 +4,7 @@ from .base import Landed, Ranged, Room, Source, Span, Stream, TensorInfo
 from .checkpoint import Checkpoint
 from .detect import open_source
 from .folder import open_folder
-from .kept import HostCopy, Overlay, SpillFile
+from .kept import HostCopy, Overlay, SpillFile, give_back, in_a_file
 from .transformers_model import from_transformers
 
 __all__ = [
@@ -20,6 +20,8 @@ __all__ = [
     "Stream",
     "TensorInfo",
     "from_transformers",
+    "give_back",
+    "in_a_file",
     "open_folder",
     "open_source",
 ]

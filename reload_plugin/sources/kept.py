@@ -6,6 +6,7 @@ import contextlib
 import errno
 import os
 import tempfile
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from typing import IO, Any
 
@@ -39,7 +40,10 @@ class SpillFile:
         self.description = description
         self.folder = folder or os.environ.get(SPILL_DIRECTORY) or tempfile.gettempdir()
         self.nbytes = 0
+        """Of the file, which grows no further while the weights that are added replace others."""
         self._places: dict[str, Place] = {}
+        self._free: dict[int, list[int]] = defaultdict(list)
+        """Bytes -> where so many lie that no weight needs any more."""
         try:
             self._file: IO[Any] = tempfile.TemporaryFile(dir=self.folder, buffering=0)  # noqa: SIM115 - kept
         except OSError as error:
@@ -53,22 +57,30 @@ class SpillFile:
 
         """
         info = TensorInfo(name, tuple(tensor.shape), tensor.dtype)
-        start = self.nbytes
+        free = self._free[tensor.nbytes]
+        start = free.pop() if free else self.nbytes
+        place = Place(info, self.description, start, tensor.nbytes)
         try:
-            for piece in bytes_of(tensor):
-                self._write(piece)
+            self._write(tensor, start)
         except OSError as error:
-            with contextlib.suppress(OSError):
-                self._file.truncate(start)
-            self.nbytes = start
+            if start < self.nbytes:
+                free.append(start)
+            else:
+                with contextlib.suppress(OSError):
+                    self._file.truncate(start)
             raise self._failed(error) from error
-        self._places[name] = Place(info, self.description, start, self.nbytes - start)
+        self.nbytes = max(self.nbytes, start + place.nbytes)
+        before = self._places.get(name)
+        self._places[name] = place
+        if before is not None:
+            self._free[before.nbytes].append(before.start)
 
-    def _write(self, piece: memoryview) -> None:
-        while len(piece):
-            done = os.pwrite(self._file.fileno(), piece, self.nbytes)
-            self.nbytes += done
-            piece = piece[done:]
+    def _write(self, tensor: torch.Tensor, start: int) -> None:
+        for piece in bytes_of(tensor):
+            while len(piece):
+                done = os.pwrite(self._file.fileno(), piece, start)
+                start += done
+                piece = piece[done:]
 
     def _failed(self, error: OSError) -> SourceError:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
@@ -151,7 +163,10 @@ class HostCopy:
 
 
 class Overlay:
-    """A checkpoint with some of its weights replaced: those of ``top`` win over those of ``base``."""
+    """A checkpoint with some of its weights replaced: those of ``top`` win over those of ``base``.
+
+    What both hold is listed once: nothing may be added to either as long as this is read from.
+    """
 
     def __init__(self, base: Source, top: Source) -> None:
         self.base, self.top = base, top
@@ -186,7 +201,29 @@ class Overlay:
 
     def close(self) -> None:
         """Give back what either of the two holds."""
-        for source in (self.base, self.top):
-            close = getattr(source, "close", None)
-            if close is not None:
-                close()
+        give_back(self.base)
+        give_back(self.top)
+
+
+def give_back(source: Source | None) -> None:
+    """Close a source that holds something; most hold nothing between two readings."""
+    close = getattr(source, "close", None)
+    if close is not None:
+        close()
+
+
+def in_a_file(kept: HostCopy, folder: str | None) -> SpillFile:
+    """The same weights in a spill file. ``kept`` stays the caller's.
+
+    Raises:
+        SourceError: the disk is full.
+
+    """
+    file = SpillFile(folder, kept.description)
+    try:
+        for name, tensor in kept.read():
+            file.add(name, tensor)
+    except BaseException:
+        file.close()
+        raise
+    return file
