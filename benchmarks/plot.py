@@ -1,4 +1,7 @@
-"""Markdown and a plot from the JSON of a benchmark: `python benchmarks/plot.py output/main.json ...`."""
+"""Markdown and a plot from the JSON of a benchmark: `python benchmarks/plot.py output/main.json ...`.
+
+With `--output FOLDER` runs of one table that measured different models become one table there.
+"""
 
 import argparse
 import json
@@ -113,13 +116,33 @@ def _draw_sequence(axes: Any, ways: list[Any]) -> None:
     axes.set_ylim(bottom=0)
 
 
+def together(reports: list[dict[str, Any]]) -> dict[str, Any]:
+    """Several runs of one table as one; models of a run with another allocator say so."""
+    models = {}
+    for report in reports:
+        malloc = report["machine"]["malloc"]
+        other = "" if malloc == reports[0]["machine"]["malloc"] else f", {malloc}"
+        models |= {name + other: model for name, model in report["models"].items()}
+    return reports[0] | {"models": models}
+
+
 def main() -> None:
     """Make Markdown and plots again."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("files", nargs="+", type=Path, help="JSON that reload.py or gpu.py has written")
-    for file in parser.parse_args().files:
-        write(json.loads(file.read_text()), file.parent)
-        print(f"written: {file.with_suffix('.md')} and {file.with_suffix('.png')}")
+    parser.add_argument("--output", type=Path, help="put all the runs of a table together in this folder")
+    arguments = parser.parse_args()
+    reports = [json.loads(file.read_text()) for file in arguments.files]
+    if arguments.output is None:
+        for file, report in zip(arguments.files, reports, strict=True):
+            write(report, file.parent)
+            print(f"written: {file.with_suffix('.md')} and {file.with_suffix('.png')}")
+        return
+    for table in dict.fromkeys(report["table"] for report in reports):
+        whole = together([report for report in reports if report["table"] == table])
+        (arguments.output / f"{table}.json").write_text(json.dumps(whole, indent=1))
+        write(whole, arguments.output)
+        print(f"written: {table}.json, .md and .png in {arguments.output}")
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from torch import nn
 
 from .digest import digest_of
 from .errors import KernelFormatError, weights_error
+from .generation import replace_last_good
 from .holders import ABSENT, owns_native, tensors_in
 from .options import ReloadOptions
 from .record import LayerRecord, ModelRecord
@@ -52,7 +53,7 @@ def copy_kernel_format(
             served[name].copy_(tensor)
     digest = digest_of(record) if chosen.digest else None
     record.serving = Serving(record.serving.version + 1, chosen.weight_version, source, digest)
-    record.last_good = None
+    replace_last_good(record, None)
     nbytes = sum(t.numel() * t.element_size() for t in staged.values())
     return ReloadReport(
         source=source,

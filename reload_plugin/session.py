@@ -72,7 +72,8 @@ class ReloadSession:
         source: what to call the weights in messages and in the report.
         policy: ``staged`` keeps every new layer aside until all are done (one kernel-format copy of
             the model) and then commits; ``streaming`` commits each layer when it is done (one layer
-            of extra memory) and needs a caller that can bring the old weights back.
+            of extra memory), reads what processing leaves where it is straight to where it is served, and
+            needs a caller that can bring the old weights back.
         whole_model: process no layer before all weights are loaded (for loaders that revisit layers).
         expected: what is known of the weights before they come.
         dry: only find out where weights would go; see ``plan``.

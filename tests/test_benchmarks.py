@@ -164,6 +164,20 @@ def test_what_vllm_gets_wrong_is_recorded(
     assert (tmp_path / "disk.png").read_bytes().startswith(PNG)
 
 
+def test_runs_of_one_table_become_one(imported: Callable[[str], ModuleType], tmp_path: Path) -> None:
+    model = measured(imported, tmp_path / "models")
+    files = []
+    for name, malloc in (("a", "glibc"), ("b", "glibc"), ("a", "tcmalloc")):
+        report = {"table": "disk", "title": "A table", "axis": "", "machine": {"malloc": malloc}}
+        files.append(tmp_path / f"{len(files)}.json")
+        files[-1].write_text(json.dumps(report | {"models": {name: model}}))
+    run("benchmarks/plot.py", *files, "--output", tmp_path)
+    models = json.loads((tmp_path / "disk.json").read_text())["models"]
+    assert list(models) == ["a", "b", "a, tcmalloc"]
+    assert "| a, tcmalloc: " in (tmp_path / "disk.md").read_text()
+    assert (tmp_path / "disk.png").read_bytes().startswith(PNG)
+
+
 def test_a_model_without_graphs_is_none_for_the_gpu(
     imported: Callable[[str], ModuleType], tmp_path: Path
 ) -> None:

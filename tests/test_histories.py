@@ -158,6 +158,7 @@ def machine_for(world: World) -> type[RuleBasedStateMachine]:  # noqa: C901 - on
     """A state machine over the one engine; each history begins with generation A."""
     names = list(world.weights["A"])
     positions = st.integers(0, len(names) - 1)
+    parts = st.sampled_from(range(1, len(world.parts) + 1))
     generations = st.sampled_from(GENERATIONS)
     streams = st.sampled_from(["auto", "host", "spill"])
     closed = precondition(lambda self: not self.now.open)
@@ -233,8 +234,13 @@ def machine_for(world: World) -> type[RuleBasedStateMachine]:  # noqa: C901 - on
                     self.good(letter, path, name)  # this model has fewer layers than that
 
         @whole
-        @rule(letter=generations, part=st.sampled_from(range(1, len(world.parts) + 1)))
-        def partly(self, letter: str, part: int) -> None:
+        @rule(updates=st.lists(st.tuples(generations, parts), min_size=1, max_size=4))
+        def partly(self, updates: list[tuple[str, int]]) -> None:
+            """Some one after the other: each finds what those before have changed."""
+            for letter, part in updates:
+                self.change(letter, part)
+
+        def change(self, letter: str, part: int) -> None:
             weights, name = world.weights[letter].items(), world.name()
             some = [(name, tensor) for name, tensor in weights if world.part_of(name) == part]
             if not self.now.readable and world.parts[part - 1] != NORMS:

@@ -28,6 +28,7 @@ from reload_plugin import (
     reload_weights,
     restore_for_reloading,
     results,
+    staging,
 )
 from reload_plugin.commit import Commit
 from reload_plugin.errors import (
@@ -129,6 +130,14 @@ class Sketching(Method):
         replace_parameter(layer, "weight", result.copy_(layer.weight.data + sketch))
 
 
+class Smudging(Method):
+    """Leaves the weight where it is, changed, and asks for memory like the weight's meanwhile."""
+
+    def process_weights_after_loading(self, layer: nn.Module) -> None:
+        sketch = torch.empty_like(layer.weight).fill_(7)
+        layer.weight.data.add_(sketch)
+
+
 class Deleting(Method):
     """Takes the weight away and keeps what it became in a plain attribute."""
 
@@ -206,6 +215,7 @@ METHODS = [
     Shrinking,
     Crossing,
     Sketching,
+    Smudging,
     Deleting,
     Helping,
     HelpedFromTheStart,
@@ -863,6 +873,64 @@ def test_only_the_plain_call_is_given_served_memory() -> None:
     assert first.data_ptr() == served.data_ptr()
     assert served.data_ptr() not in {t.data_ptr() for t in (*others, second)}
     assert torch.empty_like(served).data_ptr() != served.data_ptr(), "still replaced"
+
+
+# --- weights written straight to where they are served ---
+
+
+@pytest.fixture
+def straight(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Parameters whose served memory is given as staging."""
+    found: list[str] = []
+    materialise = staging.StagedStorage.materialise
+
+    def noting(storage: staging.StagedStorage, *args: Any, **kwargs: Any) -> None:
+        materialise(storage, *args, **kwargs)
+        found.extend([storage.primary.name] if storage.is_final else [])
+
+    monkeypatch.setattr(staging.StagedStorage, "materialise", noting)
+    return found
+
+
+WRITTEN_STRAIGHT = {Method: True, Smudging: True, Packing: False, Deleting: False, Online: False}
+
+
+@pytest.mark.parametrize(
+    ("kind", "method"),
+    [(Model, method) for method in METHODS]
+    + [(kind, method) for kind in (Tied, Hooked) for method in (Method, Packing, Shrinking, Smudging)],
+)
+def test_only_streaming_writes_straight_to_what_is_served(
+    kind: type[Model], method: type[QuantizeMethodBase], straight: list[str]
+) -> None:
+    """Where loaders are to write to it; and everything comes out as from a cold start."""
+    model = cold(lambda: kind(method), A)
+    for policy, new in (("host", B), ("streaming", A), ("streaming", B), ("host", A)):
+        straight.clear()
+        reload_weights(model, iter(new.items()), policy=policy)
+        expected = WRITTEN_STRAIGHT.get(method)
+        if policy == "host":
+            assert straight == []
+        elif expected is not None and kind is Model:
+            assert bool(straight) is expected
+        assert values(model) == values(cold(lambda: kind(method), new))
+
+
+@pytest.mark.parametrize("policy", ["host", "streaming"])
+def test_a_failure_after_a_weight_was_written_straight_is_known(policy: str) -> None:
+    model = start(Model, Method)
+    reload(model, A)
+    old = values(model)
+
+    def breaking() -> Iterator[tuple[str, torch.Tensor]]:
+        yield "first.weight", B["first.weight"]
+        raise OSError("gone")
+
+    with pytest.raises(EngineBrokenError if policy == "streaming" else SourceError, match="gone"):
+        reload_weights(model, breaking(), policy=policy)
+    assert (values(model) == old) is (policy == "host")
+    reload(model, B)
+    assert values(model) == values(cold(lambda: Model(Method), B))
 
 
 # --- the report ---
