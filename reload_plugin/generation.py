@@ -24,7 +24,7 @@ from .ranks import vote_for
 from .record import ModelRecord
 from .routes import Routes
 from .session import SERVES_OLD, Policy, ReloadSession, State, complete_record_of
-from .sources import Source, TensorInfo, give_back, open_folder
+from .sources import Source, TensorInfo, give_back, layers_of, open_folder
 from .verify import ReloadReport
 
 logger = logging.getLogger("vllm.reload_plugin")
@@ -304,10 +304,11 @@ def after_commit(
 
 def replace_last_good(record: ModelRecord, source: Source | None) -> None:
     """The served weights come from ``source`` now; what the old one holds is given back."""
-    old = record.last_good
-    record.last_good = source
-    if old is not source and getattr(source, "base", None) is not old:
-        give_back(old)
+    old, record.last_good = record.last_good, source
+    kept = {id(layer) for layer in layers_of(source)}
+    for layer in layers_of(old):
+        if id(layer) not in kept:
+            give_back(layer)
 
 
 # -- one weight update at a time, and none half served --------------------------------------------

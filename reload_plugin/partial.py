@@ -139,32 +139,29 @@ def _refuse(record: ModelRecord, top: Source, unfit: Iterable[str]) -> None:
     )
 
 
-def absorbed(base: Source, top: Source, folder: str | None = None) -> Source:
-    """A source of the served weights after ``top`` went over ``base``; as few layers as possible.
+def absorbed(served: Overlay, folder: str | None = None) -> Source:
+    """The same weights in fewer layers: what was kept of the update before the last takes the last one's too.
 
-    Takes both over: what no longer shows is given back. ``folder`` is for a spill file, should one be needed.
+    Args:
+        served: with the last update uppermost.
+        folder: for a spill file, should one be needed.
 
     Raises:
-        SourceError: the disk is full; then both are as they were, and ``top`` still goes over ``base``.
+        SourceError: the disk is full; then ``served`` is as it was.
 
     """
-    over: list[Source] = []
-    while isinstance(base, Overlay) and base.is_hidden_by(top):
-        over.append(base.top)  # a trainer that sends the same weights each time needs its last two folders
-        base = base.base
-    if isinstance(base, (HostCopy, SpillFile)):
-        _add_all(base, top)
-        over.append(top)
-        served: Source = base
-    elif isinstance(base, Overlay) and isinstance(base.top, (HostCopy, SpillFile)):
-        together = _together(base.top, top, folder)
-        over += [source for source in (base.top, top) if source is not together]
-        served = Overlay(base.base, together)
-    else:
-        served = Overlay(base, top)
-    for source in over:
-        give_back(source)
-    return served
+    *lower, top = served.layers
+    if lower and isinstance(kept := lower[-1], (HostCopy, SpillFile)):
+        if len(lower) == 1:
+            _add_all(kept, top)  # all of a checkpoint, kept because the caller wanted it to be
+            joined = kept
+        else:
+            joined = _together(kept, top, folder)
+        for source in (kept, top):
+            if source is not joined:
+                give_back(source)
+        lower, top = lower[:-1], joined
+    return Overlay(*lower, top) if lower else top
 
 
 def _together(kept: HostCopy | SpillFile, top: Source, folder: str | None) -> HostCopy | SpillFile:

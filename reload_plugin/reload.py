@@ -398,7 +398,7 @@ def _partially(model: nn.Module, record: ModelRecord, top: Source, chosen: Reloa
         give_back(top)
         raise
     with contextlib.suppress(SourceError):  # else both stay, one over the other
-        record.last_good = absorbed(base, top, chosen.spill_dir)
+        record.last_good = absorbed(whole, chosen.spill_dir)
     return report.model_copy(update={"partial": True, "companions": report.tensors - sent})
 
 

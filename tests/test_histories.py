@@ -234,7 +234,7 @@ def machine_for(world: World) -> type[RuleBasedStateMachine]:  # noqa: C901 - on
                     self.good(letter, path, name)  # this model has fewer layers than that
 
         @whole
-        @rule(updates=st.lists(st.tuples(generations, parts), min_size=1, max_size=4))
+        @rule(updates=st.lists(st.tuples(generations, parts), min_size=1, max_size=3))
         def partly(self, updates: list[tuple[str, int]]) -> None:
             """Some one after the other: each finds what those before have changed."""
             for letter, part in updates:

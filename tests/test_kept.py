@@ -2,7 +2,9 @@
 
 import errno
 import os
+import random
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,8 +12,9 @@ from safetensors.torch import save_file
 
 from reload_plugin import partial
 from reload_plugin.errors import SourceError
+from reload_plugin.generation import replace_last_good
 from reload_plugin.partial import absorbed
-from reload_plugin.sources import HostCopy, Overlay, Source, SpillFile
+from reload_plugin.sources import HostCopy, Overlay, Source, SpillFile, layers_of
 from reload_plugin.sources.safetensors_files import SafetensorsSource
 
 
@@ -25,7 +28,7 @@ def test_updates_of_the_same_weights_do_not_pile_up(tmp_path: Path) -> None:
     """Only what still shows is needed: the folders of the steps between may go."""
     served = step(tmp_path, 0, "abc")
     for number in range(1, 6):
-        served = absorbed(served, step(tmp_path, number, "ab"))
+        served = absorbed(Overlay(served, step(tmp_path, number, "ab")))
     for number in range(1, 5):
         (tmp_path / f"{number}.safetensors").unlink()
     assert served.unchanged()
@@ -51,22 +54,29 @@ def test_updates_of_other_weights_are_all_there(tmp_path: Path, first: str, seco
     served: Source = step(tmp_path, 0, "abcd")
     for number, (kind, names) in enumerate([(first, "a"), (second, "b"), (first, "bc"), (second, "a")], 1):
         update = step(tmp_path, number, names) if kind == "folder" else kept(kind, number, names)
-        served = absorbed(served, update)
+        served = absorbed(Overlay(served, update))
     assert values(served) == {"a": [4], "b": [3], "c": [3], "d": [0]}
     assert served.unchanged()
 
 
+def after(*updates: Source) -> Source:
+    """What is served after updates, each laid over those before."""
+    served = updates[0]
+    for update in updates[1:]:
+        served = absorbed(Overlay(served, update))
+    return served
+
+
 def test_many_updates_go_to_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(partial, "SMALL_UPDATE", 40)
-    served = absorbed(absorbed(step(tmp_path, 0, "abcd"), kept("host", 1, "ab")), kept("host", 2, "b"))
-    assert isinstance(served, Overlay)
-    assert isinstance(served.top, SpillFile)
-    assert values(absorbed(served, kept("host", 3, "c"))) == {"a": [1], "b": [2], "c": [3], "d": [0]}
+    served = after(step(tmp_path, 0, "abcd"), kept("host", 1, "ab"), kept("host", 2, "b"))
+    assert [type(layer) for layer in layers_of(served)] == [SafetensorsSource, SpillFile]
+    assert values(after(served, kept("host", 3, "c"))) == {"a": [1], "b": [2], "c": [3], "d": [0]}
 
 
 def test_a_full_disk_leaves_both_as_they_were(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(partial, "SMALL_UPDATE", 0)
-    served, update = absorbed(step(tmp_path, 0, "abc"), kept("host", 1, "ab")), kept("host", 2, "bc")
+    served = Overlay(after(step(tmp_path, 0, "abcd"), kept("host", 1, "ab")), kept("host", 2, "bc"))
 
     def full(*_: object) -> int:
         raise OSError(errno.ENOSPC, "full")
@@ -74,16 +84,33 @@ def test_a_full_disk_leaves_both_as_they_were(tmp_path: Path, monkeypatch: pytes
     with monkeypatch.context() as patch:
         patch.setattr(os, "pwrite", full)
         with pytest.raises(SourceError, match="No space is left"):
-            absorbed(served, update)
-    assert values(Overlay(served, update)) == {"a": [1], "b": [2], "c": [2]}
+            absorbed(served)
+    assert values(served) == {"a": [1], "b": [2], "c": [2], "d": [0]}
 
 
-def test_a_hidden_update_gives_its_file_back(tmp_path: Path) -> None:
-    hidden = kept("spill", 1, "ab")
-    served = absorbed(absorbed(step(tmp_path, 0, "abc"), hidden), step(tmp_path, 2, "abc"))
-    assert not hidden.unchanged()
+def test_updates_of_any_weights_do_not_pile_up_either(tmp_path: Path) -> None:
+    """A thousand of them, each of other weights: as many layers as weights at most, and no deep recursion."""
+    chance, names = random.Random(1), "abcdef"
+    served: Source = step(tmp_path, 0, names)
+    wanted = {name: [0.0] for name in names}
+    for number in range(1, 1001):
+        some = chance.sample(names, chance.randint(1, 3))
+        served = absorbed(Overlay(served, step(tmp_path, number, "".join(some))))
+        wanted |= {name: [float(number)] for name in some}
+        assert len(layers_of(served)) <= len(names)
+    assert values(served) == wanted
     assert served.unchanged()
-    assert values(served) == {"a": [2], "b": [2], "c": [2]}
+
+
+def test_what_no_longer_shows_is_given_back(tmp_path: Path) -> None:
+    """And nothing else: layers that the next source has as well stay open."""
+    hidden, showing = kept("spill", 1, "ab"), kept("spill", 3, "c")
+    record = SimpleNamespace(last_good=Overlay(step(tmp_path, 0, "abcd"), hidden, showing))
+    replace_last_good(record, Overlay(record.last_good, step(tmp_path, 2, "ab")))
+    assert not hidden.unchanged()
+    assert values(record.last_good) == {"a": [2], "b": [2], "c": [3], "d": [0]}
+    replace_last_good(record, None)
+    assert not showing.unchanged()
 
 
 def test_a_spill_file_does_not_grow_by_what_replaces_other_weights() -> None:
@@ -124,7 +151,12 @@ def test_a_write_that_fails_loses_nothing_of_a_spill_file(monkeypatch: pytest.Mo
 
 
 def test_an_update_that_still_shows_stays_beneath_another(tmp_path: Path) -> None:
-    served = absorbed(absorbed(step(tmp_path, 0, "abc"), step(tmp_path, 1, "ab")), step(tmp_path, 2, "bc"))
-    assert {name: t.unique().tolist() for name, t in served.read()} == {"a": [1], "b": [2], "c": [2]}
+    served = after(step(tmp_path, 0, "abcd"), step(tmp_path, 1, "ab"), step(tmp_path, 2, "bc"))
+    assert {name: t.unique().tolist() for name, t in served.read()} == {
+        "a": [1],
+        "b": [2],
+        "c": [2],
+        "d": [0],
+    }
     (tmp_path / "1.safetensors").unlink()
     assert not served.unchanged()

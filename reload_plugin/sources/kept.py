@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import itertools
 import os
 import tempfile
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import IO, Any
 
 import torch
@@ -163,46 +164,54 @@ class HostCopy:
 
 
 class Overlay:
-    """A checkpoint with some of its weights replaced: those of ``top`` win over those of ``base``.
+    """Checkpoints laid over one another: a weight is that of the last one which has it.
 
-    What both hold is listed once: nothing may be added to either as long as this is read from.
+    What they hold is listed once: nothing may be added to any of them as long as this is read from.
+
+    Args:
+        sources: the lowest first; those that are overlays themselves count as their layers.
+
     """
 
-    def __init__(self, base: Source, top: Source) -> None:
-        self.base, self.top = base, top
-        self.description = f"{top.description} over {base.description}"
-        self.in_order = all(getattr(source, "in_order", True) for source in (base, top))
+    def __init__(self, *sources: Source) -> None:
+        layers = [layer for source in sources for layer in layers_of(source)]
+        self._infos: dict[str, TensorInfo] = {}
+        self._owner: dict[str, Source] = {}
+        for layer in layers:
+            for info in layer.infos() or ():
+                self._infos[info.name], self._owner[info.name] = info, layer
+        seen = {id(layer) for layer in self._owner.values()}
+        self.layers: Sequence[Source] = [layer for layer in layers if id(layer) in seen]
+        """Those of which something still shows, the lowest first."""
+        self.description = " over ".join(layer.description for layer in (layers[-1], *layers[:1]))
+        self.in_order = all(getattr(layer, "in_order", True) for layer in self.layers)
         """Whether ``read`` keeps to the order it is asked for."""
-        self._top: Mapping[str, TensorInfo] = {info.name: info for info in top.infos() or ()}
-        self._base: Mapping[str, TensorInfo] = {info.name: info for info in base.infos() or ()}
 
     def infos(self) -> Sequence[TensorInfo]:
-        return list({**self._base, **self._top}.values())
-
-    def is_hidden_by(self, other: Source) -> bool:
-        """Whether ``other`` brings everything that ``top`` does."""
-        return self._top.keys() <= {info.name for info in other.infos() or ()}
+        return list(self._infos.values())
 
     def read(
         self, order: Sequence[str] | None = None, pool: HostPool | None = None, room: Room | None = None
     ) -> Stream:
-        names = [info.name for info in self.infos()] if order is None else order
-        start = 0
-        while start < len(names):
-            on_top = names[start] in self._top
-            end = start
-            while end < len(names) and (names[end] in self._top) is on_top:
-                end += 1
-            yield from (self.top if on_top else self.base).read(names[start:end], pool, room)
-            start = end
+        names = list(self._infos) if order is None else order
+        for _, neighbours in itertools.groupby(names, key=lambda name: id(self._owner[name])):
+            some = list(neighbours)
+            yield from self._owner[some[0]].read(some, pool, room)
 
     def unchanged(self) -> bool:
-        return self.base.unchanged() and self.top.unchanged()
+        return all(layer.unchanged() for layer in self.layers)
 
     def close(self) -> None:
-        """Give back what either of the two holds."""
-        give_back(self.base)
-        give_back(self.top)
+        """Give back what any of them holds."""
+        for layer in self.layers:
+            give_back(layer)
+
+
+def layers_of(source: Source | None) -> Sequence[Source]:
+    """A source as what it is made of, the lowest first."""
+    if source is None:
+        return ()
+    return source.layers if isinstance(source, Overlay) else (source,)
 
 
 def give_back(source: Source | None) -> None:
