@@ -113,7 +113,7 @@ def reload_weights(
 
     """
     started = time.perf_counter()
-    with no_full_collections(), noting_failures(model) as record, as_reload_errors(record):
+    with noting_failures(model) as record, no_full_collections(), as_reload_errors(record):
         chosen = options(**how)
         _require_one_rank(record, chosen.policy)
         if weights_iterator is not None and weights_path is not None:

@@ -286,21 +286,26 @@ def spread(places: list[Any], most: int | None) -> list[Any]:
     return [places[i * (len(places) - 1) // (most - 1)] for i in range(most)]
 
 
-def belongings() -> tuple[list[str], set[str], int]:
-    """Open files, threads and child processes of this process."""
+Belongings = tuple[list[str], set[str], int, tuple[bool, tuple[int, int, int]]]
+
+
+def belongings() -> Belongings:
+    """Open files, threads, child processes and settings of this process."""
     links = []
     for handle in Path("/proc/self/fd").iterdir():
         with contextlib.suppress(OSError):  # the handle of this listing
             links.append(str(handle.readlink()))
     threads = {f"{thread.name} {thread.ident}" for thread in threading.enumerate()}
-    return sorted(links), threads, len(multiprocessing.active_children())
+    garbage = gc.isenabled(), gc.get_threshold()
+    return sorted(links), threads, len(multiprocessing.active_children()), garbage
 
 
-def left_behind(before: tuple[list[str], set[str], int]) -> str:
-    """Files, threads and children that are there now and were not before."""
-    files, threads, children = belongings()
+def left_behind(before: Belongings) -> str:
+    """Files, threads and children that are there now and were not before, and settings that are others."""
+    files, threads, children, garbage = belongings()
     found = list((Counter(files) - Counter(before[0])).elements()) + sorted(threads - before[1])
     found += ["a child process"] if children > before[2] else []
+    found += [f"the garbage collector's settings {garbage}"] if garbage != before[3] else []
     return f"left behind: {', '.join(found)}" if found else ""
 
 

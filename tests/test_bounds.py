@@ -152,3 +152,24 @@ def test_without_the_budget_these_streams_do_hold_more(engine: Engine, meter: Me
     assert report.spilled_bytes == 0
     assert meter.open > 2 * (engine.largest + BUDGET)
     engine.assert_is_b()
+
+
+@pytest.mark.parametrize(("policy", "straight"), [("auto", True), ("streaming", True), ("host", False)])
+def test_what_processing_leaves_where_it_is_needs_no_staging(
+    policy: str, straight: bool, engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Embeddings and norms are read to where they are served; attention and experts are packed."""
+    staged: dict[str, bool] = {}
+    allocate = staging.StagedStorage.materialise
+
+    def noting(storage: staging.StagedStorage, *args: object, **kwargs: object) -> None:
+        allocate(storage, *args, **kwargs)
+        staged[storage.primary.name] = not storage.is_final
+
+    monkeypatch.setattr(staging.StagedStorage, "materialise", noting)
+    options = {"weights_path": str(engine.folders["B"]), "policy": policy}
+    engine.llm.collective_rpc("reload_weights", kwargs=options)
+    engine.assert_is_b()
+    left = ("model.embed_tokens.weight", "model.norm.weight", "model.layers.1.input_layernorm.weight")
+    assert [staged[name] for name in left] == [not straight] * 3
+    assert staged["model.layers.0.self_attn.qkv_proj.weight"]
