@@ -28,6 +28,7 @@ from .holders import (
     has_attributes,
     is_foreign,
     owns_native,
+    reachable,
     read,
     tensors_in,
     write,
@@ -122,9 +123,12 @@ def _still_reachable(stage: Stage) -> list[torch.Tensor]:
     if not stage.captured:
         return []
     held: set[int | None] = set()
+    # Of all values together: helpers hold one another, and a large config.
+    seen: set[int] = set()
     for _, contents in stage.result.contents:
         for value in contents.values():
-            held |= {storage_id(stage.result.data_of(t)) for t in tensors_in(value)}
+            tensors = (found for found in reachable(value, seen) if isinstance(found, torch.Tensor))
+            held |= {storage_id(stage.result.data_of(tensor)) for tensor in tensors}
     return [tensor for tensor in stage.captured if storage_id(tensor) in held]
 
 
