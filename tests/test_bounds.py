@@ -159,6 +159,7 @@ def test_what_processing_leaves_where_it_is_needs_no_staging(
     policy: str, straight: bool, engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Embeddings and norms are read to where they are served; attention and experts are packed."""
+    oracle.reload_from_folder(engine.llm, engine.folders["A"])  # so that there is a way back in files
     staged: dict[str, bool] = {}
     allocate = staging.StagedStorage.materialise
 
