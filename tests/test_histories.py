@@ -405,7 +405,7 @@ def failing_at(count: int) -> object:
 
 
 def play(world: World, wanted: int, *kinds: str) -> None:
-    """Run at least that many histories of a step or more, and see that these kinds of steps were among them."""
+    """Run at least that many histories of a step or more; steps of these kinds have to be among them."""
     of_its_own = seed(f"{world.case.name}, {world.llm is None}")
     run_state_machine_as_test(
         of_its_own(machine_for(world)),
