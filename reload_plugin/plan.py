@@ -114,16 +114,15 @@ def _plan(
     ignored: dict[str, str],
 ) -> Plan:
     record, slots = complete_record_of(model), session.loaded.slots
-    needed: dict[str, list[int]] = {
-        info.name: sorted({record.group_of[slot.parameter] for slot in slots.get(info.name, ())})
-        for info in infos
-    }
-    members: dict[str, set[str]] = {}
-    for name, indices in needed.items():
+    first: dict[str, int] = {}
+    members: dict[int, set[str]] = {}
+    for info in infos:
+        indices = {record.group_of[slot.parameter] for slot in slots.get(info.name, ())}
+        first[info.name] = min(indices, default=-1)
         for index in indices:
-            members.setdefault(record.groups[index].name, set()).add(name)
-    known = {group: frozenset(names) for group, names in members.items()}
-    order = sorted(needed, key=lambda name: needed[name][:1] or [-1])
+            members.setdefault(index, set()).add(info.name)
+    order = sorted(first, key=first.__getitem__)
+    known = {record.groups[index].name: frozenset(members.pop(index)) for index in list(members)}
     return Plan(
         infos={info.name: info for info in infos},
         order=tuple(order),
