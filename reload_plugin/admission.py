@@ -25,7 +25,7 @@ class Admission:
 
     def __init__(self, record: ModelRecord, ledger: Ledger, gauge: Gauge, nbytes: int) -> None:
         self._record, self._ledger, self._gauge = record, ledger, gauge
-        self._limit = max((group.nbytes for group in record.groups), default=0) + nbytes
+        self._limit = record.largest + nbytes
         self._begun: dict[str, int] = {}
         """Group that waits for the rest of its weights -> bytes of all its staging."""
         self.results = 0
@@ -58,5 +58,5 @@ class Admission:
     def _groups_of(self, route: Route | None) -> list[Group]:
         """Groups that a route leads to and that are processed as soon as they are complete."""
         writes = (route.writes or ()) if route is not None else ()
-        groups = [self._record.groups[self._record.group_of[write.parameter]] for write in writes]
+        groups = [self._record.group_with(write.parameter) for write in writes]
         return [group for group in groups if not group.deferred]

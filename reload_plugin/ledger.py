@@ -233,7 +233,7 @@ class Ledger:
             return {}
         found: dict[str, set[str]] = defaultdict(set)
         for name, parameter in self._destinations():
-            found[record.groups[record.group_of[parameter]].name].add(name)
+            found[record.group_with(parameter).name].add(name)
         return {group: frozenset(names) for group, names in found.items()}
 
     def _destinations(self) -> Iterator[tuple[str, str]]:

@@ -153,7 +153,7 @@ def absorbed(served: Overlay, folder: str | None = None) -> Source:
     *lower, top = served.layers
     if lower and isinstance(kept := lower[-1], (HostCopy, SpillFile)):
         if len(lower) == 1:
-            _add_all(kept, top)  # all of a checkpoint, kept because the caller wanted it to be
+            _add_all(kept, top)  # nothing shows beneath it, so it holds the whole and cannot grow beyond that
             joined = kept
         else:
             joined = _together(kept, top, folder)

@@ -264,6 +264,15 @@ class ModelRecord:
     vote: Any = None
     """This rank's vote in the reload that is under way, where several ranks hold the model."""
 
+    @property
+    def largest(self) -> int:
+        """Bytes of staging that the largest group needs."""
+        return max((group.nbytes for group in self.groups), default=0)
+
+    def group_with(self, tensor: str) -> Group:
+        """The group of a load-format tensor."""
+        return self.groups[self.group_of[tensor]]
+
 
 def record_of(model: nn.Module) -> ModelRecord | None:
     """The record of a model, or None when it was built without one."""

@@ -175,7 +175,7 @@ class ReloadSession:
         chosen = self._expected.groups
         groups = [group for group in self._record.groups if chosen is None or group.name in chosen]
         self._stages = [Stage(group, device, shared, self._gauge) for group in groups]
-        self._largest = max((group.nbytes for group in self._record.groups), default=0)
+        self._largest = self._record.largest
         self._record.pool.reserve(self._largest)
         self.state = State.OPEN
 

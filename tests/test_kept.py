@@ -140,14 +140,15 @@ def test_a_write_that_fails_loses_nothing_of_a_spill_file(monkeypatch: pytest.Mo
     size = file.nbytes
     with monkeypatch.context() as patch:
         patch.setattr(os, "pwrite", half)
-        for name in ("a", "b"):
+        for name, elements in (("a", 4), ("b", 4), ("at the end", 8)):
             with pytest.raises(SourceError, match="No space is left"):
-                file.add(name, torch.full((4,), -1.0))
-    assert file.nbytes == size
+                file.add(name, torch.full((elements,), -1.0))
+    assert file.nbytes == size == os.fstat(file._file.fileno()).st_size
     assert values(file) == {"a": [2]}
     file.add("a", torch.full((4,), 9.0))
     file.add("b", torch.full((4,), 8.0))
     assert values(file) == {"a": [9], "b": [8]}
+    assert file.nbytes == size, "the place that could not be written is lost"
 
 
 def test_an_update_that_still_shows_stays_beneath_another(tmp_path: Path) -> None:
