@@ -812,6 +812,22 @@ def test_a_session_that_is_over_goes_at_once() -> None:
         gc.enable()
 
 
+def test_the_garbage_collector_is_left_as_it_was() -> None:
+    model, before = start(), (gc.isenabled(), gc.get_threshold())
+    during = []
+
+    def watching() -> Iterator[tuple[str, torch.Tensor]]:
+        during.append(gc.get_threshold())
+        yield from B.items()
+
+    reload_weights(model, watching())
+    assert during[0][:2] == before[1][:2]
+    assert during[0] != before[1], "full searches go on"
+    with pytest.raises(ReloadError):
+        reload_weights(model, iter([("first.weight", torch.zeros(9, 9))]))
+    assert (gc.isenabled(), gc.get_threshold()) == before
+
+
 def test_a_tensor_that_is_made_unseen_has_not_the_values_of_one_that_is_gone() -> None:
     """No mode sees ``torch.tensor`` make something, and it is made where the last scalar was."""
     trace = ConstructionTrace()
