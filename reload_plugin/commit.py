@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-defined]
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .holders import (
     ABSENT,
@@ -33,9 +32,9 @@ from .holders import (
     tensors_in,
     write,
 )
-from .record import storage_id
 from .routes import copy_into
 from .staging import Stage, State
+from .tensors import storage_id, wraps_others
 
 
 @dataclass(eq=False)
@@ -197,7 +196,7 @@ class _Graft:
         return old if equal(old, new) else new
 
     def _tensor(self, path: str, old: torch.Tensor, new: torch.Tensor) -> object:
-        if is_traceable_wrapper_subclass(new) or is_traceable_wrapper_subclass(old):
+        if wraps_others(type(new)) or wraps_others(type(old)):
             return self._wrapper(path, old, new)
         if self._sources.setdefault(id(old), id(new)) != id(new):
             return new
@@ -230,10 +229,10 @@ class _Graft:
             if cls is not type(old) or differs:
                 self._commit.looks.append((old, cls, merged))
 
-    def _wrapper(self, path: str, old: torch.Tensor, new: torch.Tensor) -> object:
+    def _wrapper(self, path: str, old: Any, new: Any) -> object:
         if old is new:
             return old
-        if not (is_traceable_wrapper_subclass(old) and is_traceable_wrapper_subclass(new)):
+        if not (wraps_others(type(old)) and wraps_others(type(new))):
             return new
         names, context = old.__tensor_flatten__()
         new_names, new_context = new.__tensor_flatten__()

@@ -9,7 +9,8 @@ import xxhash
 
 from .hashing import add_tensor
 from .holders import Contents, holds_nothing, owns_native, reachable, read
-from .record import HolderRecord, ModelRecord, TensorRecord, storage_id
+from .record import HolderRecord, ModelRecord, TensorRecord
+from .tensors import storage_id
 
 logger = logging.getLogger("vllm.reload_plugin")
 

@@ -12,7 +12,8 @@ from collections.abc import Iterator
 
 import torch
 import xxhash
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from .tensors import wraps_others
 
 _CHUNK = 1 << 22
 """Words that are multiplied and summed at a time on a device: 32 MiB of temporary memory, twice."""
@@ -20,8 +21,8 @@ _CHUNK = 1 << 22
 
 def add_tensor(total: xxhash.xxh3_128, tensor: torch.Tensor) -> None:
     """Add dtype, shape, strides and values of ``tensor``; a wrapper subclass counts as its parts."""
-    if is_traceable_wrapper_subclass(tensor):
-        names, context = tensor.__tensor_flatten__()
+    if wraps_others(type(tensor)):
+        names, context = tensor.__tensor_flatten__()  # type: ignore[attr-defined]
         total.update(f"{type(tensor).__name__} {names} {context!r};".encode())
         for name in names:
             add_tensor(total, getattr(tensor, name))
@@ -38,6 +39,9 @@ def add_tensor(total: xxhash.xxh3_128, tensor: torch.Tensor) -> None:
 
 def _contiguous_parts(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
     """The values in the order in which they lie in memory, copied only where they lie in pieces."""
+    if tensor.is_contiguous() and not tensor.is_conj() and not tensor.is_neg():
+        yield tensor
+        return
     tensor = tensor.resolve_conj().resolve_neg()
     strides = tensor.stride()
     order = sorted(range(tensor.dim()), key=lambda axis: -strides[axis])

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import enum
 import functools
+import operator
 import types
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -77,7 +78,7 @@ _HOLD_NOTHING = (
 _ATOMS = (*_HOLD_NOTHING, types.FunctionType, types.MethodType)
 
 
-def _remembered(asked: Callable[[type], T]) -> Callable[[type], T]:
+def remembered(asked: Callable[[type], T]) -> Callable[[type], T]:
     """A question about a class, with the last few thousand answers kept."""
     answers: Callable[[type], T] = functools.lru_cache(4096)(asked)
     return answers
@@ -88,7 +89,7 @@ def is_helper(value: object) -> bool:
     return _makes_helpers(type(value)) and (isinstance(value, (dict, list)) or has_attributes(value))
 
 
-@_remembered
+@remembered
 def _makes_helpers(cls: type) -> bool:
     if issubclass(cls, (dict, list)):
         return True
@@ -100,7 +101,7 @@ def has_attributes(value: object) -> bool:
     return hasattr(value, "__dict__") or bool(slots_of(value))
 
 
-@_remembered
+@remembered
 def is_foreign(cls: type) -> bool:
     """Whether a class belongs to shared infrastructure (configs, process groups, torch itself)."""
     module = cls.__module__ or ""
@@ -112,7 +113,7 @@ def slots_of(value: object) -> Sequence[str]:
     return _slots_of(type(value))
 
 
-@_remembered
+@remembered
 def _slots_of(cls: type) -> Sequence[str]:
     found: list[str] = []
     for base in cls.__mro__:
@@ -198,7 +199,7 @@ def _delete_attribute(holder: object, name: str) -> None:
 def put_back(holder: object, contents: Contents, now: Contents | None = None) -> None:
     """Make ``holder`` hold exactly ``contents`` again, in the same order. ``now``: what it holds."""
     now = read(holder) if now is None else now
-    if list(now) == list(contents) and all(now[key] is contents[key] for key in now):
+    if list(now) == list(contents) and all(map(operator.is_, now.values(), contents.values())):
         return
     for key in reversed(list(now)):
         if key not in contents:
@@ -244,7 +245,7 @@ def tensors_in(value: object) -> Iterator[torch.Tensor]:
     return (found for found in reachable(value) if isinstance(found, torch.Tensor))
 
 
-@_remembered
+@remembered
 def holds_nothing(cls: type) -> bool:
     """Whether values of a class hold no others, and nothing that is not Python's."""
     return issubclass(cls, _HOLD_NOTHING) and not hasattr(cls, "__del__")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -16,11 +17,7 @@ from typing import Any, Protocol
 
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import (
-    TorchDispatchMode,
-    _disable_current_modes,
-    is_traceable_wrapper_subclass,
-)
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from .errors import ReloadError, SourceError
 from .formats import SMALL_BYTES, Box, Geometry, shared
@@ -28,6 +25,7 @@ from .interrupts import let_through
 from .routes import Route, Write
 from .sources import Landed
 from .staging import StagedStorage
+from .tensors import storage_id
 
 _SCALE = re.compile(r"scale|zero|alpha|shape")
 _OUR_REFERENCES = 2
@@ -114,10 +112,8 @@ def _written_arguments(func: Any, cache: dict[Any, tuple[int, ...]] = {}) -> tup
 
 
 def _key(tensor: torch.Tensor) -> int:
-    """Identity of a tensor's storage; 0 for wrapper subclasses."""
-    if type(tensor) is not torch.Tensor and is_traceable_wrapper_subclass(tensor):
-        return 0
-    return int(tensor.untyped_storage()._cdata)
+    """Identity of a tensor's storage; 0 for those without one."""
+    return storage_id(tensor) or 0
 
 
 _VIEWS = frozenset(
@@ -423,6 +419,8 @@ class Feed:
         """Says of a weight that it was dealt with and is not to be loaded now."""
         self._fetching = fetching
         self.exhausted = False
+        self.waited = 0.0
+        """Seconds in which the source had the word: files were read, or the caller's iterator ran."""
 
     def __iter__(self) -> Feed:
         return self
@@ -467,6 +465,7 @@ class Feed:
         if self._trace.problems.count > _LIMIT:
             self.exhausted = True
             raise StopIteration
+        started = time.perf_counter()
         try:
             if self._trace.dry:  # meta tensors of our own, which are there already
                 return next(self._weights)
@@ -482,6 +481,8 @@ class Feed:
                 f"The weights stopped after {self._trace.loaded.count} tensors: "
                 f"{type(error).__name__}: {error}. The engine serves what it served before."
             ) from error
+        finally:
+            self.waited += time.perf_counter() - started
 
     def _checked(self, item: object) -> tuple[str, torch.Tensor | None]:
         if not (isinstance(item, (tuple, list)) and len(item) == 2 and isinstance(item[0], str)):

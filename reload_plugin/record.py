@@ -24,7 +24,7 @@ import torch
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-defined]
-from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from . import _vllm
@@ -32,6 +32,7 @@ from .formats import SMALL_BYTES, AsServed, Constant, Geometry, Initial, TensorF
 from .holders import ABSENT, Contents, Key, holders_of, read, same
 from .memory import HostPool
 from .serving import Serving
+from .tensors import storage_id
 
 SMALL_GROUP = 64 << 10
 """Bytes up to which a layer is joined with other small ones."""
@@ -40,16 +41,6 @@ JOINED_GROUP = 1 << 20
 
 RECORD_ATTRIBUTE = "_reload_plugin_record"
 """Where a model keeps its record, so that both are freed together."""
-
-
-def storage_id(tensor: torch.Tensor) -> int | None:
-    """Identity of a tensor's storage, or None for tensors without one of their own."""
-    if isinstance(tensor, UninitializedTensorMixin) or is_traceable_wrapper_subclass(tensor):
-        return None
-    try:
-        return int(tensor.untyped_storage()._cdata)
-    except (RuntimeError, NotImplementedError, ValueError):
-        return None
 
 
 class ConstructionTrace(TorchDispatchMode):

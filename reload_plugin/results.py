@@ -14,9 +14,8 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from .record import storage_id
+from .tensors import storage_id, wraps_others
 
 
 @contextlib.contextmanager
@@ -61,4 +60,4 @@ def written_in_place(served: Sequence[torch.Tensor]) -> Iterator[set[int]]:
 
 def _is_plain(tensor: torch.Tensor) -> bool:
     on_cpu = tensor.device.type == "cpu" and tensor.layout == torch.strided
-    return on_cpu and tensor.is_contiguous() and not is_traceable_wrapper_subclass(tensor)
+    return on_cpu and tensor.is_contiguous() and not wraps_others(type(tensor))

@@ -36,12 +36,13 @@ from .memory import SMALL, Gauge, keep_within, resident
 from .overflow import OPEN_BUDGET, OPEN_STREAMING, Overflow
 from .placement import placement
 from .process import ProcessWeights, process_stage, process_tail
-from .record import ModelRecord, record_of, storage_id
+from .record import ModelRecord, record_of
 from .room import StagingMemory, StagingRoom
 from .routes import Routes, follow
 from .serving import Serving
 from .sources import Landed
 from .staging import Stage, StagedStorage, WrappedTree, rewrap_tree, unwrap_tree
+from .tensors import storage_id
 from .verify import ReloadReport, check_slots, ignorable
 
 Policy = Literal["staged", "streaming"]
@@ -193,12 +194,13 @@ class ReloadSession:
 
         self.problems.missing.clear()  # of a finish that was too early
         feed = Feed(weights, self._trace, self.close_complete, self._put_aside, fetching)
-        with held(), no_full_collections(), self._noting_failure(), self.loading(), self._timed("load"):
+        with held(), no_full_collections(), self._noting_failure(), self._timed("load"), self.loading():
             if self.ledger.routes is None:
                 load_all(loader, feed, self._trace)
             else:
                 with self._untraced():
                     load_by_routes(loader, feed, self._trace, self)
+            self._seconds["read"] += feed.waited
         return returned[-1] if returned else None
 
     def _put_aside(self, name: str, tensor: torch.Tensor) -> bool:
@@ -610,7 +612,8 @@ class ReloadSession:
 
     def _make_report(self, kept: dict[str, str], ignored: dict[str, str]) -> ReloadReport:
         seconds = dict(self._seconds)
-        seconds["load"] = max(0.0, seconds.get("load", 0.0) - self._inside_load)
+        inside = self._inside_load + seconds.get("read", 0.0)
+        seconds["load"] = max(0.0, seconds.get("load", 0.0) - inside)
         seconds["total"] = time.perf_counter() - self._started
         return ReloadReport(
             source=self.source,

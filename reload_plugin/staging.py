@@ -15,14 +15,14 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from . import _vllm
 from .errors import UnsupportedError
 from .formats import AsServed, Constant, Coverage, Geometry, TensorFormat, Uninitialised, Values
 from .holders import ABSENT, Contents, Key, equal, put_back, read, same, write
 from .memory import SMALL, Gauge, HostPool
-from .record import Group, HolderRecord, ModelRecord, TensorRecord, storage_id
+from .record import Group, HolderRecord, ModelRecord, TensorRecord
+from .tensors import storage_id, wraps_others
 
 POISON = "RELOAD_PLUGIN_POISON"
 """Environment variable: fill staging that nobody wrote yet with NaN (or the largest integer)."""
@@ -251,11 +251,14 @@ class Stage:
         self.served = State([(held, read(held)) for _, held in holders], {})
         places = self._places(holders)
         records = list({id(record): record for _, _, record in places}.values())
-        self._make_storages(records)
         for record in records:
-            self._resolve(record)
+            if is_wrapper(record):
+                self._objects[id(record)] = _copy_of_wrapper(record)
+        self._make_storages([record for record in records if not is_wrapper(record)])
         for storage in self.storages:
             storage.from_served = from_served
+            for record in storage.records:
+                self._resolve(record, storage)
         if straight and not any(layer.deferred or layer.late or layer.online for layer in self.group.layers):
             self._find_final(holders)
         for holder, held in holders:
@@ -325,22 +328,17 @@ class Stage:
     def _make_storages(self, records: list[TensorRecord]) -> None:
         by_storage: dict[tuple[int, torch.device], list[TensorRecord]] = {}
         for record in records:
-            if not is_wrapper(record):
-                device = self._device if record.format.device.type == "meta" else record.format.device
-                by_storage.setdefault((record.storage, device), []).append(record)
+            device = self._device if record.format.device.type == "meta" else record.format.device
+            by_storage.setdefault((record.storage, device), []).append(record)
         self.storages = [
             StagedStorage(found, device, self._gauge) for (_, device), found in by_storage.items()
         ]
 
-    def _resolve(self, record: TensorRecord) -> None:
+    def _resolve(self, record: TensorRecord, storage: StagedStorage) -> None:
         """Find or make the object of a load-format tensor and give it its placeholder."""
-        if is_wrapper(record):
-            self._objects[id(record)] = _copy_of_wrapper(record)
-            return
-        storage = next(s for s in self.storages if id(record) in s.views)
         view, fmt = storage.views[id(record)], record.format
         tensor = record.ref()
-        if tensor is not None and tensor.device == view.device and not is_traceable_wrapper_subclass(tensor):
+        if tensor is not None and tensor.device == view.device and not wraps_others(type(tensor)):
             state = TensorState.of(tensor)
             self.served.tensors[id(tensor)] = state
             storage.served[id(record)] = state.data
@@ -461,8 +459,7 @@ class Stage:
 
 def is_wrapper(record: TensorRecord) -> bool:
     """Whether a record describes a tensor subclass that wraps other tensors (torchao)."""
-    plain = Geometry(0, record.format.shape, (0,) * len(record.format.shape))
-    return record.format.geometry == plain and record.format.geometry.numel > 1
+    return wraps_others(record.format.cls)
 
 
 def _copy_of_wrapper(record: TensorRecord) -> torch.Tensor:

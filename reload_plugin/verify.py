@@ -9,8 +9,8 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field
 
 from .load import Loaded, Problems
-from .record import storage_id
 from .staging import Stage, StagedStorage
+from .tensors import storage_id
 
 
 class ReloadReport(BaseModel):
@@ -45,8 +45,9 @@ class ReloadReport(BaseModel):
     staging_bytes: int
     """Largest amount of load-format and uncommitted kernel-format memory held at one time."""
     seconds: dict[str, float]
-    """Wall seconds by stage: plan, load (source and loaders), process, agree (waiting for other ranks),
-    commit and, as a part of it, digest; finish; total.
+    """Wall seconds by stage: plan, read (files, or the iterator that was passed), load (bringing layers into
+    load format, and loaders), process, agree (waiting for other ranks), commit and, as a part of it, digest;
+    finish; total.
 
     What is served changes during ``commit`` and at no other time, unless the policy is ``streaming``.
     ``finish`` is the whole call that ends an update, the one that wants a pause: what was not known to be

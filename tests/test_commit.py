@@ -13,8 +13,8 @@ from torch import nn
 
 from reload_plugin.commit import Commit, plan_commit
 from reload_plugin.holders import read, tensors_in
-from reload_plugin.record import storage_id
 from reload_plugin.staging import State, TensorState
+from reload_plugin.tensors import storage_id
 
 
 class Helper:

@@ -5,6 +5,7 @@ import itertools
 import os
 import signal
 import threading
+import time
 import types
 import weakref
 from collections.abc import Callable, Iterable, Iterator
@@ -45,9 +46,10 @@ from reload_plugin.errors import (
     WeightsError,
 )
 from reload_plugin.holders import holders_of, read, tensors_in
-from reload_plugin.record import ConstructionTrace, record_constructed, record_of, storage_id
+from reload_plugin.record import ConstructionTrace, record_constructed, record_of
 from reload_plugin.reload import before_serving
 from reload_plugin.staging import POISON
+from reload_plugin.tensors import storage_id
 
 CONFIG = types.SimpleNamespace(
     dtype=torch.float32,
@@ -961,7 +963,23 @@ def test_the_report_accounts_for_what_came() -> None:
         assert report.moved == ()
         assert report.policy == "staged"
         assert report.staging_bytes >= 4 * 3 * 4
-        assert report.seconds["total"] >= sum(report.seconds.get(s, 0) for s in ("process", "commit"))
+
+
+def test_waiting_for_the_weights_is_told_from_loading_them() -> None:
+    asleep = 0.05
+
+    def slowly() -> Iterator[tuple[str, torch.Tensor]]:
+        for item in B.items():
+            time.sleep(asleep)
+            yield item
+
+    model = start()
+    for replayed in (0, len(B)):
+        report = reload_weights(model, slowly())
+        assert report.replayed == replayed
+        stages = {stage: report.seconds[stage] for stage in ("read", "load", "process", "commit")}
+        assert stages["read"] >= len(B) * asleep
+        assert sum(stages.values()) <= report.seconds["total"], "no second is counted twice"
 
 
 def test_what_cannot_be_hashed_leaves_a_reload_without_a_digest(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,6 +14,7 @@ LINE = (
     "errors",
     "formats",
     "holders",
+    "tensors",
     "interrupts",
     "_vllm",
     "garbage",
