@@ -7,6 +7,7 @@ source of the served generation if it can be read again, and whether the model i
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -24,7 +25,7 @@ from .ranks import vote_for
 from .record import ModelRecord
 from .routes import Routes
 from .session import SERVES_OLD, Policy, ReloadSession, State, complete_record_of
-from .sources import Source, TensorInfo, give_back, layers_of, open_folder
+from .sources import Source, TensorInfo, give_back, kept_open, layers_of, open_folder
 from .verify import ReloadReport
 
 logger = logging.getLogger("vllm.reload_plugin")
@@ -211,21 +212,37 @@ def whole_or_broken(
 ) -> Iterator[None]:
     """A failure after some layers were committed brings the old weights back, or says that it cannot."""
     before = record.serving
+    with contextlib.ExitStack() as stack:
+        if undo:
+            _hold_way_back(record, session.policy, stack)
+        try:
+            yield
+        except BaseException as error:
+            if session.state is State.COMMITTED:  # Ctrl-C, just after: the new weights stay
+                session.abort()
+                record.session = None if record.session is session else record.session
+                after_commit(record, None, session)
+            elif session.committed:
+                if record.vote is not None and record.vote.committed:
+                    raise  # the other ranks have the new weights: see with_all_ranks
+                if not undo:
+                    raise _broken(record, f"a streaming reload failed half way: {error}") from error
+                _bring_back(model, record)
+                record.serving = before
+            raise
+
+
+def _hold_way_back(record: ModelRecord, policy: Policy, stack: contextlib.ExitStack) -> None:
+    """Keep the files of the served weights open: a trainer may delete them just when the next ones come."""
     try:
-        yield
-    except BaseException as error:
-        if session.state is State.COMMITTED:  # Ctrl-C, just after: the new weights are the ones to go back to
-            session.abort()
-            record.session = None if record.session is session else record.session
-            after_commit(record, None, session)
-        elif session.committed:
-            if record.vote is not None and record.vote.committed:
-                raise  # the other ranks have the new weights: see with_all_ranks
-            if not undo:
-                raise _broken(record, f"a streaming reload failed half way: {error}") from error
-            _bring_back(model, record)
-            record.serving = before
-        raise
+        stack.enter_context(kept_open(record.last_good))
+    except (OSError, SourceError) as error:
+        full = isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE)
+        if policy == "streaming" and not full:
+            raise SourceError(
+                f"The weights that are served cannot be read again ({error}), as a failure would ask for. "
+                f"{SERVES_OLD} Reload once more: without that way back a copy is kept until the commit."
+            ) from error
 
 
 def _bring_back(model: nn.Module, record: ModelRecord) -> None:

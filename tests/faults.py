@@ -889,7 +889,6 @@ KINDS = (
         from_folder,
         remove_and_raise,
         from_a_folder_that_goes,
-        **REFUSES,
     ),
     trapped("iterator: allocation k fails (MemoryError)", allocating, from_stream, raise_memory_error, **ANY),
     trapped(

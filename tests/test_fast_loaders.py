@@ -159,6 +159,18 @@ def test_files_that_change_are_an_error_and_not_the_librarys(
         next(source.read())
 
 
+def test_files_that_are_kept_open_do_not_go_through_the_library(
+    files: list[str], tensors: dict[str, torch.Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would look for them by their names."""
+    monkeypatch.setitem(READERS, "runai_streamer", None)
+    source = source_of(files, "runai_streamer")
+    with source.kept_open():
+        for file in files:
+            Path(file).unlink()
+        assert same(dict(source.read()), tensors)
+
+
 def test_parts_of_a_checkpoint_do_not_go_through_the_library(
     files: list[str], tensors: dict[str, torch.Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:

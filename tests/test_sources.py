@@ -13,7 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from reload_plugin.errors import SourceError
-from reload_plugin.sources import open_folder
+from reload_plugin.sources import HostCopy, Overlay, kept_open, open_folder
 from reload_plugin.sources.safetensors_files import SafetensorsSource
 
 DTYPES = [
@@ -37,6 +37,7 @@ DTYPES = [
     torch.float8_e4m3fnuz,
     torch.float8_e5m2fnuz,
 ]
+OPEN = Path("/proc/self/fd")
 SHAPES = [(), (1,), (0,), (3, 0, 2), (5,), (2, 3), (2, 1, 4)]
 
 
@@ -334,6 +335,56 @@ def test_a_file_that_goes_away_is_an_error(large: Path) -> None:
     assert not source.unchanged()
     with pytest.raises(SourceError, match="could not be read"):
         list(source.read())
+
+
+@pytest.mark.parametrize("replaced", [False, True], ids=["deleted", "replaced"])
+def test_files_that_are_kept_open_are_read_whatever_becomes_of_their_names(
+    large: Path, tmp_path: Path, replaced: bool
+) -> None:
+    layers = [source_of(large), source_of(large)]
+    before, descriptors = everything(layers[0]), len(list(OPEN.iterdir()))
+    with kept_open(Overlay(HostCopy("an update"), *layers)):
+        if replaced:
+            save_file({name: tensor + 1 for name, tensor in MANY.items()}, tmp_path / "next")
+            (tmp_path / "next").replace(large)
+        else:
+            large.unlink()
+        shown = layers[-1]
+        for _ in range(2):
+            assert shown.unchanged()
+            assert everything(shown) == before
+        part = torch.empty(3, dtype=MANY["layer.00"].dtype)
+        shown.read_spans("layer.00", [(1, 4)], part)
+        assert torch.equal(part, MANY["layer.00"].flatten()[1:4])
+    assert len(list(OPEN.iterdir())) == descriptors
+    assert not shown.unchanged()
+
+
+def test_files_that_are_rewritten_in_place_are_not_kept_by_being_open(large: Path) -> None:
+    source = source_of(large)
+    with kept_open(source):
+        stamp = large.stat()
+        large.write_bytes(large.read_bytes()[:-4] + b"\1\2\3\4")
+        os.utime(large, ns=(stamp.st_atime_ns, stamp.st_mtime_ns + 1))
+        assert not source.unchanged()
+        with pytest.raises(SourceError, match="changed while it was read"):
+            list(source.read())
+    with pytest.raises(SourceError, match="changed"), kept_open(source):
+        pass
+
+
+def test_more_files_than_a_process_may_open_are_not_kept_open(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number in range(3):
+        save_file({f"t{number}": torch.ones(2)}, tmp_path / f"{number}.safetensors")
+    files = sorted(tmp_path.iterdir())
+    source = source_of(*files)
+    monkeypatch.setattr("resource.getrlimit", lambda _: (11, 11))
+    with kept_open(source):
+        assert list(source.read())
+        files[0].unlink()
+        assert not source.unchanged(), "left to its name"
 
 
 # --- folders ---

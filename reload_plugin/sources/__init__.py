@@ -4,7 +4,7 @@ from .base import Landed, Ranged, Room, Source, Span, Stream, TensorInfo
 from .checkpoint import Checkpoint
 from .detect import open_source
 from .folder import open_folder
-from .kept import HostCopy, Overlay, SpillFile, give_back, in_a_file, layers_of
+from .kept import HostCopy, Overlay, SpillFile, give_back, in_a_file, kept_open, layers_of
 from .transformers_model import from_transformers
 
 __all__ = [
@@ -22,6 +22,7 @@ __all__ = [
     "from_transformers",
     "give_back",
     "in_a_file",
+    "kept_open",
     "layers_of",
     "open_folder",
     "open_source",

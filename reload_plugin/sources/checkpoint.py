@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
 import torch
 
@@ -11,7 +11,7 @@ from ..errors import SourceError
 from ..memory import HostPool
 from .base import Room, Stream, TensorInfo, layer_order
 from .reading import Parcel, Placed, read_parcels, read_places
-from .stamps import Stamp, are_same, check_same, open_same
+from .stamps import Stamp, check_same, open_same
 
 
 class Checkpoint:
@@ -34,6 +34,8 @@ class Checkpoint:
         self.paths: dict[str, str] = {}
         """Where files are that places call by another name than their path."""
         self._places: dict[str, Placed] = {}
+        self._open: Mapping[str, int] = {}
+        """Descriptors of files that are kept open."""
 
     @property
     def files(self) -> Sequence[str]:
@@ -85,13 +87,13 @@ class Checkpoint:
         paths = {file: self.paths.get(file, file) for file in files}
         with contextlib.ExitStack() as stack:
             try:
-                opened = open_same(paths.values(), self.stamps, stack)
+                opened = self._opened(paths.values(), stack)
                 handles = {file: opened[path] for file, path in paths.items()}
                 if parcels:
                     yield from read_parcels(parcels, handles, paths, memory, room)
                 else:
                     yield from read_places(places, handles, memory, room)
-                check_same(self.stamps)
+                check_same(self.stamps, self._open)
             except OSError as error:
                 raise SourceError(f"{self.description} could not be read: {error}.") from error
 
@@ -100,6 +102,39 @@ class Checkpoint:
         del order
         return ()
 
+    @contextlib.contextmanager
+    def kept_open(self) -> Iterator[None]:
+        """While entered, its files can be read though they are deleted, or others come to have their names.
+
+        Does nothing for more files than a quarter of those that the process may open.
+
+        Raises:
+            OSError: a file is not there any more.
+            SourceError: a file is another one than was listed.
+
+        """
+        with contextlib.ExitStack() as stack:
+            if not self._open and len(self.stamps) <= _may_open() // 4:
+                self._open = open_same(self.stamps, self.stamps, stack)
+                stack.callback(setattr, self, "_open", {})
+            yield
+
+    def _opened(self, files: Iterable[str], stack: contextlib.ExitStack) -> Mapping[str, int]:
+        return self._open or open_same(files, self.stamps, stack)
+
     def unchanged(self) -> bool:
         """Whether its files are the ones that were listed, as far as sizes and times tell."""
-        return are_same(self.stamps)
+        try:
+            check_same(self.stamps, self._open)
+        except SourceError:
+            return False
+        return True
+
+
+def _may_open() -> int:
+    """How many files this process may have open."""
+    try:
+        import resource
+    except ImportError:
+        return 0
+    return resource.getrlimit(resource.RLIMIT_NOFILE)[0]

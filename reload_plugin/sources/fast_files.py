@@ -22,7 +22,8 @@ class FastSafetensors(SafetensorsSource):
     """Listed by our own reader, so that a plan needs no bytes; read by a library, in the order of the files.
 
     What the library cannot read, because it is not there or fails, is read by our own reader, which then says
-    what is wrong with the files, if that was why. Parts of a checkpoint are read by our own reader too.
+    what is wrong with the files, if that was why. It also reads parts of checkpoints, and files that are kept
+    open.
 
     Args:
         files: safetensors files.
@@ -46,7 +47,7 @@ class FastSafetensors(SafetensorsSource):
         self, order: Sequence[str] | None = None, pool: HostPool | None = None, room: Room | None = None
     ) -> Stream:
         names = list(self._places if order is None else order)
-        if len(names) < len(self._places):
+        if len(names) < len(self._places) or self._open:
             yield from super().read(order, pool, room)
             return
         check_same(self.stamps)

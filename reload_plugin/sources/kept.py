@@ -16,6 +16,7 @@ import torch
 from ..errors import SourceError
 from ..memory import HostPool
 from .base import Room, Source, Stream, TensorInfo
+from .checkpoint import Checkpoint
 from .reading import Place, read_places
 
 SPILL_DIRECTORY = "RELOAD_PLUGIN_SPILL_DIR"
@@ -212,6 +213,22 @@ def layers_of(source: Source | None) -> Sequence[Source]:
     if source is None:
         return ()
     return source.layers if isinstance(source, Overlay) else (source,)
+
+
+@contextlib.contextmanager
+def kept_open(source: Source | None) -> Iterator[None]:
+    """While entered, a source can be read though its files are deleted, or others come to have their names.
+
+    Raises:
+        OSError: a file is not there any more, or no more files can be opened.
+        SourceError: a file is another one than was listed.
+
+    """
+    with contextlib.ExitStack() as stack:
+        for layer in layers_of(source):
+            if isinstance(layer, Checkpoint):
+                stack.enter_context(layer.kept_open())
+        yield
 
 
 def give_back(source: Source | None) -> None:

@@ -27,7 +27,7 @@ from .checkpoint import Checkpoint
 from .json_files import open_regular, strict_json
 from .readahead import Piece, read_piece
 from .reading import Parcel, Place, parcels_of
-from .stamps import WRITE_AGAIN, Stamp, open_same, stamped
+from .stamps import WRITE_AGAIN, Stamp, stamped
 
 _DTYPES: dict[str, torch.dtype] = {
     "BOOL": torch.bool,
@@ -110,7 +110,7 @@ class SafetensorsSource(Checkpoint):
         try:
             with contextlib.ExitStack() as stack:
                 path = self.paths[place.file]
-                handle = open_same([path], self.stamps, stack)[path]
+                handle = self._opened([path], stack)[path]
                 for start, stop in spans:
                     memory = out[done : done + stop - start]
                     read_piece(Piece(handle, place.start + start * size, memory, path, name))

@@ -15,10 +15,10 @@ Stamp = tuple[int, int, int]
 WRITE_AGAIN = "Write or copy the file again; reload when that is finished."
 
 
-def stamp_of(file: str) -> Stamp:
-    """The stamp of the file that is there now."""
+def stamp_of(file: str, handle: int | None = None) -> Stamp:
+    """The stamp of the file that is there now, or of the one that is open as ``handle``."""
     try:
-        return stamped(Path(file).stat())
+        return stamped(Path(file).stat() if handle is None else os.fstat(handle))
     except (OSError, ValueError) as error:
         raise SourceError(f"{file} cannot be read: {error}. {WRITE_AGAIN}") from error
 
@@ -48,20 +48,11 @@ def open_same(
     return handles
 
 
-def check_same(stamps: Mapping[str, Stamp]) -> None:
-    """Raise SourceError when a file has changed or is gone."""
+def check_same(stamps: Mapping[str, Stamp], handles: Mapping[str, int] | None = None) -> None:
+    """Raise SourceError when a file has changed or is gone; ``handles`` are asked before names."""
     for file, stamp in stamps.items():
-        if stamp_of(file) != stamp:
+        if stamp_of(file, None if handles is None else handles.get(file)) != stamp:
             raise SourceError(_changed(file))
-
-
-def are_same(stamps: Mapping[str, Stamp]) -> bool:
-    """Whether no file has changed."""
-    try:
-        check_same(stamps)
-    except SourceError:
-        return False
-    return True
 
 
 def _changed(file: str) -> str:
