@@ -145,6 +145,10 @@ class PartialUpdateError(ReloadError):
         return type(self), (str(self), self.companions)
 
 
+class EntangledError(PartialUpdateError):
+    """Processing the layers of a partial update changed others as well. Those were put back."""
+
+
 _KINDS: dict[str, type[WeightsError]] = {
     "missing": MissingWeightsError,
     "unexpected": UnexpectedWeightsError,

@@ -196,10 +196,18 @@ def _delete_attribute(holder: object, name: str) -> None:
         object.__delattr__(holder, name)
 
 
+def holds_same(now: Contents, before: Contents) -> bool:
+    """Whether a holder holds the same objects, or equal plain values, under the same keys, in one order."""
+    if list(now) != list(before):
+        return False
+    one_by_one = (now.values(), before.values())
+    return all(map(operator.is_, *one_by_one)) or all(map(same, *one_by_one))
+
+
 def put_back(holder: object, contents: Contents, now: Contents | None = None) -> None:
     """Make ``holder`` hold exactly ``contents`` again, in the same order. ``now``: what it holds."""
     now = read(holder) if now is None else now
-    if list(now) == list(contents) and all(map(operator.is_, now.values(), contents.values())):
+    if holds_same(now, contents):
         return
     for key in reversed(list(now)):
         if key not in contents:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -40,6 +41,13 @@ class Expected:
     part there is no surprise here."""
     groups: frozenset[str] | None = None
     """Names of the groups that change, for a partial update; None for all."""
+
+    def only(self, groups: frozenset[str] | None) -> Expected:
+        """The same of some groups; None for all."""
+        if groups is None:
+            return self
+        names = {group: names for group, names in self.names_of_group.items() if group in groups}
+        return dataclasses.replace(self, names_of_group=names, groups=groups)
 
 
 class Ledger:

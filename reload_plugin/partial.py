@@ -1,15 +1,15 @@
 """Partial updates: only the weights that come change, everything else keeps its exact value.
 
-Layers are processed as a whole, and processing one layer may touch others, so the weights that do not come
-are read again from the source of the served generation, where it can still be read: such an update is a
-reload from two sources, one laid over the other. Without one, a layer can only take part if processing leaves
-it as it is: starting from the served values, it has to come out as it was.
+Layers are processed as a whole, so the weights that do not come and share a layer with one that does are read
+again from the source of the served generation, where it can still be read: such an update is a reload of some
+layers from two sources, one laid over the other. Without such a source, a layer can only take part if
+processing leaves it as it is: starting from the served values, it has to come out as it was.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 from torch import nn
 
@@ -35,15 +35,71 @@ def base_of(model: nn.Module, record: ModelRecord) -> Source | None:
     return base if getattr(base, "infos", None) is not None else None
 
 
-def laid_over(model: nn.Module, record: ModelRecord, base: Source, top: Source) -> Overlay:
-    """``base`` with the weights of ``top``, all of which the model has a use for.
+def laid_over(
+    model: nn.Module, record: ModelRecord, base: Source, top: Source
+) -> tuple[Overlay, frozenset[str]]:
+    """``base`` with the weights of ``top``, all of which the model has a use for, and the groups they change.
 
     Raises:
         WeightsError: some of ``top`` do not fit.
 
     """
-    _plan_of(model, record, top)
-    return Overlay(base, top)
+    plan = _plan_of(model, record, top)
+    return Overlay(base, top), frozenset(plan.names_of_group)
+
+
+def groups_to_load(record: ModelRecord, plan: Plan, changed: frozenset[str]) -> frozenset[str] | None:
+    """The groups that have to be loaded and processed so that ``changed`` ones get new values.
+
+    Beside those: attention layers and what the model's own hook changes, which vLLM processes last and with
+    all layers in view; groups that share a weight with one of these; and layers around or inside of them that
+    processing changes as well (experts and their quant method).
+
+    Args:
+        record: of the model.
+        plan: of all weights of the new generation.
+        changed: names of the groups that weights of the update go to.
+
+    Returns:
+        None when all have to be: it is not known which weight goes where.
+
+    """
+    names_of = plan.names_of_group
+    if plan.routes is None or not changed <= names_of.keys():
+        return None
+    found = changed | _tail(record)
+    while True:
+        names = frozenset().union(*(names_of.get(group, frozenset()) for group in found))
+        sharing = {group for group, theirs in names_of.items() if not theirs.isdisjoint(names)}
+        more = found | sharing | _processed_with(record, found | sharing)
+        if more == found:
+            return found
+        found = more
+
+
+def _tail(record: ModelRecord) -> frozenset[str]:
+    """Groups that vLLM processes after all others."""
+    return frozenset(group.name for group in record.groups if group.deferred or group.late)
+
+
+def _processed_with(record: ModelRecord, groups: frozenset[str]) -> frozenset[str]:
+    """Groups with a layer around or inside of one in ``groups``, both of which processing changes."""
+    owned = [(layer.name, group.name) for group in record.groups for layer in group.layers if layer.effect]
+    group_of = {layer: group for layer, group in owned if layer}
+    pairs = [
+        (group_of[layer], group_of[outer])
+        for layer in group_of
+        for outer in _around(layer)
+        if outer in group_of
+    ]
+    return frozenset(one for pair in pairs for one in pair if not groups.isdisjoint(pair))
+
+
+def _around(layer: str) -> Iterator[str]:
+    """The names of the modules that a layer lies in, but for the model itself."""
+    while "." in layer:
+        layer = layer.rpartition(".")[0]
+        yield layer
 
 
 def update_in_place(
@@ -58,7 +114,7 @@ def update_in_place(
     """
     plan = _plan_of(model, record, top)
     touched = frozenset(plan.names_of_group)
-    tail = frozenset(group.name for group in record.groups if group.deferred or group.late)
+    tail = _tail(record)
     unfit = _changed_by_processing(record, touched)
     if not unfit:
         known = Expected(groups=touched | tail)

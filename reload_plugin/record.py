@@ -248,6 +248,8 @@ class ModelRecord:
     """Name -> shape in the checkpoint the engine started with."""
     start_coverage: dict[str, str] | None = None
     """Parameter -> how completely that checkpoint writes it."""
+    entangled: bool = False
+    """Whether processing some layers alone was seen to change others, so that all are reloaded always."""
     broken: str | None = None
     """Why the model holds a mixture of two generations, if it does."""
     pool: HostPool = field(default_factory=HostPool)

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from . import _vllm
-from .errors import ReloadError, SourceError, weights_error
+from .errors import EntangledError, ReloadError, SourceError, weights_error
 from .garbage import no_full_collections
 from .generation import (
     abandon_open_session,
@@ -39,7 +39,7 @@ from .ledger import Expected
 from .load import Feed, LoadTrace, Problems
 from .memory import available, settle_heap
 from .options import ReloadOptions, options
-from .partial import SMALL_UPDATE, absorbed, base_of, laid_over, update_in_place
+from .partial import SMALL_UPDATE, absorbed, base_of, groups_to_load, laid_over, update_in_place
 from .plan import Plan
 from .progress import watched
 from .ranks import ranks_of
@@ -309,8 +309,13 @@ def _held_to(weights: Weights, plan: Plan) -> Iterator[tuple[str, torch.Tensor]]
 
 
 def _from_source(
-    model: nn.Module, record: ModelRecord, source: Source, chosen: ReloadOptions
+    model: nn.Module,
+    record: ModelRecord,
+    source: Source,
+    chosen: ReloadOptions,
+    changed: frozenset[str] | None = None,
 ) -> ReloadReport:
+    """``changed``: the groups whose weights are others than those that are served; None for any."""
     if chosen.partial:
         return _partially(model, record, source, chosen)
     started = time.perf_counter()
@@ -320,11 +325,16 @@ def _from_source(
         plan.raise_problems(source.description)
     policy, way_back = _policy_for(model, record, plan, chosen)
     known = expected(model, record, plan, chosen.whole_model)
+    order = plan.order if plan is not None else None
+    if plan is not None and changed is not None and not chosen.whole_model:
+        groups = groups_to_load(record, plan, changed)
+        known = known.only(groups)
+        wanted = frozenset().union(*known.names_of_group.values())
+        order = order if groups is None else tuple(name for name in plan.order if name in wanted)
     with _keeping(chosen, source.description) as kept:
         ordered = getattr(source, "in_order", True)
         session = _session(model, record, source.description, policy, known, chosen, kept, ordered)
         with whole_or_broken(model, record, session, undo=way_back != "none"), session:
-            order = plan.order if plan is not None else None
             reading = watched(source.read(order, record.pool, session.room), source, chosen.progress)
             with contextlib.closing(reading) as weights:
                 session.load(weights, between)
@@ -391,9 +401,14 @@ def _partially(model: nn.Module, record: ModelRecord, top: Source, chosen: Reloa
             replace_last_good(record, None)
             give_back(top)
             return report
-        whole = laid_over(model, record, base, top)
+        whole, changed = laid_over(model, record, base, top)
         asked = chosen.model_copy(update={"partial": False, "keep_load_format": None})
-        report = _from_source(model, record, whole, asked)
+        try:
+            report = _from_source(model, record, whole, asked, None if record.entangled else changed)
+        except EntangledError as error:
+            logger.info("The partial update is done once more, with all layers: %s", error)
+            record.entangled = True
+            report = _from_source(model, record, whole, asked)
     except BaseException:
         give_back(top)
         raise
