@@ -214,7 +214,7 @@ def whole_or_broken(
     before = record.serving
     with contextlib.ExitStack() as stack:
         if undo:
-            _hold_way_back(record, session.policy, stack)
+            _hold_way_back(model, record, session.policy, stack)
         try:
             yield
         except BaseException as error:
@@ -232,8 +232,11 @@ def whole_or_broken(
             raise
 
 
-def _hold_way_back(record: ModelRecord, policy: Policy, stack: contextlib.ExitStack) -> None:
+def _hold_way_back(
+    model: nn.Module, record: ModelRecord, policy: Policy, stack: contextlib.ExitStack
+) -> None:
     """Keep the files of the served weights open: a trainer may delete them just when the next ones come."""
+    can_bring_back(model, record)  # for what the engine started from
     try:
         stack.enter_context(kept_open(record.last_good))
     except (OSError, SourceError) as error:

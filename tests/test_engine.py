@@ -843,14 +843,34 @@ def test_processing_that_raises_leaves_the_old_weights(on_a: Engine, monkeypatch
     on_a.assert_is("A")
 
 
-def test_when_the_old_weights_are_gone_the_engine_refuses_until_healed(
+def test_the_folder_of_the_old_weights_may_be_deleted_while_a_reload_may_need_it(
     on_a: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A reload fails half way, and the folder that the served weights came from cannot be read any more."""
     folder = tmp_path / "served"
     shutil.copytree(on_a.folders["A"], folder)
     on_a.reload(folder)
     failing = failing_at(6, [], lambda: shutil.rmtree(folder))
+    monkeypatch.setattr(_vllm, "process_layers", failing)
+    with pytest.raises(reload_plugin.ProcessingError, match="no room"):
+        on_a.reload(on_a.folders["B"])
+    assert not folder.exists(), "nothing was committed when it failed"
+    monkeypatch.undo()
+    on_a.assert_is("A")
+
+
+def test_when_the_old_weights_are_gone_the_engine_refuses_until_healed(
+    on_a: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A reload fails half way, and the files that the served weights came from are being overwritten."""
+    folder = tmp_path / "served"
+    shutil.copytree(on_a.folders["A"], folder)
+    on_a.reload(folder)
+
+    def overwrite() -> None:
+        for file in folder.glob("*.safetensors"):
+            file.write_bytes(b"the next step")
+
+    failing = failing_at(6, [], overwrite)
     monkeypatch.setattr(_vllm, "process_layers", failing)
     with pytest.raises(reload_plugin.EngineBrokenError, match="heal"):
         on_a.reload(on_a.folders["B"])

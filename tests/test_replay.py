@@ -8,6 +8,8 @@ from safetensors.torch import save_file
 
 import reload_plugin
 from reload_plugin import generation
+from reload_plugin.commit import Commit
+from reload_plugin.reload import before_serving
 from tests import oracle
 from tests.checkpoints import Tensors, read_tensors
 from tests.zoo import case_named
@@ -79,3 +81,30 @@ def test_the_report_counts_what_the_loader_computes(tmp_path: Path, monkeypatch:
         logs_only = {name: read_tensors(folders["B"])[name] for name in logs}
         report = reload_plugin.reload_weights(model, iter(logs_only.items()), partial=True)
         assert (report.computed, report.replayed) == (len(logs), report.tensors - len(logs))
+
+
+def test_a_first_commit_that_fails_half_way_brings_the_start_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From an iterator, so that nobody has asked before whether the old weights can be read again."""
+    case = case_named("llama_tied")
+    folders = oracle.write(case, tmp_path)
+    apply, applied = Commit.apply, []
+
+    def failing(self: Commit) -> None:
+        applied.append(self.name)
+        if len(applied) == 3:
+            raise MemoryError("no room")
+        apply(self)
+
+    with oracle.built(case, folders["A"]) as model:
+        before = values(model)
+        with monkeypatch.context() as patch:
+            patch.setattr(Commit, "apply", failing)
+            with pytest.raises(reload_plugin.ReloadError, match="no room"):
+                by_iterator(model, folders["B"])
+        assert len(applied) > 3, "nothing was brought back"
+        assert values(model) == before
+        before_serving()
+        by_iterator(model, folders["B"])
+        assert values(model) != before
