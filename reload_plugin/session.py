@@ -25,11 +25,11 @@ from torch import nn
 
 from . import _vllm
 from .admission import Admission
+from .bystanders import Bystanders
 from .commit import Commit, plan_commit
 from .digest import digest_of
-from .errors import EntangledError, NotRecordedError, SessionError, SourceError, weights_error
+from .errors import NotRecordedError, SessionError, SourceError, weights_error
 from .garbage import no_full_collections
-from .holders import Contents, holds_same, put_back, read
 from .interrupts import between, deliver, held, let_through
 from .ledger import Expected, Ledger
 from .load import Feed, Fetching, Loaded, LoadTrace, Problems, load_all, load_by_routes
@@ -37,7 +37,7 @@ from .memory import SMALL, Gauge, keep_within, resident
 from .overflow import OPEN_BUDGET, OPEN_STREAMING, Overflow
 from .placement import placement
 from .process import ProcessWeights, process_stage, process_tail
-from .record import Group, ModelRecord, record_of
+from .record import ModelRecord, record_of
 from .room import StagingMemory, StagingRoom
 from .routes import Routes, follow
 from .serving import Serving
@@ -148,8 +148,7 @@ class ReloadSession:
         self._gauge = Gauge()
         waiting = OPEN_BUDGET if policy == "staged" else OPEN_STREAMING
         self._admission = Admission(self._record, self.ledger, self._gauge, waiting)
-        self._left_alone: list[tuple[str, object, Contents]] = []
-        """Layer, holder and contents of the groups that are not to change."""
+        self._bystanders: Bystanders | None = None
         self._moved: list[str] = []
         by_hand = inspect is not None or (overflow is not None and not self._expected.planned)
         self._memory = StagingMemory(self.ledger, self._trace, self._record.pool, self.committed)
@@ -286,7 +285,7 @@ class ReloadSession:
                 stage.unhide()
             return
         self._entered = True
-        self._left_alone = list(_holders_left_alone(self._record, self._stages))
+        self._bystanders = Bystanders(self._record, [stage.group.name for stage in self._stages])
         for stage in self._stages:
             self._open_stages[id(stage)] = stage
             stage.enter(
@@ -297,9 +296,7 @@ class ReloadSession:
             )
             self._trace.watch(stage.storages)
             self.ledger.admit(stage)
-        self._trace.protected = _served_storages(self._stages) | _storages_left_alone(
-            self._record, self._stages
-        )
+        self._trace.protected = _served_storages(self._stages) | self._bystanders.storages
 
     def hide(self) -> None:
         """Show the served weights; what was loaded so far is kept for the next ``show``."""
@@ -337,7 +334,8 @@ class ReloadSession:
                 self.show()
                 self._process_rest()
                 self._process_tail()
-            self._check_left_alone()
+            if self._bystanders is not None:
+                self._bystanders.check(self.source)
             deliver()
             self._wait_for_all_ranks()
             with self._timed("commit"):
@@ -364,25 +362,6 @@ class ReloadSession:
         with self._timed("agree"):
             self.agree(None)
         self._spoiled = None
-
-    def _check_left_alone(self) -> None:
-        """Raises EntangledError when groups that were not to change hold something else now."""
-        if changed := self._put_back_left_alone():
-            names = ", ".join(changed[:3]) + (f" and {len(changed) - 3} more" if len(changed) > 3 else "")
-            raise EntangledError(
-                f"Processing the layers that {self.source} has weights of also changes {names}, of which "
-                f"nothing came. {SERVES_OLD} Send all weights."
-            )
-
-    def _put_back_left_alone(self) -> list[str]:
-        """Give the groups that are not to change what they had. Returns the layers that differed."""
-        changed = []
-        for layer, holder, contents in self._left_alone:
-            now = read(holder)
-            if not holds_same(now, contents):
-                changed.append(layer)
-                put_back(holder, contents, now)
-        return changed
 
     def check(self) -> tuple[dict[str, str], dict[str, str]]:
         """Account for every slot; returns (kept, ignored). Raises WeightsError with all offenders."""
@@ -433,7 +412,8 @@ class ReloadSession:
             self._drop()  # Ctrl-C may have come before the session was done with it
         if self.state in (State.COMMITTED, State.ABORTED):
             return
-        self._put_back_left_alone()
+        if self._bystanders is not None:
+            self._bystanders.put_back()
         self.hide()
         self._drop()
         if self._overflow is not None:
@@ -473,7 +453,7 @@ class ReloadSession:
         self._stages, self._open_stages, self._late, self._staged = [], {}, [], []
         self._trace.storages = {}
         self._trace.protected = {}
-        self._left_alone = []
+        self._bystanders = None
         self._record.pool.settle()
 
     # -- process and commit -----------------------------------------------------------------------
@@ -734,27 +714,6 @@ def _shared_tensors(record: ModelRecord) -> frozenset[int]:
         shared |= own & seen
         seen |= own
     return frozenset(shared)
-
-
-def _groups_left_alone(record: ModelRecord, stages: list[Stage]) -> list[Group]:
-    """The groups that a partial update does not touch."""
-    chosen = {stage.group.name for stage in stages}
-    return [group for group in record.groups if group.name not in chosen]
-
-
-def _storages_left_alone(record: ModelRecord, stages: list[Stage]) -> dict[int, str]:
-    left = _groups_left_alone(record, stages)
-    tensors = [(t.ref(), t.name) for group in left for t in group.tensors]
-    return {key: name for tensor, name in tensors if tensor is not None and (key := storage_id(tensor))}
-
-
-def _holders_left_alone(record: ModelRecord, stages: list[Stage]) -> Iterator[tuple[str, object, Contents]]:
-    for group in _groups_left_alone(record, stages):
-        for layer in group.layers:
-            for holder in layer.holders:
-                held = holder.ref()
-                if held is not None:
-                    yield layer.name, held, read(held)
 
 
 def _served_storages(stages: list[Stage]) -> dict[int, str]:

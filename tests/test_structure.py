@@ -38,6 +38,7 @@ LINE = (
     "ranks",
     "commit",
     "verify",
+    "bystanders",
     "session",
     "plan",
     "generation",
