@@ -201,9 +201,10 @@ def _start_generation(model: nn.Module, record: ModelRecord) -> Source | DummyWe
     """What a cold start loaded, if it can be loaded again."""
     if _vllm.starts_from_dummy(record.vllm_config):
         return DummyWeights()
-    source = _start_source(model, record) if _vllm.starts_from_files(record.vllm_config) else None
-    same = source is not None and getattr(source, "stamps", None) == record.start_stamps
-    return source if same else None
+    if record.start_stamps is None:  # then looking is in vain, and may ask a hub
+        return None
+    source = _start_source(model, record)
+    return source if getattr(source, "stamps", None) == record.start_stamps else None
 
 
 @contextlib.contextmanager

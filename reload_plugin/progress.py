@@ -6,7 +6,7 @@ import contextlib
 import importlib
 import logging
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any, cast
 
 from .sources import Landed, Source, Stream
@@ -19,7 +19,9 @@ STEP = 16 << 20
 """Bytes between two drawings where the length is not known."""
 
 
-def watched(weights: Stream, source: Source, wanted: bool | None) -> Stream:
+def watched(
+    weights: Stream, source: Source, wanted: bool | None, names: Collection[str] | None = None
+) -> Stream:
     """The same stream, with a bar on stderr that counts its bytes as they are asked for.
 
     Args:
@@ -27,12 +29,13 @@ def watched(weights: Stream, source: Source, wanted: bool | None) -> Stream:
         source: its listing gives the length of the bar, its description the text beside it.
         wanted: whether there is a bar; None for one on rank 0 if stderr is a terminal. Without a bar the
             stream itself is returned, so that a reload nobody watches costs nothing.
+        names: what is read of the source; None for all.
 
     """
     if not (_is_watched() if wanted is None else wanted):
         return weights
     try:
-        bar = _bar(source)
+        bar = _bar(source, names)
     except Exception as error:  # noqa: BLE001 - of any terminal; no bar is worth a failed reload
         logger.debug("No progress is shown: %s: %s", type(error).__name__, error)
         return weights
@@ -104,12 +107,15 @@ def _rank() -> int:
     return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
 
 
-def _bar(source: Source) -> Any:
+def _bar(source: Source, names: Collection[str] | None) -> Any:
     """A bar of tqdm's, which vLLM's own loaders draw with; without its thread."""
     tqdm: Any = importlib.import_module("tqdm").tqdm  # it comes without types
     without_thread: Any = type("Bar", (tqdm,), {"monitor_interval": 0})
     infos = source.infos()
-    total = None if infos is None else sum(info.nbytes for info in infos)
+    chosen = None if names is None else set(names)
+    total = (
+        None if infos is None else sum(info.nbytes for info in infos if chosen is None or info.name in chosen)
+    )
     rank = _rank()
     text = f"reloading {source.description}" + (f" (rank {rank})" if rank else "")
     units = {"unit": "B", "unit_scale": True, "unit_divisor": 1024}

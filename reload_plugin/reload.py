@@ -335,7 +335,7 @@ def _from_source(
         ordered = getattr(source, "in_order", True)
         session = _session(model, record, source.description, policy, known, chosen, kept, ordered)
         with whole_or_broken(model, record, session, undo=way_back != "none"), session:
-            reading = watched(source.read(order, record.pool, session.room), source, chosen.progress)
+            reading = watched(source.read(order, record.pool, session.room), source, chosen.progress, order)
             with contextlib.closing(reading) as weights:
                 session.load(weights, between)
             report = session.finish()

@@ -137,6 +137,10 @@ class ReloadSession:
         self._trace = LoadTrace(self.problems, dry, shapes, self._world_size() > 1)
         self.ledger = Ledger(self._trace.loaded, self.problems, self._expected)
         self._seconds: dict[str, float] = defaultdict(float)
+        self._timing: list[str] = []
+        """Stages that are being timed, the outermost first."""
+        self._inside_load = 0.0
+        """Seconds of other stages while weights were loaded."""
         self._started = time.perf_counter()
         self._stages: list[Stage] = []
         self._open_stages: dict[int, Stage] = {}
@@ -203,6 +207,7 @@ class ReloadSession:
                 with self._untraced():
                     load_by_routes(loader, feed, self._trace, self)
             self._seconds["read"] += feed.waited
+            self._inside_load += feed.waited
         return returned[-1] if returned else None
 
     def _put_aside(self, name: str, tensor: torch.Tensor) -> bool:
@@ -620,8 +625,7 @@ class ReloadSession:
 
     def _make_report(self, kept: dict[str, str], ignored: dict[str, str]) -> ReloadReport:
         seconds = dict(self._seconds)
-        inside = self._inside_load + seconds.get("read", 0.0)
-        seconds["load"] = max(0.0, seconds.get("load", 0.0) - inside)
+        seconds["load"] = max(0.0, seconds.get("load", 0.0) - self._inside_load)
         seconds["total"] = time.perf_counter() - self._started
         return ReloadReport(
             source=self.source,
@@ -653,20 +657,17 @@ class ReloadSession:
             return contextlib.nullcontext()
         return torch.utils._python_dispatch._disable_current_modes()
 
-    _inside_load = 0.0
-    _depth = 0
-
     @contextlib.contextmanager
     def _timed(self, stage: str) -> Iterator[None]:
         start = time.perf_counter()
-        self._depth += 1
+        self._timing.append(stage)
         try:
             yield
         finally:
-            self._depth -= 1
+            self._timing.pop()
             spent = time.perf_counter() - start
             self._seconds[stage] += spent
-            if self._depth == 1:
+            if self._timing[-1:] == ["load"]:
                 self._inside_load += spent
 
     def _require(self, state: State) -> None:

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 import reload_plugin
 from reload_plugin import progress
@@ -244,3 +245,18 @@ def test_ctrl_c_ends_the_bar_too(
     assert shown.getvalue().endswith("\n"), "the bar is still open"
     assert reload_plugin.status(model)[0].digest == before
     assert threading.active_count() <= threads
+
+
+def test_the_bar_of_a_partial_update_is_as_long_as_what_it_reads(
+    served: tuple[torch.nn.Module, dict[str, Path]], tmp_path: Path
+) -> None:
+    model, folders = served
+    reload_plugin.reload_weights(model, weights_path=str(folders["A"]))
+    name, tensor = next(iter(read_tensors(folders["B"]).items()))
+    save_file({name: tensor}, tmp_path / "update.safetensors")
+    with looking() as shown:
+        report = reload_plugin.reload_weights(
+            model, weights_path=str(tmp_path / "update.safetensors"), partial=True, progress=True
+        )
+    assert report.tensors < len(read_tensors(folders["A"]))
+    assert "100%" in shown.getvalue()

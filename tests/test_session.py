@@ -31,6 +31,7 @@ from reload_plugin import (
     results,
     staging,
 )
+from reload_plugin import session as session_module
 from reload_plugin.commit import Commit
 from reload_plugin.errors import (
     DuplicateWeightsError,
@@ -965,8 +966,9 @@ def test_the_report_accounts_for_what_came() -> None:
         assert report.staging_bytes >= 4 * 3 * 4
 
 
-def test_waiting_for_the_weights_is_told_from_loading_them() -> None:
+def test_waiting_for_the_weights_is_told_from_loading_them(monkeypatch: pytest.MonkeyPatch) -> None:
     asleep = 0.05
+    monkeypatch.setattr(session_module, "digest_of", lambda _: time.sleep(4 * asleep))
 
     def slowly() -> Iterator[tuple[str, torch.Tensor]]:
         for item in B.items():
@@ -980,6 +982,7 @@ def test_waiting_for_the_weights_is_told_from_loading_them() -> None:
         stages = {stage: report.seconds[stage] for stage in ("read", "load", "process", "commit")}
         assert stages["read"] >= len(B) * asleep
         assert sum(stages.values()) <= report.seconds["total"], "no second is counted twice"
+        assert stages["load"] > 0, "seconds of the commit are not taken from those of loading"
 
 
 def test_what_cannot_be_hashed_leaves_a_reload_without_a_digest(monkeypatch: pytest.MonkeyPatch) -> None:

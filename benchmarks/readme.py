@@ -1,0 +1,174 @@
+"""The tables of the README, from the JSON in `results`: `python benchmarks/readme.py`.
+
+Each stands between two comments there, `<!-- benchmark NAME -->` and `<!-- end -->`. What is between them is
+replaced.
+"""
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from document import NOTHING, WHENS, table, ways_of
+from machine import MIB
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+PLACE = re.compile(r"(<!-- benchmark (\w+) -->\n\n).*?(\n\n<!-- end -->)", re.DOTALL)
+
+
+def filled(text: str) -> str:
+    """The README with every table as the results say."""
+    return PLACE.sub(lambda found: found[1] + TABLES[found[2]](_report(found[2])) + found[3], text)
+
+
+def _report(name: str) -> dict[str, Any]:
+    report: dict[str, Any] = json.loads(
+        (RESULTS / f"{'main' if name == 'stages' else name}.json").read_text()
+    )
+    return report
+
+
+def _main(report: dict[str, Any]) -> str:
+    rows = []
+    for model, way, found in ways_of(report):
+        ours, own, under = found["ours"], found["vllm"], model["summary"]
+        size = f"{model['bytes'] / 1e9:.2f} GB, {model['tensors']:,} tensors"
+        for when in WHENS:
+            what = ", ".join(part for part in (model["name"], way, size) if part)
+            rows.append(
+                [
+                    what if when == "first" else "",
+                    when,
+                    _seconds(ours[when]),
+                    _judged(own, when),
+                    f"{_middle(under['floor'])} ({_middle(under['copy'])} + {_middle(under['process'])})",
+                    *(_times(found[f"{ratio}, {when}"]) for ratio in RATIOS),
+                    _extra(found, when),
+                ]
+            )
+    columns = ("model", "reload", "this plugin", "vLLM's own", "floor (copy + process)")
+    return table((*columns, *RATIOS.values(), "peak extra memory"), rows)
+
+
+RATIOS = {
+    "ours over floor": "ours ÷ floor",
+    "vllm over ours": "vLLM ÷ ours",
+    "restart over ours": "restart ÷ ours",
+}
+
+
+def _stages(report: dict[str, Any]) -> str:
+    """Where the time of a later reload goes."""
+    rows = []
+    for model, way, found in ways_of(report):
+        stages = found["ours"]["stages"]["later"]
+        if "read" in stages:  # told from loading since then
+            digest, total = stages.get("digest", 0.0), stages["total"]
+            parts = [stages["read"], stages["load"], stages["process"], stages["commit"] - digest, digest]
+            name = ", ".join(part for part in (model["name"], way) if part)
+            rows.append([name, *(f"{one:.3f}" for one in (*parts, total - sum(parts), total))])
+    columns = ("later reload, seconds", "read", "load", "process", "commit", "digest", "rest", "total")
+    return table(columns, rows)
+
+
+def _axis(report: dict[str, Any]) -> str:
+    """Tables whose models differ in their number of tensors, or of bytes."""
+    rows = []
+    for model, _, found in ways_of(report):
+        ours, own = found["ours"], found["vllm"]
+        plan = ours["stages"]["first"]["plan"]
+        rows.append(
+            [
+                f"{model['tensors']:,}" if report["axis"] == "tensors" else f"{model['bytes'] / 1e9:.2f} GB",
+                f"{_seconds(ours['first'])} (plan {plan:.2f})",
+                _seconds(ours["later"]),
+                _judged(own, "later"),
+                _middle(model["summary"]["floor"]),
+                *(_extra(found, when) for when in WHENS),
+            ]
+        )
+    extra = ("peak extra memory, first", "later")
+    return table((report["axis"], "first", "later", "later, vLLM's own", "floor", *extra), rows)
+
+
+def _ways(report: dict[str, Any]) -> str:
+    """Tables of one model that is reloaded in several ways."""
+    rows = []
+    for _, way, found in ways_of(report):
+        ours, own = found["ours"], found["vllm"]
+        rows.append([way, *(_seconds(ours[when]) for when in WHENS), _judged(own, "later"), _most(found)])
+    return table(("reload", "first", "later", "later, vLLM's own", "peak extra memory"), rows)
+
+
+def _order(report: dict[str, Any]) -> str:
+    rows = []
+    for _, way, found in ways_of(report):
+        comes, _, policy = way.partition(", ")
+        spilled = f"{(found['ours']['spilled'] or 0) / MIB:,.0f} MiB"
+        own = _judged(found["vllm"], "later") if policy == "auto" else ""
+        rows.append([f"`{policy}`", comes, _seconds(found["ours"]["later"]), own, _most(found), spilled])
+    columns = ("policy", "the weights come", "later reloads", "vLLM's own", "peak extra memory")
+    return table((*columns, "through a file"), rows)
+
+
+def _repeated(report: dict[str, Any]) -> str:
+    rows = []
+    for model, way, found in ways_of(report):
+        for side, label in (("ours", "this plugin"), ("vllm", "vLLM's own")):
+            each = ", ".join(f"{one['seconds']:.2f}" for one in model["runs"][way][side][0]["reloads"])
+            rows.append([label, each, f"{found[side]['grown'] / MIB:,.0f} MiB"])
+    return table(("side", "seconds of each reload of one process", "grown since the first"), rows)
+
+
+TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
+    "main": _main,
+    "stages": _stages,
+    "tensors": _axis,
+    "bytes": _axis,
+    "changed": _ways,
+    "disk": _ways,
+    "order": _order,
+    "repeated": _repeated,
+}
+
+
+# -- cells ----------------------------------------------------------------------------------------
+
+
+def _seconds(found: dict[str, float] | None) -> str:
+    return NOTHING if found is None else f"{found['median']:.2f} s [{found['min']:.2f}–{found['max']:.2f}]"
+
+
+def _middle(found: dict[str, float] | None) -> str:
+    return NOTHING if found is None else f"{found['median']:.2f}"
+
+
+def _times(value: float | None) -> str:
+    return NOTHING if value is None else f"{value:.1f}"
+
+
+def _judged(own: dict[str, Any], when: str) -> str:
+    """vLLM's own seconds, and whether its answers were right."""
+    wrong = "" if own[when] is None or own["verdict"] == "right" else f", **{own['verdict']}**"
+    return _seconds(own[when]) + wrong
+
+
+def _extra(found: dict[str, Any], when: str) -> str:
+    return f"{found['ours']['extra'][when] / MIB:,.0f} of {found['promised'] / MIB:,.0f} MiB"
+
+
+def _most(found: dict[str, Any]) -> str:
+    most = max(found["ours"]["extra"].values())
+    return f"{most / MIB:,.0f} of {found['promised'] / MIB:,.0f} MiB"
+
+
+def main() -> None:
+    """Write the tables into the README."""
+    readme = ROOT / "README.md"
+    readme.write_text(filled(readme.read_text()))
+
+
+if __name__ == "__main__":
+    main()
