@@ -15,6 +15,7 @@ COLUMNS = (
     "its answers",
     "engine restart",
     "floor (copy + process)",
+    "plain reads, new pages (read + process)",
     "ours ÷ floor",
     "vLLM ÷ ours",
     "restart ÷ ours",
@@ -24,7 +25,9 @@ COLUMNS = (
 )
 NOTE = (
     "Seconds are medians [least–most]. An engine restart runs from the start of a new process, imports "
-    "included, to an engine that takes requests; its first answer is not included. Peak extra memory is what "
+    "included, to an engine that takes requests; its first answer is not included. The floor copies mapped "
+    "files and processes into memory that is there; beside it stands what plain reads of the files take, and "
+    "processing each layer for the first time. Peak extra memory is what "
     "the process had resident at most (the kernel's VmHWM, mapped files included), less what it had before."
 )
 
@@ -71,6 +74,7 @@ def figures(model: dict[str, Any], way: dict[str, Any], when: str, device: bool)
         "right" if right else f"**{own['verdict']}**",
         seconds(found["restart"]),
         f"{seconds(found['floor'])} ({middle(found['copy'])} + {middle(found['process'])})",
+        plainly(found),
         times(way[f"ours over floor, {when}"]),
         times(way[f"vllm over ours, {when}"]),
         times(way[f"restart over ours, {when}"]),
@@ -185,6 +189,13 @@ def seconds(found: dict[str, float] | None) -> str:
 def middle(found: dict[str, float] | None) -> str:
     """The median alone."""
     return NOTHING if found is None else f"{found['median']:.3f}"
+
+
+def plainly(found: dict[str, Any]) -> str:
+    """Reading plainly and processing once, where that was measured."""
+    if found.get("plain") is None:
+        return NOTHING
+    return f"{middle(found['plain'])} ({middle(found['read'])} + {middle(found['once'])})"
 
 
 def times(value: float | None) -> str:

@@ -3,6 +3,9 @@
 *copy*: every byte of the checkpoint moved once, in one piece, onto the device that serves. *process*:
 `process_weights_after_loading` of every layer once, into pages the process already owns; page faults are half
 its cost otherwise. Both after `machine.keep_memory`.
+
+Beside it, what the same takes without warm pages and mapped files: *read*, the files by plain reads into one
+buffer, and *once*, the first time that each layer is processed.
 """
 
 import statistics
@@ -17,6 +20,8 @@ import numpy as np
 import torch
 
 TRIALS = 3
+PIECE = 2 * machine.MIB
+"""Bytes of one read."""
 
 
 def copy_seconds(folder: str | Path) -> float:
@@ -36,18 +41,33 @@ def copy_seconds(folder: str | Path) -> float:
     return statistics.median(times[1:])  # the first also maps the file
 
 
+def read_seconds(folder: str | Path) -> float:
+    """Median seconds to read the checkpoint's files from the page cache into one buffer, piece by piece."""
+    buffer = memoryview(bytearray(PIECE))
+    times = []
+    for _ in range(TRIALS):
+        started = time.perf_counter()
+        for path in Path(folder).glob("*.safetensors"):
+            with path.open("rb", buffering=0) as file:
+                while file.readinto(buffer):
+                    pass
+        times.append(time.perf_counter() - started)
+    return statistics.median(times)
+
+
 class TimedProcessing:
     """While entered, an engine that starts processes each layer several times.
 
-    `seconds` sums the fastest of each, `layers` counts them. That covers what vLLM processes at the end, what
-    it quantizes while loading, attention layers and the model's own hook. Before each trial after the first
-    everything is put back: the layers and their helper objects. A trial that did not do the same as the first
-    (because something remembered that it was done) is an error. The engine that comes out has to answer as
-    any other: ask it.
+    `seconds` sums the fastest trial of each, `once` the first, `layers` counts them. That covers what
+    vLLM processes at the end, what it quantizes while loading, attention layers and the model's own hook.
+    Before each trial after the first everything is put back: the layers and their helper objects. A trial
+    that did not do the same as the first (because something remembered that it was done) is an error. The
+    engine that comes out has to answer as any other: ask it.
     """
 
     def __init__(self) -> None:
         self.seconds = 0.0
+        self.once = 0.0
         self.layers = 0
         self._inside = False
         self._wrapped: dict[int, Any] = {}
@@ -106,7 +126,9 @@ class TimedProcessing:
                 for layer in item.modules()
             ]
             with self._alone():
-                self.seconds += min(_trials(lambda: process(*arguments), _helpers([owner, *layers])))
+                times = _trials(lambda: process(*arguments), _helpers([owner, *layers]))
+            self.seconds += min(times)
+            self.once += times[0]
             self.layers += 1
 
         return repeat

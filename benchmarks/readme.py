@@ -44,11 +44,19 @@ def _main(report: dict[str, Any]) -> str:
                     _seconds(ours[when]),
                     _judged(own, when),
                     f"{_middle(under['floor'])} ({_middle(under['copy'])} + {_middle(under['process'])})",
+                    _plain(under),
                     *(_times(found[f"{ratio}, {when}"]) for ratio in RATIOS),
                     _extra(found, when),
                 ]
             )
-    columns = ("model", "reload", "this plugin", "vLLM's own", "floor (copy + process)")
+    columns = (
+        "model",
+        "reload",
+        "this plugin",
+        "vLLM's own",
+        "floor (copy + process)",
+        "plain (read + process)",
+    )
     return table((*columns, *RATIOS.values(), "peak extra memory"), rows)
 
 
@@ -139,6 +147,13 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
 
 def _seconds(found: dict[str, float] | None) -> str:
     return NOTHING if found is None else f"{found['median']:.2f} s [{found['min']:.2f}–{found['max']:.2f}]"
+
+
+def _plain(under: dict[str, Any]) -> str:
+    """Plain reads, and every layer processed for the first time, where that was measured."""
+    if under.get("plain") is None:
+        return NOTHING
+    return f"{_middle(under['plain'])} ({_middle(under['read'])} + {_middle(under['once'])})"
 
 
 def _middle(found: dict[str, float] | None) -> str:

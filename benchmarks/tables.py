@@ -287,8 +287,10 @@ def summary(measured: dict[str, Any]) -> dict[str, Any]:
     everything = [run for sides in runs.values() for side in sides.values() for run in side]
     floors = [run["floor"] for run in everything if "floor" in run]
     starts = [run["ready"] for sides in runs.values() for run in sides.get("vllm", [])]
-    result: dict[str, Any] = {part: spread([one[part] for one in floors]) for part in ("copy", "process")}
+    parts = ("copy", "process", "read", "once")
+    result: dict[str, Any] = {part: spread([one[part] for one in floors]) for part in parts}
     result["floor"] = spread([one["copy"] + one["process"] for one in floors])
+    result["plain"] = spread([one["read"] + one["once"] for one in floors])
     result["restart"] = spread([seconds for seconds in starts if seconds is not None])
     result["ways"] = {
         name: _of_way(sides["ours"], runs[measured["beside"][name]]["vllm"], result, measured)

@@ -184,19 +184,20 @@ def profile_reload(llm: Any, steps: list[dict[str, Any]]) -> str:
 
 
 def time_floor(folder: str, options: Mapping[str, Any]) -> dict[str, Any]:
-    """Seconds of the two parts of the floor, and what the engine answers that was processed several times."""
+    """Seconds of the parts of the floor, and what the engine answers that was processed several times."""
     if is_ours():
         from reload_plugin import plugin
 
         plugin.unregister()  # vLLM's processing, and nothing that watches it
     machine.keep_memory()
     machine.warm_up(folder)
-    copy = floor.copy_seconds(folder)
+    copy, read = floor.copy_seconds(folder), floor.read_seconds(folder)
     with floor.TimedProcessing() as processing, start(folder, options) as llm:
         answer = engine.answer(llm)
     if is_ours():
         plugin.register()  # for the next job of this process, if it gets one
-    return {"copy": copy, "process": processing.seconds, "layers": processing.layers, "answer": answer}
+    seconds = {"copy": copy, "process": processing.seconds, "read": read, "once": processing.once}
+    return seconds | {"layers": processing.layers, "answer": answer}
 
 
 def start(folder: str, options: Mapping[str, Any]) -> Any:

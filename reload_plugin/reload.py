@@ -405,7 +405,9 @@ def _partially(model: nn.Module, record: ModelRecord, top: Source, chosen: Reloa
         asked = chosen.model_copy(update={"partial": False, "keep_load_format": None})
         try:
             report = _from_source(model, record, whole, asked, None if record.entangled else changed)
-        except EntangledError as error:
+        except ReloadError as error:
+            if not isinstance(error, EntangledError) and not isinstance(error.__cause__, EntangledError):
+                raise  # the cause, where layers were committed already and nobody was to bring them back
             logger.info("The partial update is done once more, with all layers: %s", error)
             record.entangled = True
             report = _from_source(model, record, whole, asked)

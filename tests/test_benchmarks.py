@@ -99,7 +99,10 @@ class Answers:
         result["graphs"] = self._wrong.get("graphs", [0, 0])
         if job.get("floor_of"):
             answer = self._wrong.get("floor", f"the answer of {job['floor_of']}")
-            result["floor"] = {"copy": 0.1, "process": 0.2, "layers": 3, "answer": answer}
+            result["floor"] = {"copy": 0.1, "process": 0.2, "read": 0.3, "once": 0.5} | {
+                "layers": 3,
+                "answer": answer,
+            }
         return result
 
     def _reload(self, step: dict[str, Any], plugin: bool) -> dict[str, Any]:
@@ -120,6 +123,7 @@ def measured(imported: Callable[[str], ModuleType], root: Path, table: str = "di
 def test_right_answers_are_summed_up(imported: Callable[[str], ModuleType], tmp_path: Path) -> None:
     found = measured(imported, tmp_path)["summary"]
     assert found["floor"]["median"] == pytest.approx(0.3)
+    assert found["plain"]["median"] == pytest.approx(0.8)
     assert found["restart"]["median"] == 9
     assert found["ways"]["cold"]["ours over floor, later"] == pytest.approx(2)
     assert found["ways"]["warm"]["ours"]["later"]["count"] == 5

@@ -12,6 +12,7 @@ from torch import nn
 import reload_plugin
 from reload_plugin.errors import PartialUpdateError, ReloadError
 from reload_plugin.record import record_of
+from reload_plugin.reload import before_serving
 from tests import oracle
 from tests.checkpoints import read_tensors
 from tests.test_session import A, B, Hooked, Method, Model, Packing, cold, identities, registered, values
@@ -57,8 +58,9 @@ def mixture() -> dict[str, torch.Tensor]:
     return A | {"first.weight": B["first.weight"]}
 
 
-def update(model: nn.Module) -> reload_plugin.ReloadReport:
-    return reload_plugin.reload_weights(model, iter([("first.weight", B["first.weight"])]), partial=True)
+def update(model: nn.Module, **how: object) -> reload_plugin.ReloadReport:
+    weights = iter([("first.weight", B["first.weight"])])
+    return reload_plugin.reload_weights(model, weights, partial=True, **how)
 
 
 def keep(model: nn.Module) -> None:
@@ -108,8 +110,9 @@ def test_a_layer_that_shares_a_weight_with_one_that_changes_is_loaded_too() -> N
     assert values(model) == values(cold(Sharing, ours))
 
 
+@pytest.mark.parametrize("policy", ["auto", "streaming"])
 @pytest.mark.parametrize("act", [label, replace_helper])
-def test_layers_that_change_others_are_seen_and_all_are_loaded(act: Act) -> None:
+def test_layers_that_change_others_are_seen_and_all_are_loaded(act: Act, policy: str) -> None:
     make = entangled(Packing, act)
     model = cold(make, A)
     keep(model)
@@ -118,7 +121,8 @@ def test_layers_that_change_others_are_seen_and_all_are_loaded(act: Act) -> None
         record = record_of(model)
         assert record is not None
         assert record.entangled == tried
-        report = update(model)
+        report = update(model, policy=policy)
+        before_serving()
         assert report.tensors == len(A)
         assert values(model) == values(cold(make, mixture()))
         assert identities(model) == places
