@@ -48,26 +48,39 @@ def copy_kernel_format(
         raise weights_error(source, SERVES_OLD, **offenders)
     if record.vote is not None:
         record.vote(None)
+    nbytes, names = sum(tensor.nbytes for tensor in staged.values()), list(staged)
     with torch.inference_mode(False), torch.no_grad():
-        for name, tensor in staged.items():
-            served[name].copy_(tensor)
+        _copy_all(staged, served)
     digest = digest_of(record) if chosen.digest else None
     record.serving = Serving(record.serving.version + 1, chosen.weight_version, source, digest)
     replace_last_good(record, None)
-    nbytes = sum(t.numel() * t.element_size() for t in staged.values())
     return ReloadReport(
         source=source,
         policy="staged",
-        tensors=len(staged),
+        tensors=len(names),
         nbytes=nbytes,
-        replayed=len(staged),
-        layers=len({name.rpartition(".")[0] for name in staged}),
+        replayed=len(names),
+        layers=len({name.rpartition(".")[0] for name in names}),
         staging_bytes=nbytes,
         seconds={"total": time.perf_counter() - started},
         version=record.serving.version,
         weight_version=chosen.weight_version,
         digest=digest,
     )
+
+
+def _copy_all(staged: dict[str, torch.Tensor], served: dict[str, torch.Tensor]) -> None:
+    """Copy all or none; ``staged`` is used up. Takes memory for one more tensor."""
+    before: list[tuple[torch.Tensor, torch.Tensor]] = []
+    try:
+        for name in list(staged):
+            target = served[name]
+            before.append((target, target.clone()))
+            target.copy_(staged.pop(name))
+    except BaseException:
+        for target, values in reversed(before):  # two names may stand for one memory
+            target.copy_(values)
+        raise
 
 
 def _served(model: nn.Module) -> dict[str, torch.Tensor]:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import reload_plugin
 from reload_plugin import errors, plugin
@@ -114,3 +115,36 @@ def test_a_kernel_format_in_a_closure_is_refused() -> None:
     with pytest.raises(errors.KernelFormatError, match="closures or native handles"):
         push(model, ("weight", torch.zeros(3, 4)))
     assert torch.equal(model.weight.data, torch.arange(12.0).reshape(3, 4))
+
+
+class FailingCopy(TorchDispatchMode):
+    """The ``count``-th copy raises after it has written something; those after it work."""
+
+    def __init__(self, count: int) -> None:
+        super().__init__()
+        self.left = count
+
+    def __torch_dispatch__(
+        self, func: object, types: object, args: tuple = (), kwargs: object = None
+    ) -> object:
+        if func is torch.ops.aten.copy_.default:
+            self.left -= 1
+            if self.left == 0:
+                args[0].fill_(-1)
+                raise RuntimeError("the device is gone")
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_a_copy_that_fails_half_way_is_undone(count: int) -> None:
+    model = served()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    new = [(name, torch.randn_like(t)) for name, t in before.items()]
+    with (
+        pytest.raises(errors.ReloadError, match=r"the device is gone.*serves what it served before"),
+        FailingCopy(count),
+    ):
+        push(model, *new)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    push(model, *new)
+    assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in new)
