@@ -40,7 +40,7 @@ def expected(
     if plan is not None:
         names, routes = plan.names_of_group, plan.routes
     else:
-        names, routes = record.learnt or {}, _known_routes(record, whole_model)
+        names, routes = record.learnt or {}, known_routes(record, whole_model)
     return Expected(
         names, plan is not None, routes, _was_written(model, record), _start_shapes(model, record)
     )
@@ -137,7 +137,8 @@ def _of_start(model: nn.Module, record: ModelRecord) -> Expected:
     return Expected(was_written=_was_written(model, record), start_shapes=_start_shapes(model, record))
 
 
-def _known_routes(record: ModelRecord, whole_model: bool) -> Routes | None:
+def known_routes(record: ModelRecord, whole_model: bool = False) -> Routes | None:
+    """Where weights go, if it was learnt and experts have not moved since."""
     known: Routes | None = record.routes
     return known if known is not None and not whole_model and known.key == placement(record) else None
 

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator
 from torch import nn
 
 from .errors import PartialUpdateError, SourceError, weights_error
-from .generation import can_bring_back, expected, session_for, whole_or_broken
+from .generation import can_bring_back, expected, known_routes, session_for, whole_or_broken
 from .interrupts import between
 from .ledger import Expected
 from .options import ReloadOptions
@@ -44,8 +44,23 @@ def laid_over(
         WeightsError: some of ``top`` do not fit.
 
     """
-    plan = _plan_of(model, record, top)
-    return Overlay(base, top), frozenset(plan.names_of_group)
+    changed = _known_groups(record, top)
+    if changed is None:
+        changed = frozenset(_plan_of(model, record, top).names_of_group)
+    return Overlay(base, top), changed
+
+
+def _known_groups(record: ModelRecord, top: Source) -> frozenset[str] | None:
+    """The groups that weights go to, if weights like them came with the last good reload."""
+    routes, infos = known_routes(record), {info.name: info for info in top.infos() or ()}
+    for name, info in infos.items():
+        route = routes.of.get(name) if routes is not None else None
+        if route is None or (route.shape, route.dtype) != (info.shape, info.dtype):
+            return None
+    found = {
+        group: names for group, names in (record.learnt or {}).items() if not names.isdisjoint(infos.keys())
+    }
+    return frozenset(found) if found and infos.keys() <= frozenset().union(*found.values()) else None
 
 
 def groups_to_load(record: ModelRecord, plan: Plan, changed: frozenset[str]) -> frozenset[str] | None:

@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 import reload_plugin
+from reload_plugin import partial
 from reload_plugin.errors import PartialUpdateError, ReloadError
 from reload_plugin.record import record_of
 from reload_plugin.reload import before_serving
@@ -68,12 +69,16 @@ def keep(model: nn.Module) -> None:
     reload_plugin.reload_weights(model, iter(A.items()), keep_load_format="host")
 
 
-def test_only_layers_that_get_other_weights_are_loaded() -> None:
+def test_only_layers_that_get_other_weights_are_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    traced: list[object] = []
+    plain = partial.make_plan
+    monkeypatch.setattr(partial, "make_plan", lambda *args: traced.append(args) or plain(*args))
     model = cold(lambda: Model(Packing), A)
     keep(model)
     places = identities(model)
-    for _ in range(2):
+    for turn in range(3):
         report = update(model)
+        assert len(traced) == 1, f"where weights go is known from the first update on, {turn}"
         assert (report.tensors, report.companions) == (1, 0)
         assert values(model) == values(cold(lambda: Model(Packing), mixture()))
         assert identities(model) == places
