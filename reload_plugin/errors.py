@@ -13,6 +13,7 @@
     │   ├── MisshapenWeightsError  wrong shape, a cast that would lose everything, not a tensor
     │   └── NonFiniteWeightsError  NaN or infinite values, where the caller asked for a check
     ├── PartialUpdateError         the weights beside the ones sent cannot be kept; lists what to send
+    │   └── EntangledError         processing the layers sent changes others as well
     ├── ProcessingError            process_weights_after_loading raised on the new weights
     ├── KernelFormatError          weights in kernel format that do not match it exactly
     ├── RanksDisagreeError         another rank failed or did not answer, so no rank committed
