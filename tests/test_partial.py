@@ -10,17 +10,22 @@ from safetensors.torch import save_file
 from torch import nn
 
 import reload_plugin
-from reload_plugin import partial
+from reload_plugin import partial, plugin
 from reload_plugin.errors import PartialUpdateError, ReloadError
 from reload_plugin.record import record_of
 from reload_plugin.reload import before_serving
 from tests import oracle
 from tests.checkpoints import read_tensors
-from tests.test_session import A, B, Hooked, Method, Model, Packing, cold, identities, registered, values
+from tests.test_session import A, B, Hooked, Method, Model, Packing, cold, identities, values
 from tests.zoo import case_named
 
-assert registered, "the plugin is registered for this module too"
 Act = Callable[[nn.Module, torch.Tensor], None]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def registered() -> None:
+    """And it stays: an engine that a later module starts in this process would not do it again."""
+    plugin.register()
 
 
 def label(other: nn.Module, weight: torch.Tensor) -> None:

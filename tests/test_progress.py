@@ -240,8 +240,12 @@ def test_ctrl_c_ends_the_bar_too(
         return plain(self)
 
     monkeypatch.setattr(progress._Counted, "__next__", interrupted)
-    with looking() as shown, pytest.raises(KeyboardInterrupt):
-        reload_plugin.reload_weights(model, weights_path=str(folders["B"]), progress=True, policy="host")
+    before_us = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in the background
+    try:
+        with looking() as shown, pytest.raises(KeyboardInterrupt):
+            reload_plugin.reload_weights(model, weights_path=str(folders["B"]), progress=True, policy="host")
+    finally:
+        signal.signal(signal.SIGINT, before_us)
     assert shown.getvalue().endswith("\n"), "the bar is still open"
     assert reload_plugin.status(model)[0].digest == before
     assert threading.active_count() <= threads
