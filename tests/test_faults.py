@@ -8,7 +8,7 @@ from tests import faults
 from tests.faults import ENGINES, KINDS, Kind, Lab
 from tests.zoo import case_named
 
-MOST = 21
+MOST = 13
 """Places of each kind; `python -m tests.faults` tries all of them."""
 GROWTH = 64 << 20
 """Bytes that a process may have grown by after some thousand failed reloads of models of 1 MB."""
