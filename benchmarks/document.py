@@ -15,7 +15,7 @@ COLUMNS = (
     "its answers",
     "engine restart",
     "floor (copy + process)",
-    "plain reads, new pages (read + process)",
+    "plain reads, processed once (read + process)",
     "ours ÷ floor",
     "vLLM ÷ ours",
     "restart ÷ ours",
@@ -26,8 +26,8 @@ COLUMNS = (
 NOTE = (
     "Seconds are medians [least–most]. An engine restart runs from the start of a new process, imports "
     "included, to an engine that takes requests; its first answer is not included. The floor copies mapped "
-    "files and processes into memory that is there; beside it stands what plain reads of the files take, and "
-    "processing each layer for the first time. Peak extra memory is what "
+    "files and processes into memory that is there; beside it stands what plain reads of the files take, "
+    "into one small buffer, and processing each layer for the first time. Peak extra memory is what "
     "the process had resident at most (the kernel's VmHWM, mapped files included), less what it had before."
 )
 

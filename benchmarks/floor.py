@@ -4,8 +4,8 @@
 `process_weights_after_loading` of every layer once, into pages the process already owns; page faults are half
 its cost otherwise. Both after `machine.keep_memory`.
 
-Beside it, what the same takes without warm pages and mapped files: *read*, the files by plain reads into one
-buffer, and *once*, the first time that each layer is processed.
+Beside it, what is nearer to a reload: *read*, the files by plain reads into one small buffer, and *once*, the
+first time that each layer is processed, when its values are in no cache.
 """
 
 import statistics
