@@ -179,28 +179,29 @@ def table(columns: tuple[str, ...], rows: list[list[str]]) -> str:
     )
 
 
-def seconds(found: dict[str, float] | None) -> str:
+def seconds(found: dict[str, float] | None, digits: int = 3) -> str:
     """Median and extremes."""
     if found is None:
         return NOTHING
-    return f"{found['median']:.3f} s [{found['min']:.3f}–{found['max']:.3f}]"
+    return f"{middle(found, digits)} s [{found['min']:.{digits}f}–{found['max']:.{digits}f}]"
 
 
-def middle(found: dict[str, float] | None) -> str:
+def middle(found: dict[str, float] | None, digits: int = 3) -> str:
     """The median alone."""
-    return NOTHING if found is None else f"{found['median']:.3f}"
+    return NOTHING if found is None else f"{found['median']:.{digits}f}"
 
 
-def plainly(found: dict[str, Any]) -> str:
+def plainly(found: dict[str, Any], digits: int = 3) -> str:
     """Reading plainly and processing once, where that was measured."""
     if found.get("plain") is None:
         return NOTHING
-    return f"{middle(found['plain'])} ({middle(found['read'])} + {middle(found['once'])})"
+    plain, read, once = (middle(found[part], digits) for part in ("plain", "read", "once"))
+    return f"{plain} ({read} + {once})"
 
 
-def times(value: float | None) -> str:
+def times(value: float | None, digits: int = 2) -> str:
     """A ratio."""
-    return NOTHING if value is None else f"{value:.2f}"
+    return NOTHING if value is None else f"{value:.{digits}f}"
 
 
 def mib(value: int | None) -> str:

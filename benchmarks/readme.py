@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from document import NOTHING, WHENS, table, ways_of
+from document import WHENS, middle, plainly, seconds, table, times, ways_of
 from machine import MIB
 
 ROOT = Path(__file__).parents[1]
@@ -44,8 +44,8 @@ def _main(report: dict[str, Any]) -> str:
                     _seconds(ours[when]),
                     _judged(own, when),
                     f"{_middle(under['floor'])} ({_middle(under['copy'])} + {_middle(under['process'])})",
-                    _plain(under),
-                    *(_times(found[f"{ratio}, {when}"]) for ratio in RATIOS),
+                    plainly(under, 2),
+                    *(times(found[f"{ratio}, {when}"], 1) for ratio in RATIOS),
                     _extra(found, when),
                 ]
             )
@@ -146,22 +146,11 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
 
 
 def _seconds(found: dict[str, float] | None) -> str:
-    return NOTHING if found is None else f"{found['median']:.2f} s [{found['min']:.2f}–{found['max']:.2f}]"
-
-
-def _plain(under: dict[str, Any]) -> str:
-    """Plain reads, and every layer processed for the first time, where that was measured."""
-    if under.get("plain") is None:
-        return NOTHING
-    return f"{_middle(under['plain'])} ({_middle(under['read'])} + {_middle(under['once'])})"
+    return seconds(found, 2)
 
 
 def _middle(found: dict[str, float] | None) -> str:
-    return NOTHING if found is None else f"{found['median']:.2f}"
-
-
-def _times(value: float | None) -> str:
-    return NOTHING if value is None else f"{value:.1f}"
+    return middle(found, 2)
 
 
 def _judged(own: dict[str, Any], when: str) -> str:

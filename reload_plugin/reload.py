@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -314,8 +314,11 @@ def _from_source(
     source: Source,
     chosen: ReloadOptions,
     changed: frozenset[str] | None = None,
+    sent: Collection[str] = (),
 ) -> ReloadReport:
-    """``changed``: the groups whose weights are others than those that are served; None for any."""
+    """``changed``: the groups whose weights are others than those that are served, None for any; ``sent``:
+    the names of those weights.
+    """
     if chosen.partial:
         return _partially(model, record, source, chosen)
     started = time.perf_counter()
@@ -329,7 +332,7 @@ def _from_source(
     if plan is not None and changed is not None and not chosen.whole_model:
         groups = groups_to_load(record, plan, changed)
         known = known.only(groups)
-        wanted = frozenset().union(*known.names_of_group.values())
+        wanted = frozenset(sent).union(*known.names_of_group.values())
         order = order if groups is None else tuple(name for name in plan.order if name in wanted)
     with _keeping(chosen, source.description) as kept:
         ordered = getattr(source, "in_order", True)
@@ -393,7 +396,7 @@ def _require_one_rank(record: ModelRecord, policy: str) -> None:
 
 def _partially(model: nn.Module, record: ModelRecord, top: Source, chosen: ReloadOptions) -> ReloadReport:
     """Change the weights that ``top`` holds and no others. All or nothing."""
-    sent = len(top.infos() or ())
+    sent = {info.name for info in top.infos() or ()}
     try:
         base = base_of(model, record)
         if base is None:
@@ -404,7 +407,7 @@ def _partially(model: nn.Module, record: ModelRecord, top: Source, chosen: Reloa
         whole, changed = laid_over(model, record, base, top)
         asked = chosen.model_copy(update={"partial": False, "keep_load_format": None})
         try:
-            report = _from_source(model, record, whole, asked, None if record.entangled else changed)
+            report = _from_source(model, record, whole, asked, None if record.entangled else changed, sent)
         except ReloadError as error:
             if not isinstance(error, EntangledError) and not isinstance(error.__cause__, EntangledError):
                 raise  # the cause, where layers were committed already and nobody was to bring them back
@@ -416,7 +419,7 @@ def _partially(model: nn.Module, record: ModelRecord, top: Source, chosen: Reloa
         raise
     with contextlib.suppress(SourceError):  # else both stay, one over the other
         record.last_good = absorbed(whole, chosen.spill_dir)
-    return report.model_copy(update={"partial": True, "companions": report.tensors - sent})
+    return report.model_copy(update={"partial": True, "companions": report.tensors - len(sent)})
 
 
 def _session(

@@ -190,3 +190,15 @@ def test_some_weights_at_a_time_come_to_what_all_at_once_do(name: str, tmp_path:
             assert report.digest == whole.digest, "what native handles were made of"
         assert fewest < len(ours)
         assert not record_of(model).entangled
+
+
+def test_a_weight_that_nobody_uses_is_no_companion(tmp_path: Path) -> None:
+    case = case_named("llama_tied")
+    folders = oracle.write(case, tmp_path)
+    unused = "model.layers.0.self_attn.rotary_emb.inv_freq"
+    some = {"model.norm.weight": read_tensors(folders["B"])["model.norm.weight"], unused: torch.ones(4)}
+    with oracle.built(case, folders["A"]) as model:
+        report = reload_plugin.reload_weights(model, iter(some.items()), partial=True)
+        companions = report.tensors - len(some)
+        assert report.companions == companions >= 0
+        assert unused in report.ignored
