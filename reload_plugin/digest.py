@@ -5,9 +5,8 @@ from __future__ import annotations
 import logging
 
 import torch
-import xxhash
 
-from .hashing import add_tensor
+from .hashing import Hash
 from .holders import Contents, holds_nothing, owns_native, reachable, read
 from .record import HolderRecord, ModelRecord, TensorRecord
 from .tensors import storage_id
@@ -35,17 +34,17 @@ def digest_of(record: ModelRecord) -> str | None:
                 held = holder.ref()
                 if held is not None:
                     book.add_holder(f"{layer.name}.{holder.path}", holder, read(held))
+        return book.close()
     except Exception as error:  # noqa: BLE001 - tensors of any kind; no digest is worth a failed reload
         logger.warning("What is served has no digest: %s: %s", type(error).__name__, error)
         return None
-    return book.close()
 
 
 class _Book:
     """Adds up one model, each tensor's values once."""
 
     def __init__(self, record: ModelRecord) -> None:
-        self._total = xxhash.xxh3_128()
+        self._total = Hash()
         self._handles = record.handles
         self._found: set[int] = set()
         self._known = True
@@ -56,7 +55,7 @@ class _Book:
         """The digest; forgets handles that the model no longer holds."""
         for gone in self._handles.keys() - self._found:
             del self._handles[gone]
-        return self._total.hexdigest() if self._known else None
+        return self._total.digest().hex() if self._known else None
 
     def add_holder(self, path: str, holder: HolderRecord, contents: Contents) -> None:
         for key in holder.keys:
@@ -65,7 +64,7 @@ class _Book:
             value, constructed = contents[key], holder.constructed.get(key)
             if holds_nothing(type(value)):
                 if isinstance(value, (bool, int, float)):
-                    self._total.update(f"{path}.{key[1]} {value!r};".encode())
+                    self._total.add_text(f"{path}.{key[1]} {value!r};")
                 continue
             replaced = isinstance(constructed, TensorRecord) and constructed.ref() is not value
             table = replaced and constructed.is_table  # type: ignore[union-attr]
@@ -75,7 +74,7 @@ class _Book:
     def _add(self, path: str, value: object) -> None:
         for found in (value,) if isinstance(value, torch.Tensor) else reachable(value):
             if isinstance(found, torch.Tensor):
-                self._total.update(f"{path};".encode())
+                self._total.add_text(f"{path};")
                 if not self._is_handle(found):
                     self._add_tensor(path, found)
             elif owns_native(found):
@@ -91,7 +90,7 @@ class _Book:
             return False
         self._found.add(handle)
         self._known &= made_of is not None
-        self._total.update(made_of or b"")
+        self._total.add_digest(made_of or b"")
         return True
 
     def _add_tensor(self, path: str, tensor: torch.Tensor) -> None:
@@ -99,6 +98,6 @@ class _Book:
         place = (stored, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()) if stored else None
         before = self._seen.setdefault(place, path) if place is not None and tensor.numel() else path
         if before != path:
-            self._total.update(f"as {before};".encode())
+            self._total.add_text(f"as {before};")
         else:
-            add_tensor(self._total, tensor)
+            self._total.add_tensor(tensor)

@@ -1,6 +1,6 @@
 """Hashing the values of tensors, where they are.
 
-Memory of the CPU goes through XXH3 (128 bits; 20 GB/s and more on one core). On any other device
+Memory of the CPU goes through XXH3 (128 bits), piece by piece, on all cores. On any other device
 each tensor becomes a few words there, by sums that depend on the position of every word, and only those
 come to the host. So digests of one engine are compared with those of engines on the same kind of device.
 """
@@ -8,33 +8,84 @@ come to the host. So digests of one engine are compared with those of engines on
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 import xxhash
 
+from .team import share
 from .tensors import wraps_others
 
+_PIECE = 1 << 20
+"""Bytes of host memory that have a digest of their own."""
+_WIDTH = xxhash.xxh3_128().digest_size
+_WORTH_SHARING = 4 << 20
+"""Bytes from which on a team hashes: its threads have to wait for one another at the end."""
 _CHUNK = 1 << 22
 """Words that are multiplied and summed at a time on a device: 32 MiB of temporary memory, twice."""
 
 
-def add_tensor(total: xxhash.xxh3_128, tensor: torch.Tensor) -> None:
-    """Add dtype, shape, strides and values of ``tensor``; a wrapper subclass counts as its parts."""
-    if wraps_others(type(tensor)):
-        names, context = tensor.__tensor_flatten__()  # type: ignore[attr-defined]
-        total.update(f"{type(tensor).__name__} {names} {context!r};".encode())
-        for name in names:
-            add_tensor(total, getattr(tensor, name))
-        return
-    total.update(f"{tensor.dtype} {tuple(tensor.shape)} {tensor.stride()};".encode())
-    if tensor.is_meta or not tensor.numel() or not tensor.untyped_storage().nbytes():
-        return  # no values: on meta, empty, or its memory was given back
-    for part in _contiguous_parts(tensor.detach()):
-        if part.device.type == "cpu":
-            total.update(_bytes_of(part).numpy().data)
-        else:
-            total.update(device_sums(part).cpu().numpy().data)
+class Hash:
+    """XXH3-128 of a sequence of texts and tensors, the same however many cores hash it.
+
+    Values in host memory are hashed at the end, all at once; they have to stay as they are until then.
+    """
+
+    def __init__(self) -> None:
+        self._parts: list[bytes | list[memoryview]] = []
+        """Texts and digests, and pieces of memory whose digests are to stand in their place."""
+
+    def add_text(self, text: str) -> None:
+        self._parts.append(text.encode())
+
+    def add_digest(self, digest: bytes) -> None:
+        self._parts.append(digest)
+
+    def add_tensor(self, tensor: torch.Tensor) -> None:
+        """Add dtype, shape, strides and values of ``tensor``; a wrapper subclass counts as its parts."""
+        if wraps_others(type(tensor)):
+            names, context = tensor.__tensor_flatten__()  # type: ignore[attr-defined]
+            self.add_text(f"{type(tensor).__name__} {names} {context!r};")
+            for name in names:
+                self.add_tensor(getattr(tensor, name))
+            return
+        self.add_text(f"{tensor.dtype} {tuple(tensor.shape)} {tensor.stride()};")
+        if tensor.is_meta or not tensor.numel() or not tensor.untyped_storage().nbytes():
+            return  # no values: on meta, empty, or its memory was given back
+        for part in _contiguous_parts(tensor.detach()):
+            if part.device.type != "cpu":
+                self._parts.append(device_sums(part).cpu().numpy().tobytes())
+                continue
+            values = _bytes_of(part).numpy().data
+            pieces = [values[start : start + _PIECE] for start in range(0, len(values), _PIECE)]
+            copied = part.untyped_storage().data_ptr() != tensor.untyped_storage().data_ptr()
+            self._parts.append(_digests_of(pieces) if copied else pieces)
+
+    def digest(self) -> bytes:
+        """The digest of all that was added."""
+        waiting = [number for number, part in enumerate(self._parts) if not isinstance(part, bytes)]
+        pieces = [piece for number in waiting for piece in self._parts[number]]
+        digests = _digests_of(pieces)  # type: ignore[arg-type]
+        end = 0
+        for number in waiting:
+            start, end = end, end + len(self._parts[number]) * _WIDTH
+            self._parts[number] = digests[start:end]
+        return xxhash.xxh3_128_digest(b"".join(self._parts))  # type: ignore[arg-type]
+
+
+def _digests_of(pieces: Sequence[memoryview]) -> bytes:
+    """The digests of pieces of host memory, one behind the other. All cores hash, if that is worth it."""
+    digests = [b""] * len(pieces)
+
+    def hash_piece(number: int) -> None:
+        digests[number] = xxhash.xxh3_128_digest(pieces[number])
+
+    if sum(map(len, pieces)) >= _WORTH_SHARING:
+        share(hash_piece, len(pieces))
+    else:
+        for number in range(len(pieces)):
+            hash_piece(number)
+    return b"".join(digests)
 
 
 def _contiguous_parts(tensor: torch.Tensor) -> Iterator[torch.Tensor]:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from .load import Loaded, Problems, Slot
+from .load import Loaded, Problems
 from .record import ModelRecord
 from .routes import Route, Routes
 from .sources import Landed
@@ -203,13 +203,13 @@ class Ledger:
     # -- the account ------------------------------------------------------------------------------
 
     def settle(self) -> None:
-        """Bring coverage and slots up to date, for the layers that are not complete yet."""
+        """Bring coverage up to date, for the layers that are not complete yet."""
         for name, route in self._unsettled():
             for write in route.writes or ():
                 storage = self.storage_of(write.parameter)
                 if not storage.closed:
-                    region = storage.coverage.add(write.target)
-                    self.loaded.slots.setdefault(name, []).append(Slot(name, write.parameter, region))
+                    storage.coverage.add(write.target)
+                    self.loaded.note_written(name, write.parameter)
         self._routed, self._settled = [], len(self.loaded.landed)
         for name in self._problems.misshapen:
             # It came and did not fit: not missing as well, where its place is known.
@@ -245,8 +245,8 @@ class Ledger:
         return {group: frozenset(names) for group, names in found.items()}
 
     def _destinations(self) -> Iterator[tuple[str, str]]:
-        for name, slots in self.loaded.slots.items():
-            yield from ((name, slot.parameter) for slot in slots)
+        for name, parameters in self.loaded.written.items():
+            yield from ((name, parameter) for parameter in parameters)
         for name, route in self.arrived.items():
             yield from ((name, write.parameter) for write in route.writes or ())
 

@@ -7,6 +7,7 @@ first touch, completeness by identity, and a guard over the served tensors in on
 
 from __future__ import annotations
 
+import functools
 import re
 import sys
 import time
@@ -20,7 +21,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from .errors import ReloadError, SourceError
-from .formats import SMALL_BYTES, Box, Geometry, shared
+from .formats import SMALL_BYTES, Geometry, shared
 from .interrupts import let_through
 from .routes import Route, Write
 from .sources import Landed
@@ -46,15 +47,6 @@ class RejectedWeightError(Exception):
     """Stops a loader at a weight that does not fit; the reason is already noted."""
 
 
-@dataclass(frozen=True, slots=True)
-class Slot:
-    """One place a checkpoint tensor is written to. ``region`` is None where it is not a box."""
-
-    weight: str
-    parameter: str
-    region: Box | None
-
-
 @dataclass
 class Problems:
     """Everything that does not fit, by kind: name -> reason."""
@@ -73,6 +65,12 @@ class Problems:
         return sum(map(len, vars(self).values()))
 
 
+@functools.lru_cache(maxsize=4096)
+def _same(parameters: tuple[str, ...]) -> tuple[str, ...]:
+    """The same object for the same parameters: many experts are in one."""
+    return parameters
+
+
 @dataclass
 class Loaded:
     """What a stream has brought so far."""
@@ -81,10 +79,12 @@ class Loaded:
     """Of the weights that were handed over one by one."""
     landed: list[Landed] = field(default_factory=list)
     """Those that were read to where they go, many at a time; a source lists each once."""
-    slots: dict[str, list[Slot]] = field(default_factory=dict)
+    written: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    """Weight -> the parameters that its slots are in. Which of their elements were written is in their
+    storage's coverage, and not here once more for each weight, of which there may be very many."""
     routes: dict[str, Route] = field(default_factory=dict)
     """How to do the same with a weight that was handed over again, without the loader; those that the loader
-    only passed over have no slots."""
+    only passed over were not written anywhere."""
     repeatable: bool = True
     """False when the loader kept a weight back and wrote it later."""
     nbytes: int = 0
@@ -93,6 +93,12 @@ class Loaded:
     def count(self) -> int:
         """How many weights came."""
         return len(self.shapes) + sum(len(landed.names) for landed in self.landed)
+
+    def note_written(self, name: str, parameter: str) -> None:
+        """Something of a weight was written to a parameter."""
+        before = self.written.get(name, ())
+        if parameter not in before:
+            self.written[name] = _same((*before, parameter))
 
     def has(self, name: str) -> bool:
         """Whether a weight came already."""
@@ -189,7 +195,7 @@ class LoadTrace(TorchDispatchMode):
 
     def begin(self, name: str, tensor: torch.Tensor) -> None:
         """The stream hands ``tensor`` to the loader now."""
-        if self.current in self.loaded.slots:
+        if self.current in self.loaded.written:
             self._sources.clear()
             self._noted.clear()
         self.current = name
@@ -308,8 +314,8 @@ class LoadTrace(TorchDispatchMode):
         self._writes.append(self._write_of(func, target, args, storage))
         name = name or storage.primary.name
         self._recent.add(key)
-        region = storage.coverage.add(_in_elements_of(target, storage))
-        self.loaded.slots.setdefault(name, []).append(Slot(name, storage.primary.name, region))
+        storage.coverage.add(_in_elements_of(target, storage))
+        self.loaded.note_written(name, storage.primary.name)
 
     def _misfit(
         self, name: str, target: torch.Tensor, source: torch.Tensor, storage: StagedStorage

@@ -12,10 +12,9 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-import xxhash
 
 from . import _vllm
-from .hashing import add_tensor
+from .hashing import Hash
 
 Handles = dict[int, bytes | None]
 """Handle -> digest of all that its constructor was given; None where that was not hashed."""
@@ -47,9 +46,8 @@ def watching_native(
             given = (*args, *kwargs.values())
             kept = given if positions is None or kwargs else tuple(args[position] for position in positions)
             captured.extend(value.detach() for value in kept if isinstance(value, torch.Tensor))
-            made_of = _digest_of(given) if hashed else None
-            handle = constructor(*args, **kwargs)
-            handles[int(handle)] = made_of
+            handle = constructor(*args, **kwargs)  # raises where a processor cannot do it, and vLLM goes on
+            handles[int(handle)] = _digest_of(given) if hashed else None
             return handle
 
         return noting
@@ -68,10 +66,10 @@ def watching_native(
 
 
 def _digest_of(arguments: tuple[Any, ...]) -> bytes:
-    total = xxhash.xxh3_128()
+    total = Hash()
     for value in arguments:
         if isinstance(value, torch.Tensor):
-            add_tensor(total, value)
+            total.add_tensor(value)
         else:
-            total.update(f"{value!r};".encode())
+            total.add_text(f"{value!r};")
     return total.digest()

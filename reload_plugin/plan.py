@@ -113,11 +113,11 @@ def _plan(
     kept: dict[str, str],
     ignored: dict[str, str],
 ) -> Plan:
-    record, slots = complete_record_of(model), session.loaded.slots
+    record, written = complete_record_of(model), session.loaded.written
     first: dict[str, int] = {}
     members: dict[int, set[str]] = {}
     for info in infos:
-        indices = {record.group_of[slot.parameter] for slot in slots.get(info.name, ())}
+        indices = {record.group_of[parameter] for parameter in written.get(info.name, ())}
         first[info.name] = min(indices, default=-1)
         for index in indices:
             members.setdefault(index, set()).add(info.name)

@@ -370,7 +370,7 @@ class ReloadSession:
 
     def check(self) -> tuple[dict[str, str], dict[str, str]]:
         """Account for every slot; returns (kept, ignored). Raises WeightsError with all offenders."""
-        if not self.loaded.count and not self.loaded.slots and not self.problems:
+        if not self.loaded.count and not self.loaded.written and not self.problems:
             raise SourceError(f"{self.source} gave no weights. {SERVES_OLD}")
         kept, ignored = self.account()
         if self.problems:

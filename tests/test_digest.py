@@ -2,19 +2,18 @@
 
 import pytest
 import torch
-import xxhash
 
-from reload_plugin import _vllm
+from reload_plugin import _vllm, native
 from reload_plugin.digest import digest_of
-from reload_plugin.hashing import _CHUNK, add_tensor, device_sums
+from reload_plugin.hashing import _CHUNK, Hash, device_sums
 from reload_plugin.native import watching_native
 from reload_plugin.record import finish_record, look, record_constructed
 
 
 def hashed(tensor: torch.Tensor) -> str:
-    total = xxhash.xxh3_128()
-    add_tensor(total, tensor)
-    return total.hexdigest()
+    total = Hash()
+    total.add_tensor(tensor)
+    return total.digest().hex()
 
 
 BASE = torch.arange(24, dtype=torch.float32).reshape(4, 6)
@@ -85,7 +84,7 @@ class Packed(torch.nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.weight = torch.nn.Parameter(torch.ones(32, 32, dtype=torch.bfloat16))
+        self.weight = torch.nn.Parameter(torch.ones(32, 32))  # not every processor multiplies bf16
 
     def process(self) -> None:
         from vllm._custom_ops import create_onednn_mm
@@ -116,3 +115,19 @@ def test_what_a_native_handle_was_made_of_is_in_the_digest() -> None:
 def test_a_handle_nobody_hashed_leaves_no_digest() -> None:
     assert packed(2, hashes=False) is None
     assert packed(2, watched=False) is None
+
+
+def test_what_a_constructor_refuses_is_not_hashed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A processor without bf16 refuses every weight, and vLLM goes on without a handle."""
+
+    class Library:
+        @staticmethod
+        def make(weight: torch.Tensor) -> int:
+            raise RuntimeError("could not create a primitive descriptor")
+
+    monkeypatch.setattr(_vllm, "native_constructors", lambda: [(Library, "make", None)])
+    monkeypatch.setattr(native, "_digest_of", lambda given: pytest.fail("hashed in vain"))
+    handles: native.Handles = {}
+    with watching_native(torch.device("cpu"), handles), pytest.raises(RuntimeError, match="primitive"):
+        Library.make(torch.ones(3))
+    assert not handles

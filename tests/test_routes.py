@@ -339,10 +339,12 @@ def test_only_the_same_shape_and_dtype_fit() -> None:
     assert not route.fits(torch.empty(4, dtype=torch.bfloat16))
 
 
-def test_slots_name_the_weight_the_parameter_and_the_region() -> None:
+def test_a_weight_is_noted_with_its_parameters_and_the_region_with_them() -> None:
     def loader(views: dict[str, torch.Tensor], weight: torch.Tensor) -> None:
         views["p"][1:3].copy_(weight)
 
-    _, trace = learn(Memory(p=torch.empty(4, 3)), loader, random((2, 3)))
-    (slot,) = trace.loaded.slots["weight"]
-    assert (slot.weight, slot.parameter, slot.region) == ("weight", "p", ((1, 3), (0, 3)))
+    memory = Memory(p=torch.empty(4, 3))
+    _, trace = learn(memory, loader, random((2, 3)))
+    assert trace.loaded.written == {"weight": ("p",)}
+    (storage,) = trace.storages.values()
+    assert list(storage.coverage.boxes) == [((1, 3), (0, 3))]

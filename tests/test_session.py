@@ -992,6 +992,6 @@ def test_what_cannot_be_hashed_leaves_a_reload_without_a_digest(monkeypatch: pyt
     def unhashable(total: object, tensor: torch.Tensor) -> None:
         raise NotImplementedError(f"no bytes in a {type(tensor).__name__}")
 
-    monkeypatch.setattr(digest, "add_tensor", unhashable)
+    monkeypatch.setattr(digest.Hash, "add_tensor", unhashable)
     report = reload(model, B)
     assert (report.digest, report.version) == (None, 2)

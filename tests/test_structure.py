@@ -19,6 +19,7 @@ LINE = (
     "_vllm",
     "garbage",
     "memory",
+    "team",
     "hashing",
     "native",
     "serving",

@@ -7,7 +7,7 @@ import functools
 import os
 import queue
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import NamedTuple
@@ -15,9 +15,17 @@ from typing import NamedTuple
 import torch
 
 from ..errors import SourceError
+from ..team import share
 
 IOV_MAX = 512
 """Pieces of one vectored read (POSIX promises 16, Linux takes 1024)."""
+
+
+SHARED = 1 << 20
+"""Bytes that one thread of a team reads at a time."""
+WORTH_SHARING = 8 << 20
+"""Bytes that one request reads from which on a team reads them: its threads have to wait for one another at
+the end, and where others want the cores too, that costs more than the smaller ones gain."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +56,10 @@ class Run(NamedTuple):
     place_at: Callable[[int], tuple[str, str]]
     """Byte of the file -> the file and the tensor that it belongs to, for messages."""
 
+    @property
+    def nbytes(self) -> int:
+        return sum(map(len, self.memory))
+
 
 @dataclass(eq=False)
 class Batch:
@@ -72,6 +84,10 @@ class Batch:
     def read(self) -> None:
         """Fill the memory; errors are kept for ``wait``."""
         try:
+            if self.by_waiter and sum(run.nbytes for run in self.runs) >= WORTH_SHARING:
+                pieces = [piece for run in self.runs for piece in _pieces_of(run)]
+                share(lambda number: _read_run(pieces[number]), len(pieces))
+                return
             for run in self.runs:
                 _read_run(run)
         except BaseException as error:  # noqa: BLE001 - raised again where the batch is waited for
@@ -151,6 +167,22 @@ def runs_of(pieces: Sequence[Piece]) -> list[Run]:
     return [
         Run(run[0].handle, run[0].start, _memory_of(run), functools.partial(_place_at, run)) for run in joined
     ]
+
+
+def _pieces_of(run: Run) -> Iterator[Run]:
+    """A run as runs of about ``SHARED`` bytes, which several threads can read."""
+    memory: list[memoryview] = []
+    start, nbytes = run.start, 0
+    for part in run.memory:
+        while len(part) > SHARED - nbytes:
+            memory.append(part[: SHARED - nbytes])
+            part = part[SHARED - nbytes :]
+            yield Run(run.handle, start, memory, run.place_at)
+            memory, start, nbytes = [], start + SHARED, 0
+        memory.append(part)
+        nbytes += len(part)
+    if nbytes:
+        yield Run(run.handle, start, memory, run.place_at)
 
 
 def _place_at(run: Sequence[Piece], position: int) -> tuple[str, str]:

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import hashlib
 import math
 import os
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -184,18 +185,24 @@ class Layout:
         return self._placed[1]
 
 
-REMEMBERED = 8 << 20
-"""Bytes of a header from which on it is parsed again each time."""
+REMEMBERED = 8
+"""Headers that need not be parsed again: a trainer writes the same at every step."""
+LONGEST_REMEMBERED = 8 << 20
+"""Bytes of a header from which on it is parsed again all the same."""
+_layouts: OrderedDict[bytes, Layout] = OrderedDict()
+"""Digest of a header's text -> what it says. The text itself takes as much memory as the rest of a plan."""
 
 
 def _layout_of(text: bytes) -> Layout:
-    """A trainer writes the same header at every step, so the last few are remembered."""
-    return _remembered_layout(text) if len(text) <= REMEMBERED else _parse(text)
-
-
-@functools.lru_cache(maxsize=8)
-def _remembered_layout(text: bytes) -> Layout:
-    return _parse(text)
+    """What a header says, from the last few if it is one of them."""
+    if len(text) > LONGEST_REMEMBERED:
+        return _parse(text)
+    digest = hashlib.sha256(text).digest()
+    layout = _layouts.pop(digest, None) or _parse(text)
+    _layouts[digest] = layout
+    while len(_layouts) > REMEMBERED:
+        _layouts.popitem(last=False)
+    return layout
 
 
 @functools.lru_cache(maxsize=2)
