@@ -122,11 +122,11 @@ def test_what_a_constructor_refuses_is_not_hashed(monkeypatch: pytest.MonkeyPatc
 
     class Library:
         @staticmethod
-        def make(weight: torch.Tensor) -> int:
+        def make(_: torch.Tensor) -> int:
             raise RuntimeError("could not create a primitive descriptor")
 
     monkeypatch.setattr(_vllm, "native_constructors", lambda: [(Library, "make", None)])
-    monkeypatch.setattr(native, "_digest_of", lambda given: pytest.fail("hashed in vain"))
+    monkeypatch.setattr(native, "_digest_of", lambda _: pytest.fail("hashed in vain"))
     handles: native.Handles = {}
     with watching_native(torch.device("cpu"), handles), pytest.raises(RuntimeError, match="primitive"):
         Library.make(torch.ones(3))
