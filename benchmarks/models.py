@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 
 from tests import checkpoints  # the tests write the same formats
 from tests.checkpoints import WEIGHTS, generator_for
+from tests.processor import has_operator
 
 Size = Mapping[str, int]
 SIZES = ("layers", "hidden", "vocabulary", "experts", "inner")
@@ -36,6 +37,12 @@ class Model:
     """On disk: ``bf16``, ``w8a8`` (INT8, scales per channel and token) or ``w4a16`` (INT4 in groups)."""
     options: Mapping[str, Any] = field(default_factory=dict)
     """Of the engine."""
+
+    @property
+    def missing(self) -> str | None:
+        """The operator that this model needs and that vLLM's kernels for this processor lack."""
+        needs = "cpu_gemm_wna16" if self.form == "w4a16" and not torch.cuda.is_available() else ""
+        return None if has_operator(needs) else needs
 
     def small(self) -> "Model":
         """The same in a few megabytes, to try things out; sizes that differ go on differing."""

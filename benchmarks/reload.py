@@ -32,6 +32,9 @@ def run(table: Table, processes: Processes, output: Path, folder: Path | None, p
     report |= {"machine": machine(), "rounds": table.rounds, "reloads": table.reloads, "models": {}}
     output.mkdir(parents=True, exist_ok=True)
     for model in table.models:
+        if model.missing:
+            print(f"{model.name} is left out: vLLM has no {model.missing} for this processor", flush=True)
+            continue
         with tempfile.TemporaryDirectory(dir=folder) as root:
             report["models"][model.name] = measure(table, model, processes, Path(root), profile)
         (output / f"{table.name}.json").write_text(json.dumps(report, indent=1))

@@ -10,7 +10,9 @@ from typing import Any
 import pytest
 import torch
 
+from tests.processor import has_operator
 from tests.test_examples import run
+from tests.zoo import INT4
 
 TINY = ["--layers", "1", "--hidden", "128", "--vocabulary", "256", "--experts", "8"]
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
@@ -42,7 +44,8 @@ def test_every_table_is_measured_and_written(tmp_path: Path) -> None:
         for model in report["models"].values():
             check_model(model)
         if name == "main":
-            assert report["models"].keys() == {"dense", *QUANTIZED}
+            left_out = {name for name in QUANTIZED if "W4A16" in name and not has_operator(INT4)}
+            assert report["models"].keys() == {"dense", *QUANTIZED} - left_out
         assert (tmp_path / f"{name}.md").read_text().strip() in printed
         assert (tmp_path / f"{name}.png").read_bytes().startswith(PNG)
     assert "tottime" in printed

@@ -18,12 +18,15 @@ import pytest
 
 from tests import oracle
 from tests.oracle import Result
+from tests.processor import packs_bf16
 from tests.zoo import RIGHT, case_named
 
 NAMES = ("llama", "llama_tied", "mixtral", "w8a8_dynamic")
 EAGER_NAMES = ("llama", "w8a8_dynamic")
 COMPILED = (*oracle.THIS, "--compiled")
 ENDURANCE = (sys.executable, "-m", "tests.test_compiled")
+BF16 = ("llama", "llama_tied", "mixtral")
+"""Cases whose handles, if they have any, are of bf16 weights."""
 RELOADS = 20
 WARM_UP = 4
 GROWTH = 8 << 20  # bytes; twenty leaked copies of the smallest of these models are more
@@ -151,7 +154,7 @@ def endure(name: str, root: Path, eager: bool) -> list[str]:
             complaints.append(f"{handles.wrong_releases} releases of a handle that was not alive")
         if handles.alive and eager:
             complaints.append(f"{len(handles.alive)} of {handles.created} handles were never freed")
-        if not handles.created:
+        if not handles.created and (packs_bf16() or name not in BF16):
             complaints.append("no native handle was ever made: nothing was counted")
     return complaints
 

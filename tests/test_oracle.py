@@ -13,6 +13,7 @@ import torch
 
 from tests import oracle
 from tests.oracle import Result
+from tests.processor import has_operator, packs_bf16
 from tests.zoo import CASES, DIES, RIGHT, Case, case_named
 
 # Enough of vLLM's own failures to show that each kind of difference is seen; `--table` runs them all.
@@ -68,6 +69,8 @@ def runs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_warm_equals_cold(runs: Runs, case: Case) -> None:
     """Reloaded through A, B, A, B it is the engine of a cold start on B, and nothing has moved."""
+    if not has_operator(case.needs):
+        pytest.skip(f"vLLM's kernels for this processor have no {case.needs}")
     result = runs.futures[case.name, True].result(PATIENCE)
     assert result.verdict == RIGHT, result.summary(limit=40)
     assert result.tensors > 0
@@ -77,6 +80,8 @@ def test_warm_equals_cold(runs: Runs, case: Case) -> None:
 @pytest.mark.parametrize("own_failure", OWN_FAILURES)
 def test_the_oracle_sees_what_vllm_gets_wrong(runs: Runs, own_failure: str) -> None:
     """With the plugin switched off the same oracle reports the difference that the zoo says there is."""
+    if own_failure == "llama_tied" and not packs_bf16():
+        pytest.skip("its head is not packed on this processor, so vLLM's own reload gets it right")
     result = runs.futures[own_failure, False].result(PATIENCE)
     assert result.verdict == case_named(own_failure).own, result.summary()
     assert result.reload_from.startswith("vllm.")

@@ -27,6 +27,8 @@ class Case:
     builder: Builder = checkpoints.write_transformers
     engine_kwargs: Mapping[str, object] = field(default_factory=dict)
     own: str = MOVED
+    needs: str = ""
+    """An operator of vLLM's kernels that it cannot start without."""
 
     @property
     def pooling(self) -> bool:
@@ -166,6 +168,8 @@ TORCHAO = {
     "hf_overrides": {"quantization_config_dict_json": checkpoints.TORCHAO_INT8},
 }
 
+INT4 = "cpu_gemm_wna16"
+
 CASES = (
     Case("llama", LLAMA),
     Case("llama_tied", LLAMA_TIED, own=WRONG),
@@ -201,9 +205,9 @@ CASES = (
     Case("w8a8_dynamic", LLAMA, checkpoints.write_w8a8_dynamic, own=WRONG),
     Case("w8a8_static", LLAMA, checkpoints.write_w8a8_static, own=DIES),
     Case("w8a8_asymmetric", LLAMA, checkpoints.write_w8a8_static_asymmetric, own=DIES),
-    Case("w4a16", LLAMA, checkpoints.write_w4a16),
-    Case("gptq", LLAMA, checkpoints.write_gptq),
-    Case("awq", LLAMA, checkpoints.write_awq),
+    Case("w4a16", LLAMA, checkpoints.write_w4a16, needs=INT4),
+    Case("gptq", LLAMA, checkpoints.write_gptq, needs=INT4),
+    Case("awq", LLAMA, checkpoints.write_awq, needs=INT4),
     Case("torchao_int8", LLAMA, engine_kwargs=TORCHAO),
     Case("online_linear", LLAMA, engine_kwargs={"quantization": "test_int8_after"}),
     Case("online_linear_tied", LLAMA_TIED, engine_kwargs={"quantization": "test_int8_after"}, own=WRONG),

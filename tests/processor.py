@@ -1,0 +1,31 @@
+"""What vLLM's CPU build can do on the processor at hand. It comes in several: with AVX-512 and without."""
+
+import functools
+
+import torch
+
+
+@functools.cache
+def has_operator(name: str) -> bool:
+    """Whether vLLM's library of kernels has an operator; the one without AVX-512 has no INT4 weights."""
+    if not name:
+        return True
+    import vllm._custom_ops  # noqa: F401  loads the library
+
+    return hasattr(torch.ops._C, name)
+
+
+@functools.cache
+def packs_bf16() -> bool:
+    """Whether oneDNN takes bf16 weights. Where the processor does not multiply them, vLLM leaves them as they
+    come: processing has no effect on linear layers then, there are no native handles, and vLLM's own reload
+    gets tied embeddings right.
+    """
+    if not has_operator("create_onednn_mm_handler"):
+        return False
+    try:
+        handle = torch.ops._C.create_onednn_mm_handler(torch.ones(32, 32, dtype=torch.bfloat16).t(), 1)
+    except RuntimeError:
+        return False
+    torch.ops._C.release_dnnl_matmul_handler(handle)
+    return True
