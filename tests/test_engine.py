@@ -24,6 +24,7 @@ from reload_plugin.reload import before_serving
 from reload_plugin.sources import reading, safetensors_files
 from tests import oracle
 from tests.checkpoints import read_tensors
+from tests.processor import packs_bf16
 from tests.zoo import case_named
 
 KINDS = ("llama_tied", "mixtral", "w8a8_dynamic")
@@ -300,7 +301,8 @@ def test_staging_from_the_pool_is_as_good(on_a: Engine, monkeypatch: pytest.Monk
     monkeypatch.setattr(staging, "SMALL", 1)
     monkeypatch.setattr(memory.HostPool, "take", take)
     reload_plugin.reload_weights(on_a.model, weights_path=str(on_a.folders["B"]), policy=policy)
-    staged = [t for name, t in on_a.weights("B") if policy == "host" or "proj" in name]  # the rest needs none
+    packed = [t for n, t in on_a.weights("B") if "proj" in n and (packs_bf16() or t.dtype == torch.int8)]
+    staged = [t for _, t in on_a.weights("B")] if policy == "host" else packed  # the rest needs none
     assert sum(taken) >= sum(t.nbytes for t in staged), "staging did not come from the pool"
     on_a.assert_is("B")
 
@@ -902,8 +904,10 @@ def test_staging_memory_is_used_again_from_layer_to_layer(
     monkeypatch.setattr(memory.HostPool, "take", noting)
     on_a.reload(on_a.folders["B"])
     assert record_of(on_a.model).last_report.old_generation == "reread"
+    if not taken and not packs_bf16():
+        pytest.skip("nothing of this model is packed on this processor")
     pages = sum(-(-nbytes // mmap.PAGESIZE) * mmap.PAGESIZE for nbytes in taken)
-    assert max(in_use) < pages / 2, f"{max(in_use):,} bytes in use at a time of {pages:,} in all"
+    assert max(in_use) <= pages / 2, f"{max(in_use):,} bytes in use at a time of {pages:,} in all"
     monkeypatch.undo()
     on_a.assert_is("B")
 
@@ -913,6 +917,8 @@ def test_staging_memory_is_used_again_from_layer_to_layer(
 
 def test_kernel_format_is_refused_where_it_is_not_made_of_tensors(on_a: Engine) -> None:
     """On a CPU every packed linear layer lives in a closure or behind a native handle."""
+    if not packs_bf16() and on_a.case.name != "w8a8_dynamic":
+        pytest.skip("linear layers are not packed on this processor")
     weights = [(n, p.data.clone()) for n, p in on_a.model.named_parameters()]
     with pytest.raises(reload_plugin.KernelFormatError, match="closures or native handles"):
         on_a.push(iter(weights), is_checkpoint_format=False)
