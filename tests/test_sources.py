@@ -4,6 +4,7 @@ import json
 import os
 import random
 import struct
+from collections import OrderedDict
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from reload_plugin.errors import SourceError
-from reload_plugin.sources import HostCopy, Overlay, kept_open, open_folder
+from reload_plugin.sources import HostCopy, Overlay, kept_open, open_folder, safetensors_files
 from reload_plugin.sources.safetensors_files import SafetensorsSource
 
 DTYPES = [
@@ -437,3 +438,24 @@ def test_an_index_in_another_encoding_is_refused(file: Path) -> None:
 def test_a_path_without_anything_is_refused(path: str) -> None:
     with pytest.raises(SourceError, match="There is no folder"):
         open_path(Path(path) if path != "./nothing" else path)
+
+
+def test_the_last_headers_are_remembered_without_their_text(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(safetensors_files, "_layouts", OrderedDict())
+    for number in range(safetensors_files.REMEMBERED + 3):
+        save_file({f"weight.{number}": torch.ones(3)}, tmp_path / f"{number}.safetensors")
+    first, second = (tmp_path / f"{number}.safetensors" for number in range(2))
+    layout = safetensors_files.read_header(str(first)).layout
+    assert safetensors_files.read_header(str(second)).layout is not layout
+    assert safetensors_files.read_header(str(first)).layout is layout
+    for path in tmp_path.iterdir():
+        safetensors_files.read_header(str(path))
+    held = safetensors_files._layouts
+    assert len(held) == safetensors_files.REMEMBERED
+    assert all(len(key) == 32 for key in held), "the text of a header takes as much as what it says"
+    monkeypatch.setattr(safetensors_files, "LONGEST_REMEMBERED", 8)
+    held.clear()
+    safetensors_files.read_header(str(first))
+    assert not held
