@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.processor import packs_bf16
+
 ROOT = Path(__file__).resolve().parent.parent
 
 pytestmark = pytest.mark.slow
@@ -51,10 +53,9 @@ def test_rl_loop_learns_and_the_engine_agrees_with_the_trainer(tmp_path: Path) -
     assert (tmp_path / "rl_loop.png").read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.skipif(
-    torch.cuda.is_available(), reason="vLLM's own reload of a tied head is wrong on CPUs only"
-)
 def test_rl_loop_stops_when_the_engine_serves_other_weights(tmp_path: Path) -> None:
     """The loop's own check can fail: with this package off, the engine keeps its old head."""
+    if torch.cuda.is_available() or not packs_bf16():
+        pytest.skip("vLLM's own reload of a tied head is wrong where it is packed only")
     printed = run("examples/rl_loop.py", "--output", tmp_path, fails=True, RELOAD_PLUGIN="0")
     assert "does not serve the weights that were pushed" in printed
