@@ -111,3 +111,16 @@ def test_a_digest_sees_each_piece_and_their_order(place: int) -> None:
     after = digest(values)
     assert after != before
     assert digest(values.roll(_PIECE)) != after
+
+
+def test_a_digest_sees_each_tensor_and_their_order() -> None:
+    def digest(*tensors: torch.Tensor) -> bytes:
+        total = Hash()
+        for tensor in tensors:
+            total.add_tensor(tensor)
+        return total.digest()
+
+    first, second, third = torch.zeros(8), torch.ones(8), torch.full((8,), 2.0)
+    assert digest(first, second) != digest(first, third)
+    assert digest(first, second) != digest(second, first)
+    assert digest(first, second) == digest(first.clone(), second.clone())
