@@ -6,6 +6,7 @@ import pytest
 
 from tests import faults
 from tests.faults import ENGINES, KINDS, Kind, Lab
+from tests.processor import packs_bf16
 from tests.zoo import case_named
 
 MOST = 13
@@ -24,6 +25,8 @@ def lab(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 def test_the_engine_survives_at_every_place(lab: Lab, kind: Kind) -> None:
     """Value, object and address of every tensor, answers, files and threads; then a good reload is right."""
     result = lab.try_kind(kind)
+    if not result.tried and "block k of the pool" in kind.name and not packs_bf16():
+        pytest.skip("nothing of this model needs staging on this processor")
     assert result.tried > 0
     assert result.survived == result.tried, "\n".join(result.reasons[:5])
     lab.assert_good_reloads()
