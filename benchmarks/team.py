@@ -17,7 +17,7 @@ import torch
 import xxhash
 from document import table
 
-from reload_plugin.sources.readahead import view_of
+from reload_plugin.memory import view_of
 from reload_plugin.team import share
 
 PIECE = 1 << 20

@@ -184,6 +184,12 @@ def native_constructors() -> list[tuple[Any, str, tuple[int, ...] | None]]:
     return [(library, name, _POINTS_INTO.get(name)) for name in names]
 
 
+def release_native(name: str, handle: int) -> None:
+    """Release what a constructor of native handles made, where nobody has it yet who would."""
+    if name in _POINTS_INTO:
+        torch.ops._C.release_dnnl_matmul_handler(handle)
+
+
 def initialize_layerwise(model: nn.Module) -> None:
     """Open a weight update, by the call that transfer engines use (and the plugin takes over)."""
     get(RELOAD, "initialize_layerwise_reload")(model)

@@ -119,13 +119,14 @@ def plan_commit(stage: Stage) -> Commit:
 def _still_reachable(stage: Stage) -> list[torch.Tensor]:
     """What native code was given and the result still holds: a cold start would keep it alive too."""
     assert stage.result is not None
-    if not stage.captured:
-        return []
+    sought = {storage_id(tensor) for tensor in stage.captured}
     held: set[int | None] = set()
     # Of all values together: helpers hold one another, and a large config.
     seen: set[int] = set()
     for _, contents in stage.result.contents:
         for value in contents.values():
+            if sought <= held:  # nearly always soon: it is the layer's own scales that are captured
+                break
             tensors = (found for found in reachable(value, seen) if isinstance(found, torch.Tensor))
             held |= {storage_id(stage.result.data_of(tensor)) for tensor in tensors}
     return [tensor for tensor in stage.captured if storage_id(tensor) in held]
@@ -154,6 +155,8 @@ class _Graft:
             value = new if old is ABSENT else self.value(f"{path}.{key[1]}", old, new)
             if value is not old:
                 self._commit.writes.append((holder, key, value))
+        if served.keys() == result.keys():
+            return
         for key in reversed(list(served)):
             if key not in result:
                 self._commit.writes.append((holder, key, ABSENT))

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 import torch
 import xxhash
 
+from .memory import view_of
 from .team import share
 from .tensors import wraps_others
 
@@ -34,6 +35,8 @@ class Hash:
     def __init__(self) -> None:
         self._parts: list[bytes | list[memoryview]] = []
         """Texts and digests, and pieces of memory whose digests are to stand in their place."""
+        self._alive: list[torch.Tensor] = []
+        """What that memory belongs to."""
 
     def add_text(self, text: str) -> None:
         self._parts.append(text.encode())
@@ -49,17 +52,17 @@ class Hash:
             for name in names:
                 self.add_tensor(getattr(tensor, name))
             return
-        self.add_text(f"{tensor.dtype} {tuple(tensor.shape)} {tensor.stride()};")
+        self._parts.append(_form_of(tensor.dtype, tensor.shape, tensor.stride()))
         if tensor.is_meta or not tensor.numel() or not tensor.untyped_storage().nbytes():
             return  # no values: on meta, empty, or its memory was given back
         for part in _contiguous_parts(tensor.detach()):
-            if part.device.type != "cpu":
+            if not part.is_cpu:
                 self._parts.append(device_sums(part).cpu().numpy().tobytes())
                 continue
-            values = _bytes_of(part).numpy().data
-            pieces = [values[start : start + _PIECE] for start in range(0, len(values), _PIECE)]
+            pieces = _pieces_of(part)
             copied = part.untyped_storage().data_ptr() != tensor.untyped_storage().data_ptr()
             self._parts.append(_digests_of(pieces) if copied else pieces)
+            self._alive.append(part)
 
     def digest(self) -> bytes:
         """The digest of all that was added."""
@@ -71,6 +74,19 @@ class Hash:
             start, end = end, end + len(self._parts[number]) * _WIDTH
             self._parts[number] = digests[start:end]
         return xxhash.xxh3_128_digest(b"".join(self._parts))  # type: ignore[arg-type]
+
+
+@functools.lru_cache(4096)
+def _form_of(dtype: torch.dtype, shape: tuple[int, ...], strides: tuple[int, ...]) -> bytes:
+    return f"{dtype} {tuple(shape)} {strides};".encode()
+
+
+def _pieces_of(tensor: torch.Tensor) -> list[memoryview]:
+    """The memory of a contiguous tensor on the CPU, in pieces that have a digest each."""
+    values = view_of(tensor.data_ptr(), tensor.nbytes)
+    if len(values) <= _PIECE:
+        return [values]
+    return [values[start : start + _PIECE] for start in range(0, len(values), _PIECE)]
 
 
 def _digests_of(pieces: Sequence[memoryview]) -> bytes:

@@ -38,6 +38,9 @@ OUR_ATTRIBUTES = frozenset({"_reload_plugin_record", "load_weights"})
 _NOT_SAVED = "_non_persistent_buffers_set"
 _PASSED_OVER = _MODULE_INTERNALS | OUR_ATTRIBUTES | {_NOT_SAVED}
 
+_INTERNAL: Key = ("internal", "")
+"""The key of what is passed over, until it is taken out."""
+
 _FOREIGN = (
     "torch",
     "numpy",
@@ -130,7 +133,8 @@ def read(holder: object) -> Contents:
         return {("item", key): value for key, value in holder.items()}
     if isinstance(holder, list):
         return {("item", index): value for index, value in enumerate(holder)}
-    found: Contents = {("attribute", k): v for k, v in getattr(holder, "__dict__", {}).items()}
+    held = getattr(holder, "__dict__", {})
+    found: Contents = dict(zip(_keys("attribute", tuple(held)), held.values(), strict=True))
     for name in slots_of(holder):
         if hasattr(holder, name):
             found["attribute", name] = getattr(holder, name)
@@ -138,16 +142,33 @@ def read(holder: object) -> Contents:
 
 
 def _read_module(module: nn.Module) -> Contents:
+    held = module.__dict__
     found: Contents = {}
     for table in _TABLES:
-        for name, value in module.__dict__[table].items():
-            found[table, name] = value
-    for name, value in module.__dict__.items():
-        if name not in _PASSED_OVER:
-            found["attribute", name] = value
-    if _NOT_SAVED in module.__dict__:
-        found["attribute", _NOT_SAVED] = frozenset(module.__dict__[_NOT_SAVED])
+        if entries := held[table]:
+            found.update(zip(_keys(table, tuple(entries)), entries.values(), strict=True))
+    found.update(zip(_attributes_of_module(tuple(held)), held.values(), strict=True))
+    del found[_INTERNAL]
+    if _NOT_SAVED in held:
+        found["attribute", _NOT_SAVED] = frozenset(held[_NOT_SAVED])
     return found
+
+
+@functools.lru_cache(4096)
+def _keys(kind: str, names: tuple[str, ...]) -> tuple[Key, ...]:
+    """The keys of a holder's entries: the same objects each time, so that they are quick to find again."""
+    return tuple(_key(kind, name) for name in names)
+
+
+@functools.lru_cache(4096)
+def _attributes_of_module(names: tuple[str, ...]) -> tuple[Key, ...]:
+    """The same for all that a module's ``__dict__`` has; what is torch's own or ours has one key together."""
+    return tuple(_INTERNAL if name in _PASSED_OVER else _key("attribute", name) for name in names)
+
+
+@functools.lru_cache(1 << 16)
+def _key(kind: str, name: str) -> Key:
+    return kind, name
 
 
 def write(holder: object, key: Key, value: Any) -> None:

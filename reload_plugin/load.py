@@ -166,7 +166,10 @@ class LoadTrace(TorchDispatchMode):
         self.problems = problems
         self.loaded = Loaded()
         self.storages: dict[int, StagedStorage] = {}
-        self.protected: dict[int, str] = {}
+        self.find_protected: Callable[[], Mapping[int, str]] = dict
+        """Storages that no loader may write to, and what to call them; asked once, if one writes elsewhere
+        than to staging.
+        """
         self.current = ""
         self._sources: dict[int, str] = {}
         self._noted: list[StorageWeakRef] = []
@@ -182,6 +185,10 @@ class LoadTrace(TorchDispatchMode):
     def _should_skip_dynamo(cls) -> bool:
         """No wrapper of torch's around ``__torch_dispatch__``, which would cost more than what is in it."""
         return False
+
+    @functools.cached_property
+    def _protected(self) -> Mapping[int, str]:
+        return self.find_protected()
 
     def take_recent(self) -> set[int]:
         """Storages written to since this was last asked."""
@@ -299,8 +306,8 @@ class LoadTrace(TorchDispatchMode):
         key = _key(target)
         storage = self.storages.get(key)
         if storage is None:
-            if key in self.protected:
-                raise self.late(self.protected[key])
+            if key in self._protected:
+                raise self.late(self._protected[key])
             return
         if storage.closed:
             raise self.late(storage.primary.name)

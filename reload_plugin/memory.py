@@ -23,7 +23,8 @@ SMALL = 1 << 20
 KEPT = 64 << 20
 """Bytes of a pool that stay with the process between reloads, at most."""
 SPARE = 16 << 20
-"""Bytes of a pool beyond its largest layer: for layers that are not processed, and the next weights."""
+"""Bytes of a pool beyond its largest layer, at least: for layers that are not processed, and small ones that
+one request reads together."""
 _PAGE = 1 << 21
 _OURS = 2
 """References to a block's storage when nobody else has it: the block's and the counter's argument."""
@@ -59,8 +60,10 @@ class HostPool:
         fit: an object that is made anew for each layer lies in the heap where the last one's results were."""
 
     def reserve(self, nbytes: int) -> None:
-        """Make the stretch large enough for a layer of ``nbytes`` bytes, unless it is in use."""
-        self._size = max(KEPT, nbytes) + SPARE
+        """Make the stretch large enough for a layer of ``nbytes`` bytes, and for another one whose beginning
+        the same request brings along, unless it is in use. What nobody writes to takes no memory.
+        """
+        self._size = max(KEPT, nbytes) + max(SPARE, nbytes)
         if self._stretch is not None and len(self._stretch) < self._size and not any(self._used()):
             self._stretch, self._blocks = None, []
 
@@ -123,6 +126,11 @@ def _private(size: int) -> mmap.mmap:
     if hasattr(mmap, "MADV_HUGEPAGE"):
         block.madvise(mmap.MADV_HUGEPAGE)
     return block
+
+
+def view_of(address: int, nbytes: int) -> memoryview:
+    """Memory as something to read from or into. Owns nothing."""
+    return memoryview((ctypes.c_char * nbytes).from_address(address)).cast("B")
 
 
 def resident() -> int:

@@ -41,13 +41,19 @@ def watching_native(
     """
     captured: list[torch.Tensor] = []
 
-    def wrap(constructor: Callable[..., Any], positions: tuple[int, ...] | None) -> Callable[..., Any]:
+    def wrap(
+        name: str, constructor: Callable[..., Any], positions: tuple[int, ...] | None
+    ) -> Callable[..., Any]:
         def noting(*args: Any, **kwargs: Any) -> Any:
             given = (*args, *kwargs.values())
             kept = given if positions is None or kwargs else tuple(args[position] for position in positions)
             captured.extend(value.detach() for value in kept if isinstance(value, torch.Tensor))
             handle = constructor(*args, **kwargs)  # raises where a processor cannot do it, and vLLM goes on
-            handles[int(handle)] = _digest_of(given) if hashed else None
+            try:
+                handles[int(handle)] = _digest_of(given) if hashed else None
+            except BaseException:
+                _vllm.release_native(name, int(handle))
+                raise
             return handle
 
         return noting
@@ -57,7 +63,7 @@ def watching_native(
         if device is not None and device.type == "cpu":
             for library, name, positions in _vllm.native_constructors():
                 constructor = getattr(library, name)
-                setattr(library, name, wrap(constructor, positions))
+                setattr(library, name, wrap(name, constructor, positions))
                 replaced.append((library, name, constructor))
         yield captured
     finally:

@@ -301,7 +301,7 @@ class ReloadSession:
             )
             self._trace.watch(stage.storages)
             self.ledger.admit(stage)
-        self._trace.protected = _served_storages(self._stages) | self._bystanders.storages
+        self._trace.find_protected = functools.partial(_served_storages, self._stages, self._bystanders)
 
     def hide(self) -> None:
         """Show the served weights; what was loaded so far is kept for the next ``show``."""
@@ -457,7 +457,7 @@ class ReloadSession:
             stage.drop()
         self._stages, self._open_stages, self._late, self._staged = [], {}, [], []
         self._trace.storages = {}
-        self._trace.protected = {}
+        self._trace.find_protected = dict
         self._bystanders = None
         self._record.pool.settle()
 
@@ -717,15 +717,11 @@ def _shared_tensors(record: ModelRecord) -> frozenset[int]:
     return frozenset(shared)
 
 
-def _served_storages(stages: list[Stage]) -> dict[int, str]:
+def _served_storages(stages: list[Stage], bystanders: Bystanders) -> dict[int, str]:
     """Storages of everything that is served, to keep loaders away from them."""
-    found: dict[int, str] = {}
+    found = dict(bystanders.storages)
     for stage in stages:
-        for state in stage.served.tensors.values():
-            found[storage_id(state.data) or 0] = stage.group.name
-        for _, contents in stage.served.contents:
-            for key, value in contents.items():
-                if isinstance(value, torch.Tensor) and (stored := storage_id(value)):
-                    found[stored] = f"{stage.group.name}.{key[1]}"
+        for path, tensor in stage.served_tensors():
+            found[storage_id(tensor) or 0] = path
     staged = {storage.key for stage in stages for storage in stage.storages}
     return {key: name for key, name in found.items() if key and key not in staged}

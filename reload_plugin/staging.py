@@ -9,7 +9,7 @@ device but no memory until somebody touches them.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -268,6 +268,16 @@ class Stage:
         for held, key, record in places:
             write(held, key, self._objects[id(record)])
         self._entered = [(held, read(held)) for _, held in holders] if noting else []
+
+    def served_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Path and data of what the group serves, also when it is over and all of that is shown."""
+        contents = self.served.contents or [(held, read(held)) for _, held in self._alive_holders()]
+        for state in self.served.tensors.values():
+            yield self.group.name, state.data
+        for _, held in contents:
+            for key, value in held.items():
+                if isinstance(value, torch.Tensor):
+                    yield f"{self.group.name}.{key[1]}", value
 
     def _find_final(self, holders: list[tuple[HolderRecord, object]]) -> None:
         """Let weights be written to where they are served, where that is what loaders are to write to."""

@@ -131,3 +131,23 @@ def test_what_a_constructor_refuses_is_not_hashed(monkeypatch: pytest.MonkeyPatc
     with watching_native(torch.device("cpu"), handles), pytest.raises(RuntimeError, match="primitive"):
         Library.make(torch.ones(3))
     assert not handles
+
+
+def test_a_handle_whose_arguments_cannot_be_hashed_is_released(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Library:
+        @staticmethod
+        def make(_: torch.Tensor) -> int:
+            return 7
+
+    def no_memory(_: object) -> bytes:
+        raise MemoryError
+
+    released: list[tuple[str, int]] = []
+    monkeypatch.setattr(_vllm, "native_constructors", lambda: [(Library, "make", None)])
+    monkeypatch.setattr(_vllm, "release_native", lambda *what: released.append(what))
+    monkeypatch.setattr(native, "_digest_of", no_memory)
+    handles: native.Handles = {}
+    with watching_native(torch.device("cpu"), handles), pytest.raises(MemoryError):
+        Library.make(torch.ones(3))
+    assert released == [("make", 7)]
+    assert not handles

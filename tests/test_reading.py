@@ -1,5 +1,6 @@
 """Reading straight to where tensors go: one plan of it for every save of the same layout."""
 
+import errno
 import os
 import threading
 import time
@@ -149,10 +150,10 @@ def spare_cores(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     readers: list[str] = []
     preadv = os.preadv
 
-    def noting(handle: int, memory: list[memoryview], start: int) -> int:
+    def noting(handle: int, memory: list[memoryview], start: int, flags: int = 0) -> int:
         readers.append(threading.current_thread().name)
         time.sleep(0.001)  # so that no reader does all the work before the others have begun
-        return preadv(handle, memory, start)
+        return preadv(handle, memory, start, flags)
 
     monkeypatch.setattr(readahead, "_cores", lambda: torch.get_num_threads() + 8)
     monkeypatch.setattr(os, "preadv", noting)
@@ -188,27 +189,67 @@ def test_what_one_of_the_readers_meets_is_raised_and_all_of_them_end(
     assert not [thread for thread in threading.enumerate() if "reader" in thread.name]
 
 
-@pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="this system takes no advice")
-def test_the_system_is_told_of_every_byte_before_it_is_read(
+class Storage:
+    """Files as ``os.preadv`` sees them, in the page cache or not, and what the system is told of them."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, cached: bool, refusal: int = errno.EAGAIN) -> None:
+        self.told: set[tuple[int, int]] = set()
+        self.reads: list[tuple[bool, int]] = []
+        """Of each read: whether all of it had been told, and how many bytes had been by then."""
+        self.tries = 0
+        self._preadv, self._cached, self._refusal = os.preadv, cached, refusal
+        monkeypatch.setattr(os, "posix_fadvise", self._tell)
+        monkeypatch.setattr(os, "preadv", self._read)
+        monkeypatch.setattr(reading_module, "ANNOUNCED", 500)
+
+    def _tell(self, handle: int, start: int, nbytes: int, advice: int) -> None:
+        assert advice == os.POSIX_FADV_WILLNEED
+        self.told.update((handle, byte) for byte in range(start, start + nbytes))
+
+    def _read(self, handle: int, memory: list[memoryview], start: int, flags: int = 0) -> int:
+        self.tries += flags == os.RWF_NOWAIT
+        if flags and not self._cached:
+            raise OSError(self._refusal, os.strerror(self._refusal))
+        got = self._preadv(handle, memory, start)
+        wanted = {(handle, byte) for byte in range(start, start + got)}
+        self.reads.append((wanted <= self.told, len(self.told)))
+        return got
+
+
+@pytest.mark.skipif(not hasattr(os, "RWF_NOWAIT"), reason="this system does not say what is in its cache")
+@pytest.mark.parametrize("refusal", [errno.EAGAIN, errno.EOPNOTSUPP])
+def test_once_a_read_has_to_wait_the_system_is_told_of_what_comes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refusal: int
+) -> None:
+    tensors, room = save(tmp_path / "1", seed=1), StackedRoom()
+    storage = Storage(monkeypatch, cached=False, refusal=refusal)
+    list(source_of(tmp_path / "1").read(ORDER, room=room))
+    room.holds(tensors)
+    told = [told for told, _ in storage.reads]
+    assert told == sorted(told), "a read of what the system was not told of, after one that had to wait"
+    assert 0 < told.index(True) < len(told) // 2
+    assert storage.tries == 1, "asked again whether it has to wait"
+    first_told = storage.reads[told.index(True)][1]
+    assert first_told < len(storage.told), "all at once, however large the checkpoint"
+
+
+@pytest.mark.skipif(not hasattr(os, "RWF_NOWAIT"), reason="this system does not say what is in its cache")
+def test_nobody_is_told_of_what_is_in_the_page_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tensors, room = save(tmp_path / "1", seed=1), StackedRoom()
+    storage = Storage(monkeypatch, cached=True)
+    list(source_of(tmp_path / "1").read(ORDER, room=room))
+    room.holds(tensors)
+    assert storage.tries == len(storage.reads)
+    assert not storage.told
+
+
+@pytest.mark.skipif(not hasattr(os, "RWF_NOWAIT"), reason="this system does not say what is in its cache")
+def test_what_the_storage_fails_at_is_raised_and_not_tried_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     save(tmp_path / "1", seed=1)
-    told: set[tuple[int, int]] = set()
-    unread: list[int] = []
-    preadv = os.preadv
-
-    def tell(handle: int, start: int, nbytes: int, advice: int) -> None:
-        assert advice == os.POSIX_FADV_WILLNEED
-        told.update((handle, byte) for byte in range(start, start + nbytes))
-
-    def read(handle: int, memory: list[memoryview], start: int) -> int:
-        got = preadv(handle, memory, start)
-        unread.append(len(told))
-        assert {(handle, byte) for byte in range(start, start + got)} <= told
-        return got
-
-    monkeypatch.setattr(os, "posix_fadvise", tell)
-    monkeypatch.setattr(os, "preadv", read)
-    monkeypatch.setattr(reading_module, "ANNOUNCED", 500)
-    list(source_of(tmp_path / "1").read(ORDER, room=StackedRoom()))
-    assert unread[0] < len(told), "all at once, however large the checkpoint"
+    storage = Storage(monkeypatch, cached=False, refusal=errno.EIO)
+    with pytest.raises(SourceError, match="Input/output error"):
+        list(source_of(tmp_path / "1").read(ORDER, room=StackedRoom()))
+    assert storage.tries == 1
+    assert not storage.reads

@@ -11,7 +11,8 @@ import torch
 from reload_plugin import team
 from reload_plugin.errors import SourceError
 from reload_plugin.hashing import _PIECE, _WORTH_SHARING, Hash
-from reload_plugin.sources.readahead import SHARED, WORTH_SHARING, Batch, Run, view_of
+from reload_plugin.memory import view_of
+from reload_plugin.sources.readahead import SHARED, WORTH_SHARING, Batch, PageCache, Run
 
 WHOLE = WORTH_SHARING + 3 * SHARED + 5
 
@@ -63,7 +64,8 @@ def whole_file(folder: Path, nbytes: int = WHOLE) -> Path:
 def read(path: Path, memory: list[memoryview]) -> None:
     handle = os.open(path, os.O_RDONLY)
     try:
-        Batch([Run(handle, 0, memory, lambda byte: (str(path), f"the tensor of byte {byte}"))], True).wait()
+        run = Run(handle, 0, memory, lambda byte: (str(path), f"the tensor of byte {byte}"))
+        Batch([run], PageCache(), True).wait()
     finally:
         os.close(handle)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import ctypes
+import errno
 import functools
 import os
 import queue
@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 
 from ..errors import SourceError
+from ..memory import view_of
 from ..team import share
 
 IOV_MAX = 512
@@ -62,10 +63,32 @@ class Run(NamedTuple):
 
 
 @dataclass(eq=False)
+class PageCache:
+    """What reads have met so far. While all that they wanted was in memory, nobody tells the system what will
+    be read next: looking that up would cost a sixth of the reading.
+    """
+
+    missed: bool = not hasattr(os, "RWF_NOWAIT")
+    """Whether a read had to wait for the storage, or would not say."""
+
+    def read(self, handle: int, memory: Sequence[memoryview], position: int) -> int:
+        """``os.preadv``, which looks whether it has to wait until one had to."""
+        if not self.missed:
+            try:
+                return os.preadv(handle, memory, position, os.RWF_NOWAIT)
+            except OSError as error:
+                if error.errno not in (errno.EAGAIN, errno.EOPNOTSUPP, errno.EINVAL):
+                    raise
+            self.missed = True
+        return os.preadv(handle, memory, position)
+
+
+@dataclass(eq=False)
 class Batch:
     """Runs that are read together; ``wait`` returns when they are there."""
 
     runs: Sequence[Run]
+    cache: PageCache
     by_waiter: bool = False
     """Nobody else reads it."""
     held: Sequence[object] = ()
@@ -86,10 +109,10 @@ class Batch:
         try:
             if self.by_waiter and sum(run.nbytes for run in self.runs) >= WORTH_SHARING:
                 pieces = [piece for run in self.runs for piece in _pieces_of(run)]
-                share(lambda number: _read_run(pieces[number]), len(pieces))
+                share(lambda number: _read_run(pieces[number], self.cache), len(pieces))
                 return
             for run in self.runs:
-                _read_run(run)
+                _read_run(run, self.cache)
         except BaseException as error:  # noqa: BLE001 - raised again where the batch is waited for
             self._error = error
         finally:
@@ -110,6 +133,7 @@ class ReadAhead:
     """
 
     def __init__(self) -> None:
+        self.cache = PageCache()
         self._wanted = min(READERS, _cores() - torch.get_num_threads())
         self.threaded = self._wanted > 0
         self._batches: queue.SimpleQueue[Batch | None] = queue.SimpleQueue()
@@ -134,7 +158,7 @@ class ReadAhead:
 
     def submit(self, runs: Sequence[Run], held: Sequence[object]) -> Batch:
         """Have ``runs`` read soon; ``held`` owns their memory."""
-        batch = Batch(runs, not self.threaded, held)
+        batch = Batch(runs, self.cache, not self.threaded, held)
         if self.threaded:
             self._batches.put(batch)
         return batch
@@ -198,15 +222,15 @@ def read_piece(piece: Piece) -> None:
 
     """
     for run in runs_of([piece]):
-        _read_run(run)
+        _read_run(run, PageCache(missed=True))
 
 
-def _read_run(run: Run) -> None:
+def _read_run(run: Run, cache: PageCache) -> None:
     """Read neighbouring bytes, going on after a short read."""
     left = list(run.memory)
     position = run.start
     while left:
-        got = os.preadv(run.handle, left, position)
+        got = cache.read(run.handle, left, position)
         position += got
         if got == 0:
             file, name = run.place_at(position)
@@ -234,8 +258,3 @@ def _memory_of(run: Sequence[Piece]) -> list[memoryview]:
             parts.append([address, nbytes])
         end = address + nbytes
     return [view_of(address, nbytes) for address, nbytes in parts]
-
-
-def view_of(address: int, nbytes: int) -> memoryview:
-    """Memory as something to read into. Owns nothing."""
-    return memoryview((ctypes.c_char * nbytes).from_address(address)).cast("B")

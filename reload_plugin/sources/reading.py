@@ -13,16 +13,16 @@ from typing import NamedTuple
 
 import torch
 
-from ..memory import HostPool
+from ..memory import HostPool, view_of
 from .base import Landed, Room, Stream, TensorInfo
-from .readahead import IOV_MAX, Batch, Piece, ReadAhead, Run, read_piece, runs_of, view_of
+from .readahead import IOV_MAX, Batch, PageCache, Piece, ReadAhead, Run, read_piece, runs_of
 
 AHEAD = 16 << 20
 """Bytes that are being read before they are asked for; one batch more at most."""
 ANNOUNCED = 32 << 20
 """Bytes ahead of those being read that the system is told of; they go to its page cache."""
-BATCH = 2 << 20
-"""Bytes from which on tensors are not read together with the next."""
+BATCH = 8 << 20
+"""Bytes from which on tensors are not read together with the next: as many as a team may share."""
 SCRATCH = 8 << 20
 """Bytes of a file that are read at once on their way to memory of another layout."""
 
@@ -249,20 +249,34 @@ def parcels_of(places: Iterable[Place | Assembly]) -> Iterator[Parcel]:
         yield Parcel(batch, nbytes)
 
 
-def _announced(parcels: Iterator[Parcel], handles: Mapping[str, int]) -> Iterator[Parcel]:
-    """The parcels; the system is told of each some time before, so that a cold disk reads meanwhile."""
+def _announced(parcels: Iterable[Parcel], handles: Mapping[str, int], cache: PageCache) -> Iterator[Parcel]:
+    """The parcels; once reads have to wait, the system is told of each some time before, so that a cold disk
+    reads meanwhile.
+    """
+    parcels = iter(parcels)
     window: deque[Parcel] = deque()
+    untold: deque[Parcel] = deque()
     nbytes = 0
-    for parcel in parcels:
-        for file, start, end in parcel.extents if hasattr(os, "posix_fadvise") else ():
-            with contextlib.suppress(OSError):  # it is advice
-                os.posix_fadvise(handles[file], start, end - start, os.POSIX_FADV_WILLNEED)
-        window.append(parcel)
-        nbytes += parcel.nbytes
-        while nbytes > ANNOUNCED:
-            nbytes -= window[0].nbytes
-            yield window.popleft()
-    yield from window
+    while True:
+        while nbytes <= ANNOUNCED and (parcel := next(parcels, None)) is not None:
+            window.append(parcel)
+            untold.append(parcel)
+            nbytes += parcel.nbytes
+        while cache.missed and untold:
+            _announce(untold.popleft(), handles)
+        if not window:
+            return
+        first = window.popleft()
+        nbytes -= first.nbytes
+        if untold and untold[0] is first:
+            untold.popleft()
+        yield first
+
+
+def _announce(parcel: Parcel, handles: Mapping[str, int]) -> None:
+    for file, start, end in parcel.extents if hasattr(os, "posix_fadvise") else ():
+        with contextlib.suppress(OSError):  # it is advice
+            os.posix_fadvise(handles[file], start, end - start, os.POSIX_FADV_WILLNEED)
 
 
 class _Reading:
@@ -279,14 +293,17 @@ class _Reading:
     def all(self, parcels: Iterator[Parcel]) -> Iterator[tuple[str, torch.Tensor] | Landed]:
         waiting: deque[_Asked] = deque()
         ahead = 0
-        parcels = _announced(parcels, self._handles)
-        following = next(parcels, None)
         with ReadAhead() as reader:
-            while following or waiting:
-                while following and (not waiting or (reader.threaded and ahead < AHEAD)):
-                    waiting.append(self._ask(reader, following))
-                    ahead += following.nbytes
+            parcels = _announced(parcels, self._handles, reader.cache)
+            more = True
+            while True:
+                while more and (not waiting or (reader.threaded and ahead < AHEAD)):
                     following = next(parcels, None)
+                    if more := following is not None:
+                        waiting.append(self._ask(reader, following))
+                        ahead += following.nbytes
+                if not waiting:
+                    return
                 parcel, tensors, read = waiting.popleft()
                 read.wait()
                 ahead -= parcel.nbytes
