@@ -15,7 +15,7 @@ COLUMNS = (
     "its answers",
     "engine restart",
     "floor (copy + process)",
-    "plain reads, processed once (read + process)",
+    "plain reads, processed once, hashed (read + process + hash)",
     "ours ÷ floor",
     "vLLM ÷ ours",
     "restart ÷ ours",
@@ -27,8 +27,9 @@ NOTE = (
     "Seconds are medians [least–most]. An engine restart runs from the start of a new process, imports "
     "included, to an engine that takes requests; its first answer is not included. The floor copies mapped "
     "files and processes into memory that is there; beside it stands what plain reads of the files take, "
-    "into one small buffer, and processing each layer for the first time. Peak extra memory is what "
-    "the process had resident at most (the kernel's VmHWM, mapped files included), less what it had before."
+    "into one small buffer, processing each layer for the first time, and hashing all bytes. Peak extra "
+    "memory is what the process had resident at most (the kernel's VmHWM, mapped files included), less what "
+    "it had before."
 )
 
 
@@ -192,11 +193,11 @@ def middle(found: dict[str, float] | None, digits: int = 3) -> str:
 
 
 def plainly(found: dict[str, Any], digits: int = 3) -> str:
-    """Reading plainly and processing once, where that was measured."""
-    if found.get("plain") is None:
+    """Reading plainly, processing once and hashing, where that was measured."""
+    if found.get("hash") is None:
         return NOTHING
-    plain, read, once = (middle(found[part], digits) for part in ("plain", "read", "once"))
-    return f"{plain} ({read} + {once})"
+    plain, read, once, hashed = (middle(found[part], digits) for part in ("plain", "read", "once", "hash"))
+    return f"{plain} ({read} + {once} + {hashed})"
 
 
 def times(value: float | None, digits: int = 2) -> str:

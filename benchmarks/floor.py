@@ -4,8 +4,9 @@
 `process_weights_after_loading` of every layer once, into pages the process already owns; page faults are half
 its cost otherwise. Both after `machine.keep_memory`.
 
-Beside it, what is nearer to a reload: *read*, the files by plain reads into one small buffer, and *once*, the
-first time that each layer is processed, when its values are in no cache.
+Beside it, what is nearer to a reload: *read*, the files by plain reads into one small buffer, *once*, the
+first time that each layer is processed, when its values are in no cache, and *hash*, the digest of as many
+bytes, by the same code as a reload's.
 """
 
 import statistics
@@ -18,6 +19,8 @@ from typing import Any
 import machine
 import numpy as np
 import torch
+
+from reload_plugin.hashing import Hash
 
 TRIALS = 3
 PIECE = 2 * machine.MIB
@@ -51,6 +54,20 @@ def read_seconds(folder: str | Path) -> float:
             with path.open("rb", buffering=0) as file:
                 while file.readinto(buffer):
                     pass
+        times.append(time.perf_counter() - started)
+    return statistics.median(times)
+
+
+def hash_seconds(folder: str | Path) -> float:
+    """Median seconds to hash as many bytes as the checkpoint has, in memory that is there."""
+    nbytes = sum(path.stat().st_size for path in Path(folder).glob("*.safetensors"))
+    values = torch.zeros(nbytes, dtype=torch.uint8)
+    times = []
+    for _ in range(TRIALS):
+        total = Hash()
+        started = time.perf_counter()
+        total.add_tensor(values)
+        total.digest()
         times.append(time.perf_counter() - started)
     return statistics.median(times)
 

@@ -55,7 +55,7 @@ def _main(report: dict[str, Any]) -> str:
         "this plugin",
         "vLLM's own",
         "floor (copy + process)",
-        "plain (read + process)",
+        "plain (read + process + hash)",
     )
     return table((*columns, *RATIOS.values(), "peak extra memory"), rows)
 
@@ -110,6 +110,16 @@ def _ways(report: dict[str, Any]) -> str:
     return table(("reload", "first", "later", "later, vLLM's own", "peak extra memory"), rows)
 
 
+def _replay(report: dict[str, Any]) -> str:
+    rows = []
+    for model, way, found in ways_of(report):
+        ours, own = found["ours"], _judged(found["vllm"], "later") if way == "replayed" else ""
+        plan = ours["stages"]["first"].get("plan", 0.0)
+        first = f"{_seconds(ours['first'])}" + (f" (plan {plan:.2f})" if plan else "")
+        rows.append([model["name"] if own else "", way, first, _seconds(ours["later"]), own])
+    return table(("model", "weights", "first", "later", "vLLM's own"), rows)
+
+
 def _order(report: dict[str, Any]) -> str:
     rows = []
     for _, way, found in ways_of(report):
@@ -137,6 +147,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "bytes": _axis,
     "changed": _ways,
     "disk": _ways,
+    "replay": _replay,
     "order": _order,
     "repeated": _repeated,
 }

@@ -34,6 +34,8 @@ class Way:
     """``folder``, or an iterator that is ``ordered`` or ``shuffled``."""
     disk: str = "warm"
     """``cold``: the files are not in the page cache."""
+    by_loader: bool = False
+    """Whether the model's own loader takes the weights, in a block of ``restore_for_reloading``."""
     options: Mapping[str, Any] = field(default_factory=dict)
     """Of the reload; ours take them, vLLM's own has none."""
     sides: tuple[str, ...] = SIDES
@@ -48,6 +50,7 @@ class Way:
                 "folder": folders[f"{name} for {self.to}" if self.only_changed else name],
                 "comes": self.comes,
                 "disk": self.disk,
+                "by_loader": self.by_loader,
                 "options": options,
             }
             for name in names
@@ -156,6 +159,11 @@ def _disks(_: Model) -> tuple[Way, ...]:
     return Way("warm"), Way("cold", disk="cold")
 
 
+def _replayed(_: Model) -> tuple[Way, ...]:
+    replayed = Way("replayed", comes="ordered", options={"policy": "host"})
+    return replayed, Way("by the model's loader", comes="ordered", by_loader=True, sides=("ours",))
+
+
 TABLES = {
     table.name: table
     for table in (
@@ -165,6 +173,7 @@ TABLES = {
         Table("changed", "Share of the layers that changed", MAIN[:1], _changed),
         Table("order", "Folder, ordered and shuffled iterator, under each policy", MAIN[:1], _orders),
         Table("disk", "Warm and cold page cache", MAIN[:1], _disks),
+        Table("replay", "Weights by known routes, and by the model's loader", MAIN[:3], _replayed, reloads=6),
         Table("repeated", "First and repeated reloads", MAIN[:1], _whole, reloads=10),
     )
 }
@@ -202,6 +211,7 @@ def measure(
                 run = judge(ask(processes, job, side), truth)
                 if side == "ours":
                     assert_right(f"{model.name} {way.name}, round {number}", run, table.graphs)
+                    assert_loaded(way, run)
                 runs[way.name][side].append(run)
                 progress.update()
     measured = {
@@ -278,6 +288,13 @@ def assert_right(what: str, run: dict[str, Any], graphs: bool = False) -> None:
         raise SystemExit(f"{what}: the engine that the floor was measured on answered differently")
 
 
+def assert_loaded(way: Way, run: dict[str, Any]) -> None:
+    """What is to measure the model's loader has used it."""
+    replayed = sum(one.get("replayed", 0) for one in run["reloads"])
+    if way.by_loader and replayed:
+        raise SystemExit(f"{way.name}: {replayed} weights took known routes")
+
+
 # -- what the figures come to ---------------------------------------------------------------------
 
 
@@ -287,10 +304,10 @@ def summary(measured: dict[str, Any]) -> dict[str, Any]:
     everything = [run for sides in runs.values() for side in sides.values() for run in side]
     floors = [run["floor"] for run in everything if "floor" in run]
     starts = [run["ready"] for sides in runs.values() for run in sides.get("vllm", [])]
-    parts = ("copy", "process", "read", "once")
+    parts = ("copy", "process", "read", "once", "hash")
     result: dict[str, Any] = {part: spread([one[part] for one in floors]) for part in parts}
     result["floor"] = spread([one["copy"] + one["process"] for one in floors])
-    result["plain"] = spread([one["read"] + one["once"] for one in floors])
+    result["plain"] = spread([one["read"] + one["once"] + one["hash"] for one in floors])
     result["restart"] = spread([seconds for seconds in starts if seconds is not None])
     result["ways"] = {
         name: _of_way(sides["ours"], runs[measured["beside"][name]]["vllm"], result, measured)

@@ -62,7 +62,7 @@ def time_reloads(
         folders: of the checkpoints.
         options: of the engine.
         steps: one for each reload: ``to`` (the checkpoint whose answer is expected), ``folder`` (what is
-            read), ``comes``, ``disk`` and ``options`` (see ``tables.Way``).
+            read), ``comes``, ``disk``, ``by_loader`` and ``options`` (see ``tables.Way``).
         started: when this process was asked for, by the monotonic clock; None if it was there before.
         floor_of: the checkpoint whose floor is measured afterwards; none if None.
         profile: whether to do the last step again under a profiler, after the one before it.
@@ -121,12 +121,23 @@ def prepare(llm: Any, number: int, step: Mapping[str, Any]) -> Any:
         asked["weights_path"] = step["folder"]
         return lambda: llm.collective_rpc("reload_weights", kwargs=asked)
     weights = stream(step["folder"], step["comes"] == "shuffled", number, fresh=not is_ours())
+    if step["by_loader"]:
+        return lambda: llm.collective_rpc(load_in_worker, args=(weights,))
     return lambda: llm.collective_rpc(reload_in_worker, args=(asked, weights))
 
 
 def reload_in_worker(worker: Any, options: dict[str, Any], weights: Any) -> None:
     """The runner's own call, for what has no name on the wire: an iterator."""
     worker.model_runner.reload_weights(weights_iterator=weights, **options)
+
+
+def load_in_worker(worker: Any, weights: Any) -> None:
+    """The same by the model's own loader: nothing has learnt routes where only this was called before."""
+    from reload_plugin import restore_for_reloading
+
+    model = worker.get_model()
+    with restore_for_reloading(model):
+        model.load_weights(weights)
 
 
 def stream(folder: str, shuffled: bool, seed: int, fresh: bool) -> Iterator[tuple[str, Any]]:
@@ -168,6 +179,7 @@ def account_of(llm: Any) -> dict[str, Any]:
         "stages": report["seconds"],
         "old_generation": report["old_generation"],
         "spilled": report["spilled_bytes"],
+        "replayed": report["replayed"],
     }
 
 
@@ -191,13 +203,17 @@ def time_floor(folder: str, options: Mapping[str, Any]) -> dict[str, Any]:
         plugin.unregister()  # vLLM's processing, and nothing that watches it
     machine.keep_memory()
     machine.warm_up(folder)
-    copy, read = floor.copy_seconds(folder), floor.read_seconds(folder)
+    parts = {
+        "copy": floor.copy_seconds(folder),
+        "read": floor.read_seconds(folder),
+        "hash": floor.hash_seconds(folder),
+    }
     with floor.TimedProcessing() as processing, start(folder, options) as llm:
         answer = engine.answer(llm)
     if is_ours():
         plugin.register()  # for the next job of this process, if it gets one
-    seconds = {"copy": copy, "process": processing.seconds, "read": read, "once": processing.once}
-    return seconds | {"layers": processing.layers, "answer": answer}
+    parts |= {"process": processing.seconds, "once": processing.once}
+    return parts | {"layers": processing.layers, "answer": answer}
 
 
 def start(folder: str, options: Mapping[str, Any]) -> Any:

@@ -16,7 +16,7 @@ from tests.zoo import INT4
 
 TINY = ["--layers", "1", "--hidden", "128", "--vocabulary", "256", "--experts", "8"]
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
-TABLES = ("main", "tensors", "bytes", "changed", "order", "disk", "repeated")
+TABLES = ("main", "tensors", "bytes", "changed", "order", "disk", "replay", "repeated")
 QUANTIZED = ("dense, INT8 W8A8", "dense, W4A16", "dense, INT8 online")
 """Their processing leaves more behind than new parameters, and the floor has to undo all of it."""
 PNG = b"\x89PNG"
@@ -36,7 +36,16 @@ def imported(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], ModuleType]:
 def test_every_table_is_measured_and_written(tmp_path: Path) -> None:
     """Tiny models, one process a side; a way or two of each table."""
     models = ["--models", "dense", "1 k", "0.25 GB", *QUANTIZED]
-    ways = ["--ways", "", "1/2 of the layers, only those sent", "1/2 of the layers", "shuffled, auto", "cold"]
+    ways = [
+        "--ways",
+        "",
+        "1/2 of the layers, only those sent",
+        "1/2 of the layers",
+        "shuffled, auto",
+        "cold",
+        "by the model's loader",
+        "replayed",
+    ]
     printed = run("benchmarks/reload.py", "all", "--smoke", "--profile", *models, *ways, "--output", tmp_path)
     for name in TABLES:
         report = json.loads((tmp_path / f"{name}.json").read_text())
@@ -109,10 +118,8 @@ class Answers:
         result["graphs"] = self._wrong.get("graphs", [0, 0])
         if job.get("floor_of"):
             answer = self._wrong.get("floor", f"the answer of {job['floor_of']}")
-            result["floor"] = {"copy": 0.1, "process": 0.2, "read": 0.3, "once": 0.5} | {
-                "layers": 3,
-                "answer": answer,
-            }
+            seconds = {"copy": 0.1, "process": 0.2, "read": 0.3, "once": 0.5, "hash": 0.05}
+            result["floor"] = seconds | {"layers": 3, "answer": answer}
         return result
 
     def _reload(self, step: dict[str, Any], plugin: bool) -> dict[str, Any]:
@@ -121,6 +128,7 @@ class Answers:
             answer = self._wrong.get("own", answer)
         stages = {"total": 0.5} if plugin else {}
         common = {"extra": 1, "device_extra": None, "resident": 2, "from_disk": 0}
+        common |= {"replayed": self._wrong.get("replayed", 0)}
         return {"to": step["to"], "seconds": 0.6, "stages": stages, "answer": answer} | common
 
 
@@ -130,10 +138,16 @@ def measured(imported: Callable[[str], ModuleType], root: Path, table: str = "di
     return tables.measure(chosen, chosen.models[0].small(), Answers(**wrong), root)
 
 
+def test_routes_are_no_loader(imported: Callable[[str], ModuleType], tmp_path: Path) -> None:
+    measured(imported, tmp_path / "right", "replay")
+    with pytest.raises(SystemExit, match="weights took known routes"):
+        measured(imported, tmp_path / "wrong", "replay", replayed=2)
+
+
 def test_right_answers_are_summed_up(imported: Callable[[str], ModuleType], tmp_path: Path) -> None:
     found = measured(imported, tmp_path)["summary"]
     assert found["floor"]["median"] == pytest.approx(0.3)
-    assert found["plain"]["median"] == pytest.approx(0.8)
+    assert found["plain"]["median"] == pytest.approx(0.85)
     assert found["restart"]["median"] == 9
     assert found["ways"]["cold"]["ours over floor, later"] == pytest.approx(2)
     assert found["ways"]["warm"]["ours"]["later"]["count"] == 5

@@ -47,9 +47,11 @@ from reload_plugin.errors import (
     WeightsError,
 )
 from reload_plugin.holders import holders_of, read, tensors_in
+from reload_plugin.load import LateWriteError
+from reload_plugin.memory import Gauge
 from reload_plugin.record import ConstructionTrace, record_constructed, record_of
 from reload_plugin.reload import before_serving
-from reload_plugin.staging import POISON
+from reload_plugin.staging import POISON, Stage
 from reload_plugin.tensors import storage_id
 
 CONFIG = types.SimpleNamespace(
@@ -277,6 +279,23 @@ def weights(seed: int, rows: int = 4) -> Weights:
     return {name: torch.randn(rows, 3, generator=generator) for name in ("first.weight", "lm_head.weight")}
 
 
+class Meddling(Model):
+    """A third layer, whose loader comes back to the first one, which has everything by then."""
+
+    def __init__(self, method: type[QuantizeMethodBase] = Packing) -> None:
+        super().__init__(method)
+        self.last = Layer(method())
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
+        def meddling() -> Iterator[tuple[str, torch.Tensor]]:
+            for name, tensor in weights:
+                yield name, tensor
+                if name == "last.weight":
+                    self.first.weight.data.copy_(tensor)
+
+        return super().load_weights(meddling())
+
+
 A, B = weights(1), weights(2)
 Make = Callable[[], nn.Module]
 
@@ -345,6 +364,43 @@ KINDS: dict[str, Make] = {method.__name__: (lambda m=method: Model(m)) for metho
 KINDS |= {"Tied": Tied, "TiedHelping": lambda: Tied(Helping)}
 KINDS |= {"ViewedByAnother": ViewedByAnother, "Hooked": Hooked}
 every_kind = pytest.mark.parametrize("make", KINDS.values(), ids=KINDS)
+
+
+@pytest.mark.parametrize("policy", ["staged", "streaming"])
+@pytest.mark.parametrize("method", [Packing, Shrinking])
+def test_a_loader_that_comes_back_to_a_layer_that_is_complete_writes_nothing(
+    method: type[QuantizeMethodBase], policy: str
+) -> None:
+    old, new = A | {"last.weight": A["first.weight"]}, B | {"last.weight": A["lm_head.weight"]}
+    model = cold(lambda: Meddling(method), old)
+    served = old if policy == "staged" else new | {"last.weight": B["first.weight"]}
+    expected = values(cold(lambda: Meddling(method), served))
+    with ReloadSession(model, policy=policy) as session, pytest.raises(LateWriteError, match="to first"):
+        session.load(new.items())
+    now = values(model)
+    assert {name: now[name] for name in now if "first" in name} == {
+        name: expected[name] for name in expected if "first" in name
+    }
+
+
+@every_kind
+def test_what_a_group_serves_is_known_before_while_and_after_it_is_staged(make: Make) -> None:
+    model = cold(make, A)
+    for group in record_of(model).groups:
+        stage = Stage(group, CPU, frozenset(), Gauge())
+
+        def served(stage: Stage = stage) -> set[int | None]:
+            return {storage_id(tensor) for _, tensor in stage.served_tensors()}
+
+        before = served()
+        stage.enter()
+        staged = {storage.key for storage in stage.storages}
+        assert served() - staged == before
+        stage.served.show()
+        stage.drop()
+        assert served() == before
+        held = group.layers[0].ref().parameters(recurse=False)
+        assert {storage_id(parameter) for parameter in held} <= before
 
 
 @pytest.mark.parametrize("trace", [False, True], ids=["recorded by hand", "watched"])
