@@ -60,10 +60,10 @@ class HostPool:
         fit: an object that is made anew for each layer lies in the heap where the last one's results were."""
 
     def reserve(self, nbytes: int) -> None:
-        """Make the stretch large enough for a layer of ``nbytes`` bytes, and for another one whose beginning
-        the same request brings along, unless it is in use. What nobody writes to takes no memory.
+        """Make the stretch large enough for a layer of ``nbytes`` bytes and for a part of the next, whose
+        beginning the same request brings along, unless it is in use. What nobody writes to takes no memory.
         """
-        self._size = max(KEPT, nbytes) + max(SPARE, nbytes)
+        self._size = max(KEPT, nbytes) + max(SPARE, min(nbytes, KEPT))
         if self._stretch is not None and len(self._stretch) < self._size and not any(self._used()):
             self._stretch, self._blocks = None, []
 
