@@ -20,8 +20,13 @@ import torch
 
 SMALL = 1 << 20
 """Requests below this come from torch's allocator."""
-KEPT = 64 << 20
-"""Bytes of a pool that stay with the process between reloads, at most."""
+ROOM = 64 << 20
+"""Bytes of a pool for a layer, at least, and for the beginning of the next one, at most."""
+KEPT = 2 * ROOM
+"""Bytes of a pool that stay with the process between reloads, at most: to get pages from the system once more
+takes as long as reading into them."""
+IDLE = 64 << 20
+"""Bytes that the C heap may keep unused between reloads, where it tells how many there are."""
 SPARE = 16 << 20
 """Bytes of a pool beyond its largest layer, at least: for layers that are not processed, and small ones that
 one request reads together."""
@@ -54,7 +59,7 @@ class HostPool:
 
     def __init__(self) -> None:
         self._stretch: mmap.mmap | None = None
-        self._size = KEPT + SPARE
+        self._size = ROOM + SPARE
         self._blocks: list[_Block] = []
         """In order; those that nobody else refers to are free, and are handed out again as they are if they
         fit: an object that is made anew for each layer lies in the heap where the last one's results were."""
@@ -63,7 +68,7 @@ class HostPool:
         """Make the stretch large enough for a layer of ``nbytes`` bytes and for a part of the next, whose
         beginning the same request brings along, unless it is in use. What nobody writes to takes no memory.
         """
-        self._size = max(KEPT, nbytes) + max(SPARE, min(nbytes, KEPT))
+        self._size = max(ROOM, nbytes) + max(SPARE, min(nbytes, ROOM))
         if self._stretch is not None and len(self._stretch) < self._size and not any(self._used()):
             self._stretch, self._blocks = None, []
 
@@ -210,7 +215,7 @@ def keep_within(limit: int, nbytes: int) -> None:
 
 
 def settle_heap() -> None:
-    """Between reloads: leave the C heap at most ``KEPT`` bytes that it does not use, and glibc's none: what
+    """Between reloads: leave the C heap at most ``IDLE`` bytes that it does not use, and glibc's none: what
     that one keeps lies in so many pieces that the next reload makes it grow all the same.
     """
     found = allocator()
@@ -218,5 +223,5 @@ def settle_heap() -> None:
         return
     if found.unused is None:
         found.give_back(0)
-    elif (excess := found.unused() - KEPT) > 0:
+    elif (excess := found.unused() - IDLE) > 0:
         found.give_back(excess)

@@ -44,7 +44,7 @@ from reload_plugin.errors import EngineBrokenError, ReloadError
 from reload_plugin.record import record_of
 from reload_plugin.reload import before_serving, restore_for_reloading
 from reload_plugin.session import ReloadSession
-from reload_plugin.sources import reading
+from reload_plugin.sources import reading, vectored
 from tests.checkpoints import WEIGHTS, read_tensors
 from tests.oracle import Live
 from tests.zoo import Case, case_named
@@ -415,7 +415,7 @@ def tensors_read(lab: Lab, trap: Trap) -> Iterator[None]:
         return
     # Tensors of the real size fill a batch each; these are read one by one as well.
     one_by_one = patch.multiple(reading, BATCH=1, AHEAD=1)
-    with one_by_one, patch.object(os, "preadv", trap.before(os.preadv)):
+    with one_by_one, patch.object(vectored, "preadv", trap.before(vectored.preadv)):
         yield
 
 

@@ -51,9 +51,9 @@ def test_a_block_that_nobody_has_any_more_is_used_again() -> None:
 def test_what_does_not_fit_is_mapped_for_itself() -> None:
     pool = HostPool()
     fitting = whole(pool.take(2 * MIB))
-    large = whole(pool.take(memory.KEPT + memory.SPARE))
-    assert large.numel() >= memory.KEPT + memory.SPARE
-    assert not fitting.data_ptr() <= large.data_ptr() < fitting.data_ptr() + memory.KEPT + memory.SPARE
+    large = whole(pool.take(memory.ROOM + memory.SPARE))
+    assert large.numel() >= memory.ROOM + memory.SPARE
+    assert not fitting.data_ptr() <= large.data_ptr() < fitting.data_ptr() + memory.ROOM + memory.SPARE
 
 
 def test_room_for_a_larger_layer_is_made_only_while_nothing_is_in_use() -> None:
@@ -110,7 +110,7 @@ def test_the_heap_is_asked_for_no_more_than_is_too_much(
 
 def test_between_reloads_the_heap_keeps_a_bounded_part(asked: list[int]) -> None:
     memory.settle_heap()
-    assert asked == [100 * MIB - memory.KEPT]
+    assert asked == [100 * MIB - memory.IDLE]
 
 
 def test_a_heap_that_does_not_say_what_it_keeps_keeps_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -146,5 +146,5 @@ def test_the_process_has_an_allocator_that_gives_back(name: str, preload: str) -
     child = [sys.executable, "-c", GROW_AND_GIVE_BACK]
     out = subprocess.run(child, env=environment, capture_output=True, text=True, check=True).stdout.split()
     assert out[0] == name
-    if name == "tcmalloc":  # 320 MiB, of which it may keep KEPT; glibc's gives such blocks back when freed
+    if name == "tcmalloc":  # 320 MiB, of which it may keep IDLE; glibc's gives such blocks back when freed
         assert int(out[1]) > 200

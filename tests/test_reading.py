@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from reload_plugin.errors import SourceError
-from reload_plugin.sources import Landed, TensorInfo, readahead
+from reload_plugin.sources import Landed, TensorInfo, readahead, vectored
 from reload_plugin.sources import reading as reading_module
 from reload_plugin.sources.safetensors_files import SafetensorsSource
 
@@ -148,15 +148,15 @@ def test_a_cut_file_and_its_tensor_are_named(tmp_path: Path) -> None:
 def spare_cores(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Enough cores for every reader; the names of those that read."""
     readers: list[str] = []
-    preadv = os.preadv
+    preadv = vectored.preadv
 
-    def noting(handle: int, memory: list[memoryview], start: int, flags: int = 0) -> int:
+    def noting(handle: int, parts: vectored.Parts, start: int, flags: int = 0) -> int:
         readers.append(threading.current_thread().name)
         time.sleep(0.001)  # so that no reader does all the work before the others have begun
-        return preadv(handle, memory, start, flags)
+        return preadv(handle, parts, start, flags)
 
     monkeypatch.setattr(readahead, "_cores", lambda: torch.get_num_threads() + 8)
-    monkeypatch.setattr(os, "preadv", noting)
+    monkeypatch.setattr(vectored, "preadv", noting)
     return readers
 
 
@@ -190,27 +190,27 @@ def test_what_one_of_the_readers_meets_is_raised_and_all_of_them_end(
 
 
 class Storage:
-    """Files as ``os.preadv`` sees them, in the page cache or not, and what the system is told of them."""
+    """Files as ``preadv`` sees them, in the page cache or not, and what the system is told of them."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, cached: bool, refusal: int = errno.EAGAIN) -> None:
         self.told: set[tuple[int, int]] = set()
         self.reads: list[tuple[bool, int]] = []
         """Of each read: whether all of it had been told, and how many bytes had been by then."""
         self.tries = 0
-        self._preadv, self._cached, self._refusal = os.preadv, cached, refusal
+        self._preadv, self._cached, self._refusal = vectored.preadv, cached, refusal
         monkeypatch.setattr(os, "posix_fadvise", self._tell)
-        monkeypatch.setattr(os, "preadv", self._read)
+        monkeypatch.setattr(vectored, "preadv", self._read)
         monkeypatch.setattr(reading_module, "ANNOUNCED", 500)
 
     def _tell(self, handle: int, start: int, nbytes: int, advice: int) -> None:
         assert advice == os.POSIX_FADV_WILLNEED
         self.told.update((handle, byte) for byte in range(start, start + nbytes))
 
-    def _read(self, handle: int, memory: list[memoryview], start: int, flags: int = 0) -> int:
+    def _read(self, handle: int, parts: vectored.Parts, start: int, flags: int = 0) -> int:
         self.tries += flags == os.RWF_NOWAIT
         if flags and not self._cached:
             raise OSError(self._refusal, os.strerror(self._refusal))
-        got = self._preadv(handle, memory, start)
+        got = self._preadv(handle, parts, start)
         wanted = {(handle, byte) for byte in range(start, start + got)}
         self.reads.append((wanted <= self.told, len(self.told)))
         return got

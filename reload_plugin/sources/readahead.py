@@ -15,12 +15,9 @@ from typing import NamedTuple
 import torch
 
 from ..errors import SourceError
-from ..memory import view_of
 from ..team import share
-
-IOV_MAX = 512
-"""Pieces of one vectored read (POSIX promises 16, Linux takes 1024)."""
-
+from . import vectored
+from .vectored import IOV_MAX, Parts
 
 SHARED = 1 << 20
 """Bytes that one thread of a team reads at a time."""
@@ -53,13 +50,11 @@ class Run(NamedTuple):
 
     handle: int
     start: int
-    memory: Sequence[memoryview]
+    parts: Parts
+    nbytes: int
+    """Of all parts."""
     place_at: Callable[[int], tuple[str, str]]
     """Byte of the file -> the file and the tensor that it belongs to, for messages."""
-
-    @property
-    def nbytes(self) -> int:
-        return sum(map(len, self.memory))
 
 
 @dataclass(eq=False)
@@ -71,16 +66,16 @@ class PageCache:
     missed: bool = not hasattr(os, "RWF_NOWAIT")
     """Whether a read had to wait for the storage, or would not say."""
 
-    def read(self, handle: int, memory: Sequence[memoryview], position: int) -> int:
-        """``os.preadv``, which looks whether it has to wait until one had to."""
+    def read(self, handle: int, parts: Parts, position: int) -> int:
+        """``preadv``, which looks whether it has to wait until one had to."""
         if not self.missed:
             try:
-                return os.preadv(handle, memory, position, os.RWF_NOWAIT)
+                return vectored.preadv(handle, parts, position, os.RWF_NOWAIT)
             except OSError as error:
                 if error.errno not in (errno.EAGAIN, errno.EOPNOTSUPP, errno.EINVAL):
                     raise
             self.missed = True
-        return os.preadv(handle, memory, position)
+        return vectored.preadv(handle, parts, position)
 
 
 @dataclass(eq=False)
@@ -188,25 +183,20 @@ def runs_of(pieces: Sequence[Piece]) -> list[Run]:
         else:
             joined.append([piece])
         handle, end = piece.handle, piece.start + nbytes
-    return [
-        Run(run[0].handle, run[0].start, _memory_of(run), functools.partial(_place_at, run)) for run in joined
-    ]
+    return [_run_of(run) for run in joined]
+
+
+def _run_of(pieces: Sequence[Piece]) -> Run:
+    sizes = [piece.nbytes for piece in pieces]
+    parts = vectored.parts_at([piece.address for piece in pieces], sizes)
+    return Run(pieces[0].handle, pieces[0].start, parts, sum(sizes), functools.partial(_place_at, pieces))
 
 
 def _pieces_of(run: Run) -> Iterator[Run]:
-    """A run as runs of about ``SHARED`` bytes, which several threads can read."""
-    memory: list[memoryview] = []
-    start, nbytes = run.start, 0
-    for part in run.memory:
-        while len(part) > SHARED - nbytes:
-            memory.append(part[: SHARED - nbytes])
-            part = part[SHARED - nbytes :]
-            yield Run(run.handle, start, memory, run.place_at)
-            memory, start, nbytes = [], start + SHARED, 0
-        memory.append(part)
-        nbytes += len(part)
-    if nbytes:
-        yield Run(run.handle, start, memory, run.place_at)
+    """A run as runs of at most ``SHARED`` bytes, which several threads can read."""
+    for first, parts in vectored.in_pieces(run.parts, SHARED):
+        nbytes = min(SHARED, run.nbytes - first)
+        yield Run(run.handle, run.start + first, parts, nbytes, run.place_at)
 
 
 def _place_at(run: Sequence[Piece], position: int) -> tuple[str, str]:
@@ -227,34 +217,12 @@ def read_piece(piece: Piece) -> None:
 
 def _read_run(run: Run, cache: PageCache) -> None:
     """Read neighbouring bytes, going on after a short read."""
-    left = list(run.memory)
-    position = run.start
-    while left:
-        got = cache.read(run.handle, left, position)
-        position += got
+    parts, done = run.parts, 0
+    while done < run.nbytes:
+        got = cache.read(run.handle, parts, run.start + done)
+        done += got
         if got == 0:
-            file, name = run.place_at(position)
+            file, name = run.place_at(run.start + done)
             raise SourceError(f"{file} ends in the middle of {name}: it was cut while it was read.")
-        if got == sum(map(len, left)):
-            return
-        done = 0
-        while done < len(left) and got >= len(left[done]):
-            got -= len(left[done])
-            done += 1
-        del left[:done]
-        if got:
-            left[0] = left[0][got:]
-
-
-def _memory_of(run: Sequence[Piece]) -> list[memoryview]:
-    """The memory that neighbours in a file go to, in as few parts as it has."""
-    parts: list[list[int]] = []
-    end = -1
-    for piece in run:
-        address, nbytes = piece.address, piece.nbytes
-        if address == end:
-            parts[-1][1] += nbytes
-        else:
-            parts.append([address, nbytes])
-        end = address + nbytes
-    return [view_of(address, nbytes) for address, nbytes in parts]
+        if done < run.nbytes:
+            parts = vectored.cut(run.parts, done, run.nbytes)

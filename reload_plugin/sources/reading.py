@@ -11,11 +11,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
-from ..memory import HostPool, view_of
+from ..memory import HostPool
 from .base import Landed, Room, Stream, TensorInfo
-from .readahead import IOV_MAX, Batch, PageCache, Piece, ReadAhead, Run, read_piece, runs_of
+from .readahead import Batch, PageCache, Piece, ReadAhead, Run, read_piece, runs_of
+from .vectored import IOV_MAX, parts_at
 
 AHEAD = 16 << 20
 """Bytes that are being read before they are asked for; one batch more at most."""
@@ -123,8 +126,9 @@ class Stretch(NamedTuple):
 
     file: str
     start: int
-    parts: Sequence[tuple[int, int, int]]
-    """Number of the parameter, first byte, and the byte after the last."""
+    nbytes: int
+    parts: npt.NDArray[np.int64]
+    """[3, parts]: number of the parameter, first byte, and number of bytes."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -194,7 +198,13 @@ def _stretches(places: Sequence[Place], targets: Sequence[tuple[int, int]]) -> l
         if parts and parts[-1][0] == parameter and parts[-1][2] == target:
             first = parts.pop()[1]
         parts.append((parameter, first, target + place.nbytes))
-    return [Stretch(*stretch) for stretch in found]
+    return [_stretch(file, start, parts) for file, start, parts in found]
+
+
+def _stretch(file: str, start: int, parts: Sequence[tuple[int, int, int]]) -> Stretch:
+    table = np.array(parts, dtype=np.int64).T.copy()
+    table[2] -= table[1]
+    return Stretch(file, start, int(table[2].sum()), table)
 
 
 _Asked = tuple[Parcel, list[torch.Tensor] | Landed, Batch]
@@ -336,16 +346,19 @@ class _Reading:
         return found
 
     def _runs(self, parcel: Parcel, landing: Landing, memory: Sequence[torch.UntypedStorage]) -> list[Run]:
-        views = [view_of(storage.data_ptr(), storage.nbytes()) for storage in memory]
-        return [
-            Run(
-                self._handles[file],
-                start,
-                [views[number][first:end] for number, first, end in parts],
-                functools.partial(parcel.place_at, file, self._paths.get(file, file)),
-            )
-            for file, start, parts in landing.stretches
-        ]
+        """Raises IndexError where a part would lie outside of its parameter."""
+        addresses = np.array([storage.data_ptr() for storage in memory], dtype=np.int64)
+        sizes = np.array([storage.nbytes() for storage in memory], dtype=np.int64)
+        found = []
+        for file, start, nbytes, (numbers, first, length) in landing.stretches:
+            if (first + length > sizes[numbers]).any():
+                raise IndexError(
+                    f"{file} has more at byte {start:,} than goes to {landing.landed.parameters}"
+                )
+            parts = parts_at(addresses[numbers] + first, length)
+            place_at = functools.partial(parcel.place_at, file, self._paths.get(file, file))
+            found.append(Run(self._handles[file], start, parts, nbytes, place_at))
+        return found
 
     def _pieces(self, places: Sequence[Place | Assembly], tensors: Sequence[torch.Tensor]) -> list[Piece]:
         pairs = zip(places, tensors, strict=True)

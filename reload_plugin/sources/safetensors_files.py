@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import hashlib
 import math
 import os
+from array import array
 from collections import Counter, OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,12 +20,13 @@ from types import MappingProxyType
 from typing import Any, TypeGuard
 
 import torch
+import xxhash
 
 from ..errors import SourceError
 from ..formats import shared
 from .base import Span, TensorInfo, tensor_info
 from .checkpoint import Checkpoint
-from .json_files import open_regular, strict_json
+from .json_files import open_regular, strict_items
 from .readahead import Piece, read_piece
 from .reading import Parcel, Place, parcels_of
 from .stamps import WRITE_AGAIN, Stamp, stamped
@@ -171,8 +172,11 @@ class Layout:
     """What the text of a header says, whatever file it is in."""
 
     metadata: Mapping[str, str]
-    tensors: Sequence[tuple[TensorInfo, int, int]]
-    """Each with its first byte in the file, and its number of bytes."""
+    infos: Sequence[TensorInfo]
+    starts: array[int]
+    """First byte of each in the file."""
+    sizes: array[int]
+    """Number of bytes of each."""
     end: int
     """Bytes of all tensors."""
     _placed: tuple[str, Mapping[str, Place]] = ("", MappingProxyType({}))
@@ -180,8 +184,8 @@ class Layout:
     def placed(self, file: str) -> Mapping[str, Place]:
         """Name -> where the tensor lies, in the order of the header; the same objects for the same file."""
         if self._placed[0] != file:
-            places = {info.name: Place(info, file, start, nbytes) for info, start, nbytes in self.tensors}
-            self._placed = file, places
+            tensors = zip(self.infos, self.starts, self.sizes, strict=True)
+            self._placed = file, {info.name: Place(info, file, *lies) for info, *lies in tensors}
         return self._placed[1]
 
 
@@ -197,7 +201,7 @@ def _layout_of(text: bytes) -> Layout:
     """What a header says, from the last few if it is one of them."""
     if len(text) > LONGEST_REMEMBERED:
         return _parse(text)
-    digest = hashlib.sha256(text).digest()
+    digest = xxhash.xxh3_128_digest(text)
     layout = _layouts.pop(digest, None) or _parse(text)
     _layouts[digest] = layout
     while len(_layouts) > REMEMBERED:
@@ -224,45 +228,75 @@ def _parse(text: bytes) -> Layout:
         UnknownDtypeError: torch is what cannot follow.
 
     """
-    header = strict_json(text)
+    metadata: Mapping[str, str] = {}
+    names: set[str] = set()
+    infos: list[TensorInfo] = []
+    starts, sizes = array("q"), array("q")
+    base, problem = 8 + len(text), None
+    for name, entry in strict_items(text):
+        if name in names:
+            raise ValueError(f"it has {name!r} twice")
+        names.add(name)
+        try:
+            if name == _METADATA:
+                metadata = _strings(entry)
+                continue
+            info, start, nbytes = _tensor(name, entry)
+        except (ValueError, UnknownDtypeError) as error:
+            problem = problem or error  # what does not parse at all, further on, is more to the point
+            continue
+        infos.append(info)
+        starts.append(base + start)
+        sizes.append(nbytes)
+    if problem is not None:
+        raise problem
     if text[:1] != b"{":
         raise ValueError("its header is not a JSON object")
-    metadata = header.pop("__metadata__", None)
-    if not (metadata is None or (type(metadata) is dict and all(type(v) is str for v in metadata.values()))):
-        raise ValueError("its __metadata__ is not a table of strings")
-    end = 0
-    for start, stop, name in sorted((*_offsets(name, entry), name) for name, entry in header.items()):
-        if start != end:
-            kind = "overlaps the tensor before it" if start < end else "leaves a gap before it"
-            raise ValueError(f"{name} begins at byte {start:,} of the data and {kind}, which ends at {end:,}")
-        end = stop
-    base = 8 + len(text)
-    return Layout(metadata or {}, [_tensor(name, entry, base) for name, entry in header.items()], end)
+    return Layout(metadata, infos, starts, sizes, _end_of(infos, starts, sizes, base) - base)
 
 
-def _offsets(name: str, entry: Any) -> tuple[int, int]:
-    """Where a tensor begins and ends, counted from the end of the header."""
+_METADATA = "__metadata__"
+
+
+def _strings(entry: Any) -> dict[str, str]:
+    if entry is None:
+        return {}
+    if not (type(entry) is dict and all(type(value) is str for value in entry.values())):
+        raise ValueError(f"its {_METADATA} is not a table of strings")
+    return entry
+
+
+def _end_of(infos: Sequence[TensorInfo], starts: array[int], sizes: array[int], base: int) -> int:
+    """Where the last tensor ends, if each begins where the one before it ends."""
+    end = base
+    for index in sorted(range(len(infos)), key=lambda index: (starts[index], sizes[index])):
+        if starts[index] != end:
+            kind = "overlaps the tensor before it" if starts[index] < end else "leaves a gap before it"
+            raise ValueError(
+                f"{infos[index].name} begins at byte {starts[index] - base:,} of the data and {kind}, which "
+                f"ends at {end - base:,}"
+            )
+        end += sizes[index]
+    return end
+
+
+def _tensor(name: str, entry: Any) -> tuple[TensorInfo, int, int]:
+    """A tensor, its first byte counted from the end of the header, and how many it has."""
     if type(entry) is not dict:
         raise ValueError(f"{name} has no description")
-    offsets = entry.get("data_offsets")
+    offsets, shape, kind = entry.get("data_offsets"), entry.get("shape"), entry.get("dtype")
     if not _naturals(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
         raise ValueError(f"{name} has the data_offsets {_brief(offsets)}")
-    return offsets[0], offsets[1]
-
-
-def _tensor(name: str, entry: dict[str, Any], base: int) -> tuple[TensorInfo, int, int]:
-    start, end = entry["data_offsets"]
-    nbytes = end - start
-    shape, kind = entry.get("shape"), entry.get("dtype")
     if not _naturals(shape):
         raise ValueError(f"{name} has the shape {_brief(shape)}")
     dtype = _DTYPES.get(kind) if type(kind) is str else None
     if dtype is None:
         raise UnknownDtypeError(name, _brief(kind))
+    nbytes = offsets[1] - offsets[0]
     if math.prod(shape) * dtype.itemsize != nbytes:
         raise ValueError(f"{name} has the shape {_brief(shape)} in {kind} and {nbytes:,} bytes")
     named = TensorInfo if nbytes else tensor_info  # bytes that are there vouch for the shape
-    return named(name, shared(tuple(shape)), dtype), base + start, nbytes
+    return named(name, shared(tuple(shape)), dtype), offsets[0], nbytes
 
 
 def _naturals(value: Any) -> TypeGuard[list[int]]:
