@@ -148,10 +148,13 @@ class _Graft:
 
     def contents(self, path: str, holder: object, served: Contents, result: Contents) -> None:
         """Make ``holder``, which holds ``served``, hold the values of ``result``."""
-        for key, new in result.items():
-            old = served.get(key, ABSENT)
-            if old is new and not isinstance(new, torch.Tensor):
-                continue
+        present = served.get
+        changed = [
+            (key, old, new)
+            for key, new in result.items()
+            if (old := present(key, ABSENT)) is not new or isinstance(new, torch.Tensor)
+        ]
+        for key, old, new in changed:
             value = new if old is ABSENT else self.value(f"{path}.{key[1]}", old, new)
             if value is not old:
                 self._commit.writes.append((holder, key, value))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Collection
 
 import torch
 
@@ -30,10 +31,10 @@ def digest_of(record: ModelRecord) -> str | None:
     book = _Book(record)
     try:
         for layer in record.layers:
-            for holder in layer.holders:
-                held = holder.ref()
-                if held is not None:
-                    book.add_holder(f"{layer.name}.{holder.path}", holder, read(held))
+            alive = [(holder, held) for holder in layer.holders if (held := holder.ref()) is not None]
+            own = {id(held) for _, held in alive}
+            for holder, held in alive:
+                book.add_holder(f"{layer.name}.{holder.path}", holder, read(held), own)
         return book.close()
     except Exception as error:  # noqa: BLE001 - tensors of any kind; no digest is worth a failed reload
         logger.warning("What is served has no digest: %s: %s", type(error).__name__, error)
@@ -57,15 +58,21 @@ class _Book:
             del self._handles[gone]
         return self._total.digest().hex() if self._known else None
 
-    def add_holder(self, path: str, holder: HolderRecord, contents: Contents) -> None:
+    def add_holder(
+        self, path: str, holder: HolderRecord, contents: Contents, others: Collection[int] = ()
+    ) -> None:
+        """What a holder holds; ``others`` (by identity) of its layer are added by themselves."""
         for key in holder.keys:
             if key not in contents:
                 continue
-            value, constructed = contents[key], holder.constructed.get(key)
+            value = contents[key]
             if holds_nothing(type(value)):
                 if isinstance(value, (bool, int, float)):
                     self._total.add_text(f"{path}.{key[1]} {value!r};")
                 continue
+            if id(value) in others:
+                continue
+            constructed = holder.constructed.get(key)
             replaced = isinstance(constructed, TensorRecord) and constructed.ref() is not value
             table = replaced and constructed.is_table  # type: ignore[union-attr]
             if table or not (replaced and key not in holder.undo):  # else it was bound later, like a KV cache

@@ -1,6 +1,7 @@
 """Reading straight to where tensors go: one plan of it for every save of the same layout."""
 
 import errno
+import itertools
 import os
 import threading
 import time
@@ -139,6 +140,33 @@ def test_a_cut_file_and_its_tensor_are_named(tmp_path: Path) -> None:
         SourceError, match=rf"{second} ends in the middle of {last.info.name}: it was cut while"
     ):
         list(reading)
+
+
+@pytest.mark.parametrize("landing", [True, False], ids=["to where they go", "to tensors"])
+def test_reads_that_stop_early_go_on_where_they_stopped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, landing: bool
+) -> None:
+    preadv, lengths = vectored.preadv, itertools.cycle([1, 7, 50])
+
+    def some(handle: int, parts: vectored.Parts, start: int, flags: int = 0) -> int:
+        wanted = min(next(lengths), int(parts[:, 1].sum()))
+        return preadv(handle, vectored.cut(parts, 0, wanted), start, flags)
+
+    tensors, room = save(tmp_path / "1", seed=1), StackedRoom()
+    monkeypatch.setattr(vectored, "preadv", some)
+    found = list(source_of(tmp_path / "1").read(ORDER, room=room if landing else None))
+    if landing:
+        room.holds(tensors)
+    else:
+        assert all(torch.equal(tensor, tensors[name]) for name, tensor in found)
+
+
+def test_memory_that_is_too_small_is_not_written_past(tmp_path: Path) -> None:
+    save(tmp_path / "1", seed=1)
+    room = StackedRoom()
+    room.norm = torch.zeros(8)[:4].clone()
+    with pytest.raises(IndexError, match=r"longer than its place in .*norm"):
+        list(source_of(tmp_path / "1").read(ORDER, room=room))
 
 
 # --- several readers, and a disk that is told what comes ---

@@ -454,7 +454,7 @@ def test_the_last_headers_are_remembered_without_their_text(
         safetensors_files.read_header(str(path))
     held = safetensors_files._layouts
     assert len(held) == safetensors_files.REMEMBERED
-    assert all(len(key) == 32 for key in held), "the text of a header takes as much as what it says"
+    assert all(len(key) <= 32 for key in held), "the text of a header takes as much as what it says"
     monkeypatch.setattr(safetensors_files, "LONGEST_REMEMBERED", 8)
     held.clear()
     safetensors_files.read_header(str(first))

@@ -194,9 +194,11 @@ def _run_of(pieces: Sequence[Piece]) -> Run:
 
 def _pieces_of(run: Run) -> Iterator[Run]:
     """A run as runs of at most ``SHARED`` bytes, which several threads can read."""
+    if run.nbytes <= SHARED:
+        yield run
+        return
     for first, parts in vectored.in_pieces(run.parts, SHARED):
-        nbytes = min(SHARED, run.nbytes - first)
-        yield Run(run.handle, run.start + first, parts, nbytes, run.place_at)
+        yield Run(run.handle, run.start + first, parts, min(SHARED, run.nbytes - first), run.place_at)
 
 
 def _place_at(run: Sequence[Piece], position: int) -> tuple[str, str]:

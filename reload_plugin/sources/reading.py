@@ -127,8 +127,8 @@ class Stretch(NamedTuple):
     file: str
     start: int
     nbytes: int
-    parts: npt.NDArray[np.int64]
-    """[3, parts]: number of the parameter, first byte, and number of bytes."""
+    parts: slice
+    """Of the landing's."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -137,6 +137,8 @@ class Landing:
 
     landed: Landed
     stretches: Sequence[Stretch]
+    parts: npt.NDArray[np.int64]
+    """[3, parts]: number of the parameter, first byte, and number of bytes of each."""
 
 
 @dataclass(eq=False)
@@ -166,7 +168,7 @@ class Parcel:
         shapes = {place.info.name: place.info.shape for place in places}
         landed = Landed(tuple(shapes), shapes, self.nbytes, parameters)
         numbers = {parameter: number for number, parameter in enumerate(parameters)}
-        return Landing(landed, _stretches(places, [(numbers[name], start) for name, start in targets]))
+        return Landing(landed, *_stretches(places, [(numbers[name], start) for name, start in targets]))
 
     @functools.cached_property
     def extents(self) -> Sequence[tuple[str, int, int]]:
@@ -184,27 +186,31 @@ class Parcel:
         return path, next(p.info.name for p in inside if p.start <= position < p.start + p.nbytes)
 
 
-def _stretches(places: Sequence[Place], targets: Sequence[tuple[int, int]]) -> list[Stretch]:
-    """Neighbours in a file together, and in memory too where they are neighbours in both."""
-    found: list[tuple[str, int, list[tuple[int, int, int]]]] = []
-    file, end = "", -1
+def _stretches(
+    places: Sequence[Place], targets: Sequence[tuple[int, int]]
+) -> tuple[list[Stretch], npt.NDArray[np.int64]]:
+    """Neighbours in a file together, and in memory too where they are neighbours in both; and their parts."""
+    found: list[Stretch] = []
+    parts: list[tuple[int, int, int]] = []
+    file, start, end, first = "", 0, -1, 0
+
+    def ended() -> None:
+        if end > start:
+            found.append(Stretch(file, start, end - start, slice(first, len(parts))))
+
     for place, (parameter, target) in zip(places, targets, strict=True):
         if not place.nbytes:
             continue
-        if place.file != file or place.start != end or len(found[-1][2]) >= IOV_MAX:
-            found.append((place.file, place.start, []))
-        file, end = place.file, place.start + place.nbytes
-        parts, first = found[-1][2], target
-        if parts and parts[-1][0] == parameter and parts[-1][2] == target:
-            first = parts.pop()[1]
-        parts.append((parameter, first, target + place.nbytes))
-    return [_stretch(file, start, parts) for file, start, parts in found]
-
-
-def _stretch(file: str, start: int, parts: Sequence[tuple[int, int, int]]) -> Stretch:
-    table = np.array(parts, dtype=np.int64).T.copy()
-    table[2] -= table[1]
-    return Stretch(file, start, int(table[2].sum()), table)
+        if place.file != file or place.start != end or len(parts) - first >= IOV_MAX:
+            ended()
+            file, start, first = place.file, place.start, len(parts)
+        end, nbytes = place.start + place.nbytes, place.nbytes
+        if len(parts) > first and parts[-1][0] == parameter and sum(parts[-1][1:]) == target:
+            _, target, before = parts.pop()
+            nbytes += before
+        parts.append((parameter, target, nbytes))
+    ended()
+    return found, np.array(parts, dtype=np.int64).reshape(-1, 3).T.copy()
 
 
 _Asked = tuple[Parcel, list[torch.Tensor] | Landed, Batch]
@@ -347,18 +353,22 @@ class _Reading:
 
     def _runs(self, parcel: Parcel, landing: Landing, memory: Sequence[torch.UntypedStorage]) -> list[Run]:
         """Raises IndexError where a part would lie outside of its parameter."""
-        addresses = np.array([storage.data_ptr() for storage in memory], dtype=np.int64)
+        numbers, first, length = landing.parts
         sizes = np.array([storage.nbytes() for storage in memory], dtype=np.int64)
-        found = []
-        for file, start, nbytes, (numbers, first, length) in landing.stretches:
-            if (first + length > sizes[numbers]).any():
-                raise IndexError(
-                    f"{file} has more at byte {start:,} than goes to {landing.landed.parameters}"
-                )
-            parts = parts_at(addresses[numbers] + first, length)
-            place_at = functools.partial(parcel.place_at, file, self._paths.get(file, file))
-            found.append(Run(self._handles[file], start, parts, nbytes, place_at))
-        return found
+        if (first + length > sizes[numbers]).any():
+            raise IndexError(f"A weight is longer than its place in {', '.join(landing.landed.parameters)}")
+        addresses = np.array([storage.data_ptr() for storage in memory], dtype=np.int64)
+        parts = parts_at(addresses[numbers] + first, length)
+        return [
+            Run(
+                self._handles[file],
+                start,
+                parts[chosen],
+                nbytes,
+                functools.partial(parcel.place_at, file, self._paths.get(file, file)),
+            )
+            for file, start, nbytes, chosen in landing.stretches
+        ]
 
     def _pieces(self, places: Sequence[Place | Assembly], tensors: Sequence[torch.Tensor]) -> list[Piece]:
         pairs = zip(places, tensors, strict=True)

@@ -41,8 +41,6 @@ def in_pieces(parts: Parts, nbytes: int) -> list[tuple[int, Parts]]:
     """The places in pieces of ``nbytes`` bytes, the last of what is left: (first byte, places) of each."""
     ends = np.cumsum(parts[:, 1], dtype=np.int64)
     total = int(ends[-1])
-    if total <= nbytes:
-        return [(0, parts)]
     return [
         (first, _cut(parts, ends, first, min(first + nbytes, total))) for first in range(0, total, nbytes)
     ]
