@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import enum
 import functools
+import itertools
 import operator
 import types
 import weakref
@@ -37,9 +38,6 @@ OUR_ATTRIBUTES = frozenset({"_reload_plugin_record", "load_weights"})
 """Instance attributes that this package sets on a model; never part of its state."""
 _NOT_SAVED = "_non_persistent_buffers_set"
 _PASSED_OVER = _MODULE_INTERNALS | OUR_ATTRIBUTES | {_NOT_SAVED}
-
-_INTERNAL: Key = ("internal", "")
-"""The key of what is passed over, until it is taken out."""
 
 _FOREIGN = (
     "torch",
@@ -147,8 +145,8 @@ def _read_module(module: nn.Module) -> Contents:
     for table in _TABLES:
         if entries := held[table]:
             found.update(zip(_keys(table, tuple(entries)), entries.values(), strict=True))
-    found.update(zip(_attributes_of_module(tuple(held)), held.values(), strict=True))
-    del found[_INTERNAL]
+    keys, chosen = _attributes_of_module(tuple(held))
+    found.update(zip(keys, itertools.compress(held.values(), chosen), strict=True))
     if _NOT_SAVED in held:
         found["attribute", _NOT_SAVED] = frozenset(held[_NOT_SAVED])
     return found
@@ -161,9 +159,10 @@ def _keys(kind: str, names: tuple[str, ...]) -> tuple[Key, ...]:
 
 
 @functools.lru_cache(4096)
-def _attributes_of_module(names: tuple[str, ...]) -> tuple[Key, ...]:
-    """The same for all that a module's ``__dict__`` has; what is torch's own or ours has one key together."""
-    return tuple(_INTERNAL if name in _PASSED_OVER else _key("attribute", name) for name in names)
+def _attributes_of_module(names: tuple[str, ...]) -> tuple[tuple[Key, ...], tuple[bool, ...]]:
+    """The same for all that a module's ``__dict__`` has, and which of it is not torch's own or ours."""
+    chosen = tuple(name not in _PASSED_OVER for name in names)
+    return _keys("attribute", tuple(itertools.compress(names, chosen))), chosen
 
 
 @functools.lru_cache(1 << 16)

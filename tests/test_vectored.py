@@ -84,27 +84,18 @@ def test_a_read_that_a_signal_cuts_short_is_done_again(memory: np.ndarray) -> No
 places = st.lists(st.integers(1, 40), min_size=1, max_size=12)
 
 
-@given(places, st.integers(1, 30))
-def test_pieces_are_the_whole_in_order(sizes: list[int], nbytes: int) -> None:
-    addresses = [1000 * number for number in range(1, len(sizes) + 1)]
-    whole = [address + byte for address, size in zip(addresses, sizes, strict=True) for byte in range(size)]
-    found: list[int] = []
-    table = vectored.parts_at(addresses, sizes)
-    for first, parts in vectored.in_pieces(table, nbytes):
-        assert first == len(found)
-        inside = [address + byte for address, size in parts.tolist() for byte in range(size)]
-        assert 0 < len(inside) <= nbytes
-        assert all(size for _, size in parts.tolist())
-        found += inside
-    assert found == whole
-    assert table.tolist() == [list(pair) for pair in zip(addresses, sizes, strict=True)], "cut in place"
-
-
 @given(places, st.data())
-def test_a_cut_is_the_bytes_between(sizes: list[int], data: st.DataObject) -> None:
+def test_what_is_left_is_the_rest_in_order(sizes: list[int], data: st.DataObject) -> None:
     first = data.draw(st.integers(0, sum(sizes) - 1))
-    last = data.draw(st.integers(first + 1, sum(sizes)))
     addresses = [1000 * number for number in range(1, len(sizes) + 1)]
     whole = [address + byte for address, size in zip(addresses, sizes, strict=True) for byte in range(size)]
-    parts = vectored.cut(vectored.parts_at(addresses, sizes), first, last)
-    assert [address + byte for address, size in parts.tolist() for byte in range(size)] == whole[first:last]
+    left = vectored.from_byte(vectored.parts_at(addresses, sizes), first)
+    assert [address + byte for address, size in left.tolist() for byte in range(size)] == whole[first:]
+    assert all(size for _, size in left.tolist())
+
+
+def test_rows_of_a_table_are_read_alone(handle: int, memory: np.ndarray) -> None:
+    rows = parts_in(memory, [(0, 10), (20, 5), (40, 5), (60, 10)]).rows(1, 3)
+    assert rows.tolist() == [[memory.ctypes.data + 20, 5], [memory.ctypes.data + 40, 5]]
+    assert vectored.preadv(handle, rows, 3) == 10
+    assert memory.nonzero()[0].tolist() == [*range(20, 25), *range(40, 45)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import functools
+import itertools
 import os
 import queue
 import threading
@@ -36,17 +37,39 @@ class Piece:
     file: str
     name: str
 
+    skipped: int = 0
+    """Bytes of the tensor before those that are read; ``start`` is where these begin."""
+    limit: int = 1 << 62
+    """Bytes that are read, if there are so many."""
+
     @property
     def address(self) -> int:
-        return self.tensor.data_ptr()
+        return self.tensor.data_ptr() + self.skipped
 
     @property
     def nbytes(self) -> int:
-        return self.tensor.numel() * self.tensor.element_size()
+        return min(self.tensor.numel() * self.tensor.element_size() - self.skipped, self.limit)
+
+    def split(self) -> Iterator[Piece]:
+        """The same in pieces of at most ``SHARED`` bytes; none of what has no bytes."""
+        nbytes = self.nbytes
+        if 0 < nbytes <= SHARED:
+            yield self
+            return
+        for first in range(0, nbytes, SHARED):
+            yield Piece(
+                self.handle,
+                self.start + first,
+                self.tensor,
+                self.file,
+                self.name,
+                self.skipped + first,
+                SHARED,
+            )
 
 
 class Run(NamedTuple):
-    """Neighbouring bytes of a file, which one call reads, and the memory that they go to."""
+    """Neighbouring bytes of a file, at most ``SHARED``, that one call reads, and where they go."""
 
     handle: int
     start: int
@@ -103,8 +126,8 @@ class Batch:
         """Fill the memory; errors are kept for ``wait``."""
         try:
             if self.by_waiter and sum(run.nbytes for run in self.runs) >= WORTH_SHARING:
-                pieces = [piece for run in self.runs for piece in _pieces_of(run)]
-                share(lambda number: _read_run(pieces[number], self.cache), len(pieces))
+                runs, cache = self.runs, self.cache
+                share(lambda number: _read_run(runs[number], cache), len(runs))
                 return
             for run in self.runs:
                 _read_run(run, self.cache)
@@ -171,17 +194,18 @@ def _cores() -> int:
 
 
 def runs_of(pieces: Sequence[Piece]) -> list[Run]:
-    """Pieces as runs: neighbours in one file together."""
+    """Pieces as runs: small neighbours in one file together, large ones in several."""
     joined: list[list[Piece]] = []
-    handle, end = -1, -1
-    for piece in pieces:
+    handle, end, together = -1, -1, 0
+    for piece in itertools.chain.from_iterable(map(Piece.split, pieces)):
         nbytes = piece.nbytes
-        if not nbytes:
-            continue
-        if piece.start == end and piece.handle == handle and len(joined[-1]) < IOV_MAX:
+        fits = together + nbytes <= SHARED and joined and len(joined[-1]) < IOV_MAX
+        if fits and piece.start == end and piece.handle == handle:
             joined[-1].append(piece)
+            together += nbytes
         else:
             joined.append([piece])
+            together = nbytes
         handle, end = piece.handle, piece.start + nbytes
     return [_run_of(run) for run in joined]
 
@@ -190,15 +214,6 @@ def _run_of(pieces: Sequence[Piece]) -> Run:
     sizes = [piece.nbytes for piece in pieces]
     parts = vectored.parts_at([piece.address for piece in pieces], sizes)
     return Run(pieces[0].handle, pieces[0].start, parts, sum(sizes), functools.partial(_place_at, pieces))
-
-
-def _pieces_of(run: Run) -> Iterator[Run]:
-    """A run as runs of at most ``SHARED`` bytes, which several threads can read."""
-    if run.nbytes <= SHARED:
-        yield run
-        return
-    for first, parts in vectored.in_pieces(run.parts, SHARED):
-        yield Run(run.handle, run.start + first, parts, min(SHARED, run.nbytes - first), run.place_at)
 
 
 def _place_at(run: Sequence[Piece], position: int) -> tuple[str, str]:
@@ -219,12 +234,12 @@ def read_piece(piece: Piece) -> None:
 
 def _read_run(run: Run, cache: PageCache) -> None:
     """Read neighbouring bytes, going on after a short read."""
-    parts, done = run.parts, 0
-    while done < run.nbytes:
-        got = cache.read(run.handle, parts, run.start + done)
-        done += got
+    handle, start, parts, nbytes, place_at = run
+    done = cache.read(handle, parts, start)
+    got = done
+    while done < nbytes:
         if got == 0:
-            file, name = run.place_at(run.start + done)
+            file, name = place_at(start + done)
             raise SourceError(f"{file} ends in the middle of {name}: it was cut while it was read.")
-        if done < run.nbytes:
-            parts = vectored.cut(run.parts, done, run.nbytes)
+        got = cache.read(handle, vectored.from_byte(parts, done), start + done)
+        done += got

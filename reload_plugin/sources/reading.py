@@ -17,7 +17,7 @@ import torch
 
 from ..memory import HostPool
 from .base import Landed, Room, Stream, TensorInfo
-from .readahead import Batch, PageCache, Piece, ReadAhead, Run, read_piece, runs_of
+from .readahead import SHARED, Batch, PageCache, Piece, ReadAhead, Run, read_piece, runs_of
 from .vectored import IOV_MAX, parts_at
 
 AHEAD = 16 << 20
@@ -122,13 +122,14 @@ Placed = Place | Assembly | Deferred
 
 
 class Stretch(NamedTuple):
-    """Neighbouring bytes of a file, and the parts of parameters' memory that they go to."""
+    """Neighbouring bytes of a file, at most ``SHARED``, and the parameters' memory that they go to."""
 
     file: str
     start: int
     nbytes: int
-    parts: slice
-    """Of the landing's."""
+    first: int
+    last: int
+    """The first of the landing's parts, and the one behind the last."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -196,19 +197,25 @@ def _stretches(
 
     def ended() -> None:
         if end > start:
-            found.append(Stretch(file, start, end - start, slice(first, len(parts))))
+            found.append(Stretch(file, start, end - start, first, len(parts)))
 
     for place, (parameter, target) in zip(places, targets, strict=True):
-        if not place.nbytes:
-            continue
-        if place.file != file or place.start != end or len(parts) - first >= IOV_MAX:
-            ended()
-            file, start, first = place.file, place.start, len(parts)
-        end, nbytes = place.start + place.nbytes, place.nbytes
-        if len(parts) > first and parts[-1][0] == parameter and sum(parts[-1][1:]) == target:
-            _, target, before = parts.pop()
-            nbytes += before
-        parts.append((parameter, target, nbytes))
+        done = 0
+        while done < place.nbytes:
+            if place.file != file or place.start + done != end or len(parts) - first >= IOV_MAX:
+                ended()
+                file, start, end, first = place.file, place.start + done, place.start + done, len(parts)
+            nbytes = min(place.nbytes - done, start + SHARED - end)
+            before = parts[-1] if len(parts) > first else None
+            if before is not None and before[0] == parameter and before[1] + before[2] == target + done:
+                parts[-1] = (parameter, before[1], before[2] + nbytes)
+            else:
+                parts.append((parameter, target + done, nbytes))
+            done += nbytes
+            end += nbytes
+            if end - start == SHARED:
+                ended()
+                start, first = end, len(parts)
     ended()
     return found, np.array(parts, dtype=np.int64).reshape(-1, 3).T.copy()
 
@@ -359,15 +366,16 @@ class _Reading:
             raise IndexError(f"A weight is longer than its place in {', '.join(landing.landed.parameters)}")
         addresses = np.array([storage.data_ptr() for storage in memory], dtype=np.int64)
         parts = parts_at(addresses[numbers] + first, length)
+        handles, paths, place_at = self._handles, self._paths, parcel.place_at
         return [
             Run(
-                self._handles[file],
+                handles[file],
                 start,
-                parts[chosen],
+                parts.rows(begin, end),
                 nbytes,
-                functools.partial(parcel.place_at, file, self._paths.get(file, file)),
+                functools.partial(place_at, file, paths.get(file, file)),
             )
-            for file, start, nbytes, chosen in landing.stretches
+            for file, start, nbytes, begin, end in landing.stretches
         ]
 
     def _pieces(self, places: Sequence[Place | Assembly], tensors: Sequence[torch.Tensor]) -> list[Piece]:

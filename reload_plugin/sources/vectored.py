@@ -2,7 +2,7 @@
 
 Python's own ``os.preadv`` wants an object for each place, which costs more than the copy where tensors are
 small. Here the places are a table of addresses that numpy computes, in the very layout that the C library
-takes.
+takes; a read by one of several threads holds the interpreter's lock for next to nothing.
 """
 
 from __future__ import annotations
@@ -11,49 +11,53 @@ import ctypes
 import errno
 import functools
 import os
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from ..memory import view_of
 
-Parts = npt.NDArray[np.uintp]
-"""Places in memory: [parts, 2], address and bytes of each (``struct iovec`` of POSIX). Owns nothing."""
-
 IOV_MAX = 512
 """Parts of one call (POSIX promises 16, Linux takes 1024)."""
+_ROW = 2 * np.dtype(np.uintp).itemsize
+
+
+class Parts(NamedTuple):
+    """Some rows of a table of places in memory. Owns the table, and none of the memory."""
+
+    table: npt.NDArray[np.uintp]
+    """[parts, 2]: address and number of bytes of each (``struct iovec`` of POSIX)."""
+    address: int
+    """Of the first row."""
+    length: int
+    """How many rows."""
+
+    def rows(self, first: int, last: int) -> Parts:
+        """The rows from ``first`` to before ``last``."""
+        return Parts(self.table, self.address + first * _ROW, last - first)
+
+    def tolist(self) -> list[list[int]]:
+        """Address and number of bytes of each."""
+        first = (self.address - self.table.ctypes.data) // _ROW
+        return self.table[first : first + self.length].tolist()  # type: ignore[no-any-return]
 
 
 def parts_at(addresses: npt.ArrayLike, nbytes: npt.ArrayLike) -> Parts:
     """A table of ``nbytes`` bytes at each of the ``addresses``."""
-    return np.array((addresses, nbytes), dtype=np.uintp).T.copy()
+    table = np.array((addresses, nbytes), dtype=np.uintp).T.copy()
+    return Parts(table, table.ctypes.data, len(table))
 
 
-def cut(parts: Parts, first: int, last: int) -> Parts:
-    """The places of the bytes from ``first`` to before ``last`` of all that ``parts`` have together."""
-    ends = np.cumsum(parts[:, 1], dtype=np.int64)
-    return _cut(parts, ends, first, last)
-
-
-def in_pieces(parts: Parts, nbytes: int) -> list[tuple[int, Parts]]:
-    """The places in pieces of ``nbytes`` bytes, the last of what is left: (first byte, places) of each."""
-    ends = np.cumsum(parts[:, 1], dtype=np.int64)
-    total = int(ends[-1])
-    return [
-        (first, _cut(parts, ends, first, min(first + nbytes, total))) for first in range(0, total, nbytes)
-    ]
-
-
-def _cut(parts: Parts, ends: npt.NDArray[np.int64], first: int, last: int) -> Parts:
-    begin, end = (int(at) for at in np.searchsorted(ends, (first + 1, last)))
-    found = parts[begin : end + 1].copy()
-    before = first - int(ends[begin]) + int(parts[begin, 1])
-    found[0, 0] += before
-    found[0, 1] -= before
-    found[-1, 1] -= int(ends[end]) - last
-    return found
+def from_byte(parts: Parts, first: int) -> Parts:
+    """The places of the bytes from ``first`` on of all that ``parts`` have together."""
+    left: list[Sequence[int]] = []
+    for address, nbytes in parts.tolist():
+        if first < nbytes:
+            left.append((address + first, nbytes - first))
+        first = max(0, first - nbytes)
+    return parts_at(*zip(*left, strict=True))
 
 
 def preadv(handle: int, parts: Parts, position: int, flags: int = 0) -> int:
@@ -73,8 +77,7 @@ def preadv(handle: int, parts: Parts, position: int, flags: int = 0) -> int:
     if call is None:
         memory = [view_of(address, nbytes) for address, nbytes in parts.tolist()]
         return os.preadv(handle, memory, position, flags)
-    table = parts.ctypes.data
-    while (got := call(handle, table, len(parts), position, flags)) < 0:
+    while (got := call(handle, parts.address, parts.length, position, flags)) < 0:
         if (number := ctypes.get_errno()) != errno.EINTR:
             raise OSError(number, os.strerror(number))
     return int(got)
