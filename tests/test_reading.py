@@ -161,6 +161,59 @@ def test_reads_that_stop_early_go_on_where_they_stopped(
         assert all(torch.equal(tensor, tensors[name]) for name, tensor in found)
 
 
+class ReversedRoom(StackedRoom):
+    """One memory for all: the last tensor first, and a gap of four bytes before each."""
+
+    def __init__(self, infos: list[TensorInfo]) -> None:
+        super().__init__()
+        self.starts, end = {}, 0
+        for info in reversed(infos):
+            self.starts[info.name] = end + 4
+            end += 4 + info.nbytes
+        self.all = torch.zeros(end, dtype=torch.uint8)
+
+    def _target(self, name: str) -> tuple[str, int]:
+        return "all", self.starts[name]
+
+
+def test_neighbours_in_a_file_that_are_none_in_memory_go_to_their_own_places(tmp_path: Path) -> None:
+    tensors = save(tmp_path / "1", seed=1)
+    source = source_of(tmp_path / "1")
+    room = ReversedRoom([next(info for info in source.infos() if info.name == name) for name in ORDER])
+    list(source.read(ORDER, room=room))
+    for name, tensor in tensors.items():
+        found = room.all[room.starts[name] :][: tensor.nbytes]
+        assert torch.equal(found, tensor.view(torch.uint8).reshape(-1)), name
+    written = sum(tensor.nbytes for tensor in tensors.values())
+    assert room.all.numel() == written + 4 * len(tensors)
+    gaps = [room.all[start - 4 : start] for start in room.starts.values()]
+    assert not torch.cat(gaps).any()
+
+
+@pytest.mark.parametrize("landing", [True, False], ids=["to where they go", "to tensors"])
+def test_what_is_large_is_read_in_pieces_by_a_team(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, landing: bool
+) -> None:
+    preadv, reads = vectored.preadv, []
+
+    def noting(handle: int, parts: vectored.Parts, start: int, flags: int = 0) -> int:
+        reads.append(sum(nbytes for _, nbytes in parts.tolist()))
+        return preadv(handle, parts, start, flags)
+
+    monkeypatch.setattr(reading_module, "SHARED", 50)
+    monkeypatch.setattr(readahead, "SHARED", 50)
+    monkeypatch.setattr(readahead, "WORTH_SHARING", 1)
+    tensors, room = save(tmp_path / "1", seed=1), StackedRoom()
+    monkeypatch.setattr(vectored, "preadv", noting)
+    found = list(source_of(tmp_path / "1").read(ORDER, room=room if landing else None))
+    if landing:
+        room.holds(tensors)
+    else:
+        assert all(torch.equal(tensor, tensors[name]) for name, tensor in found)
+    assert sum(reads) == sum(tensor.nbytes for tensor in tensors.values())
+    assert max(reads) == 50
+
+
 def test_memory_that_is_too_small_is_not_written_past(tmp_path: Path) -> None:
     save(tmp_path / "1", seed=1)
     room = StackedRoom()
