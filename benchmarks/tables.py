@@ -167,7 +167,7 @@ def _replayed(_: Model) -> tuple[Way, ...]:
 TABLES = {
     table.name: table
     for table in (
-        Table("main", "Reloads from disk", MAIN, _of_main, rounds=5, reloads=3),
+        Table("main", "Reloads from disk", MAIN, _of_main, rounds=5),
         Table("tensors", "The same bytes in more and more tensors", TENSORS, _whole, axis="tensors"),
         Table("bytes", "More and more bytes in the same number of tensors", BYTES, _whole, axis="bytes"),
         Table("changed", "Share of the layers that changed", MAIN[:1], _changed),

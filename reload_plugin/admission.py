@@ -34,8 +34,7 @@ class Admission:
     def admits(self, name: str, tensor: torch.Tensor) -> bool:
         """Whether there is memory for a weight; what it begins is counted from now on."""
         route = self._ledger.route_for(name, tensor)
-        writes = (route.writes or ()) if route is not None else ()
-        if writes and all(self._ledger.storage_of(write.parameter).materialised for write in writes):
+        if route is not None and route.writes and self._is_there(route):
             return True
         if self._gauge.held - self.results > self._limit:
             return False
@@ -44,6 +43,10 @@ class Admission:
             return begins.keys() <= self._begun.keys()
         self._begun |= begins
         return True
+
+    def _is_there(self, route: Route) -> bool:
+        """Whether all that a route leads to has its memory."""
+        return all(self._ledger.storage_of(write.parameter).materialised for write in route.writes or ())
 
     def has_begun(self, name: str) -> bool:
         """Whether a weight belongs to a layer that waits for the rest of its weights."""

@@ -16,7 +16,7 @@ from torch import nn
 
 from . import _vllm
 from .errors import EngineBrokenError, ReloadError, SessionError, SourceError
-from .interrupts import held
+from .interrupts import call_held, held
 from .ledger import Expected
 from .overflow import Overflow
 from .placement import placement
@@ -262,7 +262,7 @@ def _bring_back(model: nn.Module, record: ModelRecord) -> None:
                     _vllm.load_dummy(record.vllm_config, record.model_config, model)
                 session.finish(check=False)
             else:
-                session.load(good.read(), contextlib.nullcontext)
+                session.load(good.read(), call_held)
                 session.finish()
     except BaseException as error:
         reason = f"a reload failed half way and the weights served before could not be read: {error}"

@@ -12,7 +12,15 @@ import signal
 import threading
 import types
 from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
 
+try:  # what is below ``signal``'s functions, which make enums of all answers: too dear for each weight
+    import _signal as fast  # type: ignore[import-not-found]
+except ImportError:
+    fast = signal
+
+T = TypeVar("T")
+Argument = TypeVar("Argument")
 Handler = Callable[[int, types.FrameType | None], object]
 
 
@@ -44,11 +52,11 @@ def held() -> Iterator[None]:
         yield
         return
     ours = _Held(original)
-    signal.signal(signal.SIGINT, ours)
+    fast.signal(signal.SIGINT, ours)
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, original)
+        fast.signal(signal.SIGINT, original)
     ours.deliver()
 
 
@@ -62,12 +70,28 @@ def let_through() -> Iterator[None]:
     ours.deliver()
     try:
         try:
-            signal.signal(signal.SIGINT, ours.original)
+            fast.signal(signal.SIGINT, ours.original)
             yield
         finally:
-            signal.signal(signal.SIGINT, ours)
+            fast.signal(signal.SIGINT, ours)
     finally:
-        signal.signal(signal.SIGINT, ours)  # again: Ctrl-C may have come before the one above was done
+        fast.signal(signal.SIGINT, ours)  # again: Ctrl-C may have come before the one above was done
+
+
+def call_out(call: Callable[[Argument], T], argument: Argument) -> T:
+    """The same around one call. Plain code, because it is done for each weight."""
+    ours = _handler()
+    if not isinstance(ours, _Held):
+        return call(argument)
+    ours.deliver()
+    try:
+        try:
+            fast.signal(signal.SIGINT, ours.original)
+            return call(argument)
+        finally:
+            fast.signal(signal.SIGINT, ours)
+    finally:
+        fast.signal(signal.SIGINT, ours)
 
 
 def deliver() -> None:
@@ -77,16 +101,20 @@ def deliver() -> None:
         ours.deliver()
 
 
-@contextlib.contextmanager
-def between() -> Iterator[None]:
-    """Around code of our own that is reached when nothing is half done: what was noted is raised first."""
+def call_between(call: Callable[[Argument], T], argument: Argument) -> T:
+    """Run code of our own that is reached when nothing is half done: what was noted is raised first."""
     deliver()
-    yield
+    return call(argument)
+
+
+def call_held(call: Callable[[Argument], T], argument: Argument) -> T:
+    """Run code of our own on the way back, inside ``held``: Ctrl-C goes on waiting."""
+    return call(argument)
 
 
 def _handler() -> Handler | None:
     """What handles SIGINT in this thread, if it can be called."""
     if threading.current_thread() is not threading.main_thread():
         return None
-    handler = signal.getsignal(signal.SIGINT)
+    handler: Any = fast.getsignal(signal.SIGINT)
     return handler if callable(handler) else None

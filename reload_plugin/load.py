@@ -12,7 +12,6 @@ import re
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -22,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 
 from .errors import ReloadError, SourceError
 from .formats import SMALL_BYTES, Geometry, shared
-from .interrupts import let_through
+from .interrupts import call_out
 from .routes import Route, Write
 from .sources import Landed
 from .staging import StagedStorage
@@ -35,8 +34,8 @@ _LIMIT = 10_000
 """Offenders after which a stream is not read any further."""
 
 
-Fetching = Callable[[], AbstractContextManager[None]]
-"""What surrounds the request for the next weight: whether Ctrl-C may come then."""
+Fetching = Callable[[Callable[[Iterator[Any]], Any], Iterator[Any]], Any]
+"""Calls ``next`` with the weights: whether Ctrl-C may come then."""
 
 
 class LateWriteError(ReloadError):
@@ -58,11 +57,12 @@ class Problems:
     nonfinite: dict[str, str] = field(default_factory=dict)
 
     def __bool__(self) -> bool:
-        return any(vars(self).values())
+        return self.count > 0
 
     @property
     def count(self) -> int:
-        return sum(map(len, vars(self).values()))
+        kinds = (self.missing, self.unexpected, self.duplicate, self.misshapen, self.nonfinite)
+        return sum(map(len, kinds))
 
 
 @functools.lru_cache(maxsize=4096)
@@ -102,7 +102,9 @@ class Loaded:
 
     def has(self, name: str) -> bool:
         """Whether a weight came already."""
-        return name in self.shapes or any(name in landed.shapes for landed in self.landed)
+        if name in self.shapes:
+            return True
+        return bool(self.landed) and any(name in landed.shapes for landed in self.landed)
 
 
 def _written_arguments(func: Any, cache: dict[Any, tuple[int, ...]] = {}) -> tuple[int, ...]:  # noqa: B006
@@ -192,7 +194,9 @@ class LoadTrace(TorchDispatchMode):
 
     def take_recent(self) -> set[int]:
         """Storages written to since this was last asked."""
-        recent, self._recent = self._recent, set()
+        recent = self._recent
+        if recent:
+            self._recent = set()
         return recent
 
     def watch(self, storages: Iterable[StagedStorage]) -> None:
@@ -210,9 +214,9 @@ class LoadTrace(TorchDispatchMode):
         self._note_source(tensor, name)
         self._incoming = tensor
 
-    def note_arrival(self, name: str, tensor: torch.Tensor) -> None:
-        """Account for a weight, however it is loaded."""
-        self.loaded.shapes[name] = shared(tuple(tensor.shape))
+    def note_arrival(self, name: str, tensor: torch.Tensor, shape: tuple[int, ...] | None = None) -> None:
+        """Account for a weight, however it is loaded. ``shape``: of it, if that is at hand."""
+        self.loaded.shapes[name] = shared(tuple(tensor.shape)) if shape is None else shape
         self.loaded.nbytes += tensor.numel() * tensor.element_size()
 
     def note_landed(self, landed: Landed) -> None:
@@ -417,7 +421,7 @@ class Feed:
         trace: LoadTrace,
         between: Callable[[], None],
         aside: Callable[[str, torch.Tensor], bool] | None = None,
-        fetching: Fetching = let_through,
+        fetching: Fetching = call_out,
     ) -> None:
         try:
             self._weights = iter(weights)
@@ -482,8 +486,10 @@ class Feed:
         try:
             if self._trace.dry:  # meta tensors of our own, which are there already
                 return next(self._weights)
-            with _disable_current_modes(), self._fetching():
-                return next(self._weights)
+            if not torch._C._len_torch_dispatch_stack():
+                return self._fetching(next, self._weights)
+            with _disable_current_modes():
+                return self._fetching(next, self._weights)
         except StopIteration:
             self.exhausted = True
             raise

@@ -15,7 +15,7 @@ from torch import nn
 
 from .errors import PartialUpdateError, SourceError, weights_error
 from .generation import can_bring_back, expected, known_routes, session_for, whole_or_broken
-from .interrupts import between
+from .interrupts import call_between
 from .ledger import Expected
 from .options import ReloadOptions
 from .plan import Plan, PlanUnavailableError, make_plan
@@ -147,7 +147,7 @@ def update_in_place(
         with whole_or_broken(model, record, session):
             reading = watched(top.read(None, None, session.room), top, options.progress)
             with contextlib.closing(reading) as weights:
-                session.load(weights, between)
+                session.load(weights, call_between)
             if session.problems:
                 session.check()
             report = session.finish(check=False)

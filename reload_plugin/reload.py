@@ -33,7 +33,7 @@ from .generation import (
     session_for,
     whole_or_broken,
 )
-from .interrupts import between
+from .interrupts import call_between
 from .kernel_format import copy_kernel_format
 from .ledger import Expected
 from .load import Feed, LoadTrace, Problems
@@ -340,7 +340,7 @@ def _from_source(
         with whole_or_broken(model, record, session, undo=way_back != "none"), session:
             reading = watched(source.read(order, record.pool, session.room), source, chosen.progress, order)
             with contextlib.closing(reading) as weights:
-                session.load(weights, between)
+                session.load(weights, call_between)
             report = session.finish()
     found = plan.kept | report.kept if plan is not None else report.kept
     report = _completed(report, found, way_back, planned)

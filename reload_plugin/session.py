@@ -30,7 +30,7 @@ from .commit import Commit, plan_commit
 from .digest import digest_of
 from .errors import NotRecordedError, SessionError, SourceError, weights_error
 from .garbage import no_full_collections
-from .interrupts import between, deliver, held, let_through
+from .interrupts import call_between, call_out, deliver, held
 from .ledger import Expected, Ledger
 from .load import Feed, Fetching, Loaded, LoadTrace, Problems, load_all, load_by_routes
 from .memory import SMALL, Gauge, keep_within, resident
@@ -187,11 +187,11 @@ class ReloadSession:
         self.state = State.OPEN
 
     def load(
-        self, weights: Iterable[tuple[str, torch.Tensor]], fetching: Fetching = let_through
+        self, weights: Iterable[tuple[str, torch.Tensor]], fetching: Fetching = call_out
     ) -> set[str] | None:
         """Load some of the weights. Returns what the model's ``load_weights`` returned.
 
-        ``fetching`` surrounds the request for the next weight; as it is, Ctrl-C gets through to an iterator.
+        ``fetching`` asks for the next weight; as it is, Ctrl-C gets through to an iterator.
         """
         returned: list[Any] = []
 
@@ -233,7 +233,7 @@ class ReloadSession:
         self._replaying = True
         try:
             with contextlib.closing(self._overflow.replay(self.room, self._admission.has_begun)) as weights:
-                self.load(weights, between)
+                self.load(weights, call_between)
         finally:
             self._replaying = False
         self._spilled = self._overflow.nbytes
@@ -244,7 +244,7 @@ class ReloadSession:
         route = self.ledger.route_for(name, tensor)
         if route is None:
             return False
-        self._trace.note_arrival(name, tensor)
+        self._trace.note_arrival(name, tensor, route.shape)
         self._trace.current = name
         if not self.room.took(name, tensor):
             follow(route, tensor, self._memory)
@@ -470,7 +470,7 @@ class ReloadSession:
             self._close_all(self.ledger.complete_after(self._trace.current, recent))
 
     def _close_all(self, complete: list[Stage]) -> None:
-        if self.whole_model or self.problems:
+        if not complete or self.whole_model or self.problems:
             return
         for stage in complete:
             if id(stage) in self._open_stages and not stage.group.deferred:
