@@ -120,7 +120,7 @@ def prepare(llm: Any, number: int, step: Mapping[str, Any]) -> Any:
     if step["comes"] == "folder":
         asked["weights_path"] = step["folder"]
         return lambda: llm.collective_rpc("reload_weights", kwargs=asked)
-    weights = stream(step["folder"], step["comes"] == "shuffled", number, fresh=not is_ours())
+    weights = stream(step["folder"], step["comes"] == "shuffled", number)
     if step["by_loader"]:
         return lambda: llm.collective_rpc(load_in_worker, args=(weights,))
     return lambda: llm.collective_rpc(reload_in_worker, args=(asked, weights))
@@ -140,29 +140,16 @@ def load_in_worker(worker: Any, weights: Any) -> None:
         model.load_weights(weights)
 
 
-def stream(folder: str, shuffled: bool, seed: int, fresh: bool) -> Iterator[tuple[str, Any]]:
-    """The checkpoint one tensor at a time, from one buffer that is there before, as a trainer's is.
+def stream(folder: str, shuffled: bool, seed: int) -> Iterator[tuple[str, Any]]:
+    """The checkpoint one tensor at a time, each in memory of its own, as a trainer's are."""
+    from safetensors.torch import load_file
 
-    ``fresh`` gives each tensor memory of its own instead: vLLM's own reload keeps some for later.
-    """
-    import torch
-
-    from reload_plugin.sources.safetensors_files import SafetensorsSource
-
-    source = SafetensorsSource([str(path) for path in Path(folder).glob("*.safetensors")], "the stream")
-    infos = list(source.infos())
-    infos.sort(key=lambda info: [int(part) for part in info.name.split(".") if part.isdigit()])
+    files = [load_file(path) for path in sorted(Path(folder).glob("*.safetensors"))]
+    weights = [(name, tensor.clone()) for file in files for name, tensor in file.items()]
+    weights.sort(key=lambda weight: [int(part) for part in weight[0].split(".") if part.isdigit()])
     if shuffled:
-        random.Random(seed).shuffle(infos)
-    buffer = torch.zeros(max(info.nbytes for info in infos), dtype=torch.uint8)
-
-    def tensors() -> Iterator[tuple[str, Any]]:
-        for info in infos:
-            flat = buffer[: info.nbytes].view(info.dtype)
-            source.read_spans(info.name, [(0, flat.numel())], flat)
-            yield info.name, flat.view(info.shape).clone() if fresh else flat.view(info.shape)
-
-    return tensors()
+        random.Random(seed).shuffle(weights)
+    return iter(weights)
 
 
 def is_ours() -> bool:
