@@ -3,6 +3,7 @@
 import itertools
 import os
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -11,8 +12,7 @@ import torch
 from reload_plugin import team
 from reload_plugin.errors import SourceError
 from reload_plugin.hashing import _PIECE, _WORTH_SHARING, Hash
-from reload_plugin.memory import view_of
-from reload_plugin.sources.readahead import SHARED, WORTH_SHARING, Batch, PageCache, Run
+from reload_plugin.sources.readahead import SHARED, WORTH_SHARING, Batch, PageCache, Piece, runs_of
 
 WHOLE = WORTH_SHARING + 3 * SHARED + 5
 
@@ -61,11 +61,15 @@ def whole_file(folder: Path, nbytes: int = WHOLE) -> Path:
     return path
 
 
-def read(path: Path, memory: list[memoryview]) -> None:
+def read(path: Path, target: torch.Tensor, cuts: Sequence[int]) -> None:
+    """Read a file into memory, as tensors that end at each of the ``cuts``."""
     handle = os.open(path, os.O_RDONLY)
     try:
-        run = Run(handle, 0, memory, lambda byte: (str(path), f"the tensor of byte {byte}"))
-        Batch([run], PageCache(), True).wait()
+        pieces = [
+            Piece(handle, start, target[start:end], str(path), f"the tensor of byte {start}")
+            for start, end in itertools.pairwise(cuts)
+        ]
+        Batch(runs_of(pieces), PageCache(), True).wait()
     finally:
         os.close(handle)
 
@@ -73,9 +77,7 @@ def read(path: Path, memory: list[memoryview]) -> None:
 def test_a_large_request_is_read_whole_into_memory_in_pieces(threads: str, tmp_path: Path) -> None:
     path = whole_file(tmp_path)
     target = torch.zeros(WHOLE, dtype=torch.uint8)
-    whole = view_of(target.data_ptr(), WHOLE)
-    cuts = [0, 1, SHARED - 1, SHARED, 2 * SHARED, 5 * SHARED + 7, WHOLE]
-    read(path, [whole[start:end] for start, end in itertools.pairwise(cuts)])
+    read(path, target, [0, 1, SHARED - 1, SHARED, 2 * SHARED, 5 * SHARED + 7, WHOLE])
     assert target.numpy().tobytes() == path.read_bytes()
 
 
@@ -83,8 +85,8 @@ def test_a_cut_file_is_named_with_the_tensor_that_it_ends_in(threads: str, tmp_p
     path = whole_file(tmp_path)
     os.truncate(path, SHARED + 10)
     target = torch.zeros(WHOLE, dtype=torch.uint8)
-    with pytest.raises(SourceError, match="ends in the middle of the tensor of byte"):
-        read(path, [view_of(target.data_ptr(), WHOLE)])
+    with pytest.raises(SourceError, match="ends in the middle of the tensor of byte 5:"):
+        read(path, target, [0, 5, WHOLE])
 
 
 def test_a_digest_does_not_depend_on_who_hashes(threads: str) -> None:
