@@ -57,12 +57,11 @@ class Problems:
     nonfinite: dict[str, str] = field(default_factory=dict)
 
     def __bool__(self) -> bool:
-        return self.count > 0
+        return any(vars(self).values())
 
     @property
     def count(self) -> int:
-        kinds = (self.missing, self.unexpected, self.duplicate, self.misshapen, self.nonfinite)
-        return sum(map(len, kinds))
+        return sum(map(len, vars(self).values()))
 
 
 @functools.lru_cache(maxsize=4096)

@@ -94,6 +94,7 @@ def test_where_ctrl_c_is_ignored_it_stays_so() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         with held():
+            ctrl_c()
             assert call_out(ctrl_c, None) == "went on"
     finally:
         signal.signal(signal.SIGINT, signal.default_int_handler)
