@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from .errors import EntangledError
-from .holders import Contents, holds_same, put_back, read
+from .holders import Snapshot, holds_same, put_back, read
 from .record import ModelRecord
 from .tensors import storage_id
 
@@ -31,7 +31,7 @@ class Bystanders:
         """Identity of the memory that a loader has no business in -> name of a tensor there."""
         layers = [layer for group in groups for layer in group.layers]
         held = [(layer.name, holder.ref()) for layer in layers for holder in layer.holders]
-        self._held: list[tuple[str, object, Contents]] = [
+        self._held: list[tuple[str, object, Snapshot]] = [
             (name, holder, read(holder)) for name, holder in held if holder is not None
         ]
 

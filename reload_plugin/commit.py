@@ -20,8 +20,8 @@ from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-def
 from .holders import (
     ABSENT,
     OUR_ATTRIBUTES,
-    Contents,
     Key,
+    Snapshot,
     cell_content,
     equal,
     has_attributes,
@@ -119,6 +119,8 @@ def plan_commit(stage: Stage) -> Commit:
 def _still_reachable(stage: Stage) -> list[torch.Tensor]:
     """What native code was given and the result still holds: a cold start would keep it alive too."""
     assert stage.result is not None
+    if not stage.captured:
+        return []
     sought = {storage_id(tensor) for tensor in stage.captured}
     held: set[int | None] = set()
     # Of all values together: helpers hold one another, and a large config.
@@ -142,27 +144,20 @@ class _Graft:
         self._served = served
         self._result = result
         self._commit = commit
+        self._restaged = served.tensors.keys() | result.tensors.keys()
+        """Tensors (by identity) that may have other values, though the object is the same."""
         self._done: dict[tuple[int, int], object] = {}
         self._sources: dict[int, int] = {}
         self._alive: list[object] = []
 
-    def contents(self, path: str, holder: object, served: Contents, result: Contents) -> None:
+    def contents(self, path: str, holder: object, served: Snapshot, result: Snapshot) -> None:
         """Make ``holder``, which holds ``served``, hold the values of ``result``."""
-        present = served.get
-        changed = [
-            (key, old, new)
-            for key, new in result.items()
-            if (old := present(key, ABSENT)) is not new or isinstance(new, torch.Tensor)
-        ]
-        for key, old, new in changed:
+        for key, old, new in served.changes_to(result, self._restaged):
             value = new if old is ABSENT else self.value(f"{path}.{key[1]}", old, new)
             if value is not old:
                 self._commit.writes.append((holder, key, value))
-        if served.keys() == result.keys():
-            return
-        for key in reversed(list(served)):
-            if key not in result:
-                self._commit.writes.append((holder, key, ABSENT))
+        for key in served.gone_from(result):
+            self._commit.writes.append((holder, key, ABSENT))
 
     def value(self, path: str, old: object, new: object) -> object:
         """What to hold in place of ``old``: ``old`` itself wherever it can be made equal to ``new``."""
@@ -333,7 +328,7 @@ def _trade(served: object, new: object) -> None:
 
     Afterwards ``new`` owns the old native resource and releases it when it goes away.
     """
-    ours, theirs = read(served), read(new)
+    ours, theirs = read(served).entries, read(new).entries
     for key in ours.keys() | theirs.keys():
         a, b = ours.get(key, ABSENT), theirs.get(key, ABSENT)
         if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor) and _same_layout(a, b):

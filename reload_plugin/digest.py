@@ -7,8 +7,8 @@ from collections.abc import Collection
 
 import torch
 
-from .hashing import Hash
-from .holders import Contents, holds_nothing, owns_native, reachable, read
+from .hashing import Hash, form_of
+from .holders import ABSENT, holds_nothing, owns_native, reachable, tables_of, values_of
 from .record import HolderRecord, ModelRecord, TensorRecord
 from .tensors import storage_id
 
@@ -34,7 +34,7 @@ def digest_of(record: ModelRecord) -> str | None:
             alive = [(holder, held) for holder in layer.holders if (held := holder.ref()) is not None]
             own = {id(held) for _, held in alive}
             for holder, held in alive:
-                book.add_holder(f"{layer.name}.{holder.path}", holder, read(held), own)
+                book.add_holder(f"{layer.name}.{holder.path}", holder, held, own)
         return book.close()
     except Exception as error:  # noqa: BLE001 - tensors of any kind; no digest is worth a failed reload
         logger.warning("What is served has no digest: %s: %s", type(error).__name__, error)
@@ -58,17 +58,15 @@ class _Book:
             del self._handles[gone]
         return self._total.digest().hex() if self._known else None
 
-    def add_holder(
-        self, path: str, holder: HolderRecord, contents: Contents, others: Collection[int] = ()
-    ) -> None:
+    def add_holder(self, path: str, holder: HolderRecord, held: object, others: Collection[int] = ()) -> None:
         """What a holder holds; ``others`` (by identity) of its layer are added by themselves."""
+        tables = tables_of(held)
         for key in holder.keys:
-            if key not in contents:
-                continue
-            value = contents[key]
+            kind, name = key
+            value = tables[kind].get(name, ABSENT)
             if holds_nothing(type(value)):
                 if isinstance(value, (bool, int, float)):
-                    self._total.add_text(f"{path}.{key[1]} {value!r};")
+                    self._total.add_text(f"{path}.{name} {value!r};")
                 continue
             if id(value) in others:
                 continue
@@ -85,7 +83,7 @@ class _Book:
                 if not self._is_handle(found):
                     self._add_tensor(path, found)
             elif owns_native(found):
-                held = [part for part in read(found).values() if isinstance(part, torch.Tensor)]
+                held = [part for part in values_of(found) if isinstance(part, torch.Tensor)]
                 self._known &= any(self._is_handle(tensor) for tensor in held)
 
     def _is_handle(self, tensor: torch.Tensor) -> bool:
@@ -101,9 +99,9 @@ class _Book:
         return True
 
     def _add_tensor(self, path: str, tensor: torch.Tensor) -> None:
-        stored = storage_id(tensor)
-        place = (stored, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()) if stored else None
-        before = self._seen.setdefault(place, path) if place is not None and tensor.numel() else path
+        stored = storage_id(tensor) if tensor.numel() else None
+        place = (stored, tensor.data_ptr(), form_of(tensor)) if stored else None
+        before = self._seen.setdefault(place, path) if place is not None else path
         if before != path:
             self._total.add_text(f"as {before};")
         else:

@@ -92,9 +92,16 @@ class TensorFormat:
     def shape(self) -> tuple[int, ...]:
         return self.geometry.size
 
-    @property
+    @functools.cached_property
     def nbytes(self) -> int:
         return self.geometry.numel * self.dtype.itemsize
+
+    @functools.cached_property
+    def end(self) -> int:
+        """Bytes that its storage has at least."""
+        offset, steps = self.geometry.offset, zip(self.geometry.size, self.geometry.stride, strict=True)
+        last = offset + sum((n - 1) * stride for n, stride in steps)
+        return (last + 1 if self.geometry.numel else offset) * self.dtype.itemsize
 
 
 Box = tuple[tuple[int, int], ...]

@@ -7,6 +7,7 @@ come to the host. So digests of one engine are compared with those of engines on
 
 from __future__ import annotations
 
+import ctypes
 import functools
 from collections.abc import Iterator, Sequence
 
@@ -52,9 +53,15 @@ class Hash:
             for name in names:
                 self.add_tensor(getattr(tensor, name))
             return
-        self._parts.append(_form_of(tensor.dtype, tensor.shape, tensor.stride()))
+        self._parts.append(form_of(tensor))
         if tensor.is_meta or not tensor.numel() or not tensor.untyped_storage().nbytes():
             return  # no values: on meta, empty, or its memory was given back
+        if tensor.is_cpu and _is_plain(tensor):  # nearly all
+            address, nbytes = tensor.data_ptr(), tensor.nbytes
+            small = nbytes <= _WIDTH
+            self._parts.append(ctypes.string_at(address, nbytes) if small else _pieces_at(address, nbytes))
+            self._alive.append(tensor)
+            return
         for part in _contiguous_parts(tensor.detach()):
             if not part.is_cpu:
                 self._parts.append(device_sums(part).cpu().numpy().tobytes())
@@ -76,6 +83,11 @@ class Hash:
         return xxhash.xxh3_128_digest(b"".join(self._parts))  # type: ignore[arg-type]
 
 
+def form_of(tensor: torch.Tensor) -> bytes:
+    """What a tensor is beside its values."""
+    return _form_of(tensor.dtype, tensor.shape, tensor.stride())
+
+
 @functools.lru_cache(4096)
 def _form_of(dtype: torch.dtype, shape: tuple[int, ...], strides: tuple[int, ...]) -> bytes:
     return f"{dtype} {tuple(shape)} {strides};".encode()
@@ -83,10 +95,14 @@ def _form_of(dtype: torch.dtype, shape: tuple[int, ...], strides: tuple[int, ...
 
 def _pieces_of(tensor: torch.Tensor) -> list[memoryview]:
     """The memory of a contiguous tensor on the CPU, in pieces that have a digest each."""
-    values = view_of(tensor.data_ptr(), tensor.nbytes)
-    if len(values) <= _PIECE:
+    return _pieces_at(tensor.data_ptr(), tensor.nbytes)
+
+
+def _pieces_at(address: int, nbytes: int) -> list[memoryview]:
+    values = view_of(address, nbytes)
+    if nbytes <= _PIECE:
         return [values]
-    return [values[start : start + _PIECE] for start in range(0, len(values), _PIECE)]
+    return [values[start : start + _PIECE] for start in range(0, nbytes, _PIECE)]
 
 
 def _digests_of(pieces: Sequence[memoryview]) -> bytes:
@@ -106,7 +122,7 @@ def _digests_of(pieces: Sequence[memoryview]) -> bytes:
 
 def _contiguous_parts(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
     """The values in the order in which they lie in memory, copied only where they lie in pieces."""
-    if tensor.is_contiguous() and not tensor.is_conj() and not tensor.is_neg():
+    if _is_plain(tensor):
         yield tensor
         return
     tensor = tensor.resolve_conj().resolve_neg()
@@ -117,6 +133,11 @@ def _contiguous_parts(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
         yield ordered.contiguous()
     else:
         yield from (row.contiguous() for row in ordered)
+
+
+def _is_plain(tensor: torch.Tensor) -> bool:
+    """Whether the values lie in memory one behind the other, as they are."""
+    return tensor.is_contiguous() and not tensor.is_conj() and not tensor.is_neg()
 
 
 def _bytes_of(tensor: torch.Tensor) -> torch.Tensor:

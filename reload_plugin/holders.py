@@ -14,7 +14,7 @@ import itertools
 import operator
 import types
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, ItemsView, Iterator, KeysView, Mapping, Sequence, Set, ValuesView
 from typing import Any, TypeVar
 
 import torch
@@ -22,7 +22,7 @@ from torch import nn
 
 T = TypeVar("T")
 Key = tuple[str, Any]
-Contents = dict[Key, Any]
+Contents = Mapping[Key, Any]
 
 
 class _Absent(enum.Enum):
@@ -123,33 +123,169 @@ def _slots_of(cls: type) -> Sequence[str]:
     return tuple(name for name in found if name not in ("__dict__", "__weakref__"))
 
 
-def read(holder: object) -> Contents:
-    """What ``holder`` holds now, one level deep, as key -> value. Copies no tensor."""
+class Snapshot(Mapping[Key, Any]):
+    """What a holder held at one moment, one level deep, as key -> value. Immutable; copies no tensor.
+
+    Nearly all are only asked whether they hold what another one does. So they are copies of the holder's own
+    tables, and the keys of all that is in them are made when somebody wants them.
+    """
+
+    __slots__ = ("_entries", "kinds", "tables")
+
+    def __init__(self, kinds: tuple[str, ...], tables: tuple[dict[Any, Any], ...]) -> None:
+        self.kinds = kinds
+        self.tables = tables
+        self._entries: dict[Key, Any] | None = None
+
+    @property
+    def entries(self) -> dict[Key, Any]:
+        """All of it; not to be written to."""
+        if self._entries is None:
+            self._entries = {}
+            for kind, table in zip(self.kinds, self.tables, strict=True):
+                if kind == _MODULE:
+                    keys, chosen = _attributes_of_module(tuple(table))
+                    self._entries.update(zip(keys, itertools.compress(table.values(), chosen), strict=True))
+                elif kind == "item":
+                    self._entries.update((("item", name), value) for name, value in table.items())
+                elif table:
+                    self._entries.update(zip(_keys(kind, tuple(table)), table.values(), strict=True))
+        return self._entries
+
+    def is_same_as(self, other: Snapshot) -> bool:
+        """Whether both hold the same objects under the same keys, in one order; a module's own attributes of
+        torch's count as well.
+        """
+        return all(map(_same_objects, self.tables, other.tables))
+
+    def changes_to(self, after: Snapshot, besides: Set[int]) -> Iterator[tuple[Key, Any, Any]]:
+        """(key, value here or ABSENT, value there) of all that ``after``, of a holder like this one's, holds
+        another object of, and of the objects ``besides``, which are given by their identities.
+        """
+        for kind, ours, theirs in zip(self.kinds, self.tables, after.tables, strict=True):
+            if _same_objects(ours, theirs) and besides.isdisjoint(map(id, theirs.values())):
+                continue
+            for name, new in theirs.items():
+                if ((old := ours.get(name, ABSENT)) is not new or id(new) in besides) and _counts(kind, name):
+                    yield (kind if kind != _MODULE else "attribute", name), old, new
+
+    def gone_from(self, after: Snapshot) -> Iterator[Key]:
+        """Keys that ``after``, of a holder like this one's, does not hold, the last ones first."""
+        for kind, ours, theirs in zip(self.kinds, self.tables, after.tables, strict=True):
+            if ours is not theirs and not ours.keys() <= theirs.keys():
+                missing = (name for name in reversed(ours) if name not in theirs and _counts(kind, name))
+                yield from ((kind if kind != _MODULE else "attribute", name) for name in missing)
+
+    def put_on(self, holder: Any, now: Snapshot) -> None:
+        """Make ``holder``, which holds what ``now`` says, hold exactly this, in the same order."""
+        for kind, ours, theirs in zip(self.kinds, self.tables, now.tables, strict=True):
+            if _same_objects(ours, theirs):
+                continue
+            in_order = isinstance(holder, dict) or kind in _TABLES
+            if in_order and list(ours) != list(theirs):
+                table = holder if kind == "item" else holder.__dict__[kind]
+                table.clear()
+                table.update(ours)
+                continue
+            own = kind if kind != _MODULE else "attribute"
+            for name in reversed(theirs):
+                if name not in ours and _counts(kind, name):
+                    write(holder, (own, name), ABSENT)
+            for name, value in ours.items():
+                if theirs.get(name, ABSENT) is not value and _counts(kind, name):
+                    write(holder, (own, name), value)
+
+    def get(self, key: Key, default: Any = None) -> Any:
+        """What it holds under a key, without making all keys."""
+        kind, name = key
+        for own, table in zip(reversed(self.kinds), reversed(self.tables), strict=True):
+            if name in table and (own == kind or (own == _MODULE and kind == "attribute")):
+                return table[name]
+        return default
+
+    def keys(self) -> KeysView[Key]:
+        return self.entries.keys()
+
+    def values(self) -> ValuesView[Any]:
+        return self.entries.values()
+
+    def items(self) -> ItemsView[Key, Any]:
+        return self.entries.items()
+
+    def __getitem__(self, key: Key) -> Any:
+        return self.entries[key]
+
+    def __iter__(self) -> Iterator[Key]:
+        return iter(self.entries)
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+
+_MODULE = "module"
+"""Kind of the table that is a module's ``__dict__``."""
+_OF_A_MODULE = (*_TABLES, _MODULE, "attribute")
+
+
+def _same_objects(ours: dict[Any, Any], theirs: dict[Any, Any]) -> bool:
+    """Whether two tables hold the same objects under the same keys in the same order."""
+    if ours is theirs:
+        return True
+    if len(ours) != len(theirs):
+        return False
+    return all(map(operator.is_, ours.values(), theirs.values())) and list(ours) == list(theirs)
+
+
+def _counts(kind: str, name: object) -> bool:
+    """Whether an entry of a table belongs to the state of what holds it."""
+    return kind != _MODULE or name not in _PASSED_OVER
+
+
+def read(holder: object, before: Snapshot | None = None) -> Snapshot:
+    """What ``holder`` holds now. Tables that are as in ``before``, if that is given, are that one's."""
     if isinstance(holder, nn.Module):
-        return _read_module(holder)
+        held = holder.__dict__
+        kinds: tuple[str, ...] = _OF_A_MODULE
+        unsaved = _unsaved(frozenset(held.get(_NOT_SAVED, ())))
+        live: tuple[dict[Any, Any], ...] = (*(held[table] for table in _TABLES), held, unsaved)
+    else:
+        kinds, live = _kinds_and_table(holder)
+    if before is None:
+        return Snapshot(kinds, tuple([table.copy() for table in live]))
+    pairs = zip(before.tables, live, strict=True)
+    return Snapshot(kinds, tuple([old if _same_objects(old, new) else new.copy() for old, new in pairs]))
+
+
+def _kinds_and_table(holder: object) -> tuple[tuple[str, ...], tuple[dict[Any, Any], ...]]:
     if isinstance(holder, dict):
-        return {("item", key): value for key, value in holder.items()}
+        return ("item",), (dict(holder),)
     if isinstance(holder, list):
-        return {("item", index): value for index, value in enumerate(holder)}
-    held = getattr(holder, "__dict__", {})
-    found: Contents = dict(zip(_keys("attribute", tuple(held)), held.values(), strict=True))
-    for name in slots_of(holder):
-        if hasattr(holder, name):
-            found["attribute", name] = getattr(holder, name)
-    return found
+        return ("item",), (dict(enumerate(holder)),)
+    attributes = getattr(holder, "__dict__", {})
+    if slots := slots_of(holder):
+        own = {name: getattr(holder, name) for name in slots if hasattr(holder, name)}
+        attributes = {**attributes, **own}
+    return ("attribute",), (attributes,)
 
 
-def _read_module(module: nn.Module) -> Contents:
-    held = module.__dict__
-    found: Contents = {}
-    for table in _TABLES:
-        if entries := held[table]:
-            found.update(zip(_keys(table, tuple(entries)), entries.values(), strict=True))
-    keys, chosen = _attributes_of_module(tuple(held))
-    found.update(zip(keys, itertools.compress(held.values(), chosen), strict=True))
-    if _NOT_SAVED in held:
-        found["attribute", _NOT_SAVED] = frozenset(held[_NOT_SAVED])
-    return found
+@functools.lru_cache(4096)
+def _unsaved(names: frozenset[str]) -> dict[str, frozenset[str]]:
+    """A module's buffers that are not saved, as a table: the same object for equal sets."""
+    return {_NOT_SAVED: names}
+
+
+def tables_of(holder: object) -> Mapping[str, Mapping[Any, Any]]:
+    """What ``holder`` holds now, as kind of key -> name -> value, where it is; not to be written to.
+
+    Asked for the names that ``read`` gives: a module's own dictionary has more.
+    """
+    if isinstance(holder, nn.Module):
+        held = holder.__dict__
+        return {table: held[table] for table in _TABLES} | {"attribute": held}
+    if isinstance(holder, dict):
+        return {"item": holder}
+    (kind,), (table,) = _kinds_and_table(holder)
+    return {kind: table}
 
 
 @functools.lru_cache(4096)
@@ -216,41 +352,20 @@ def _delete_attribute(holder: object, name: str) -> None:
         object.__delattr__(holder, name)
 
 
-def holds_same(now: Contents, before: Contents) -> bool:
+def holds_same(now: Snapshot, before: Snapshot) -> bool:
     """Whether a holder holds the same objects, or equal plain values, under the same keys, in one order."""
+    if now.is_same_as(before):
+        return True
     if list(now) != list(before):
         return False
-    one_by_one = (now.values(), before.values())
-    return all(map(operator.is_, *one_by_one)) or all(map(same, *one_by_one))
+    return all(map(same, now.entries.values(), before.entries.values()))
 
 
-def put_back(holder: object, contents: Contents, now: Contents | None = None) -> None:
-    """Make ``holder`` hold exactly ``contents`` again, in the same order. ``now``: what it holds."""
+def put_back(holder: object, before: Snapshot, now: Snapshot | None = None) -> None:
+    """Make ``holder`` hold exactly what it held ``before``, in the same order. ``now``: what it holds."""
     now = read(holder) if now is None else now
-    if holds_same(now, contents):
-        return
-    for key in reversed(list(now)):
-        if key not in contents:
-            write(holder, key, ABSENT)
-    for key, value in contents.items():
-        if now.get(key, ABSENT) is not value:
-            write(holder, key, value)
-    _reorder_tables(holder, contents)
-
-
-def _reorder_tables(holder: object, contents: Contents) -> None:
-    if isinstance(holder, dict) and list(holder) != [name for _, name in contents]:
-        holder.clear()
-        holder.update({name: value for (_, name), value in contents.items()})
-    if not isinstance(holder, nn.Module):
-        return
-    for table in _TABLES:
-        order = [name for kind, name in contents if kind == table]
-        held = holder.__dict__[table]
-        if list(held) != order:
-            entries = {name: held[name] for name in order}
-            held.clear()
-            held.update(entries)
+    if not now.is_same_as(before):
+        before.put_on(holder, now)
 
 
 def holders_of(layer: nn.Module) -> Iterator[tuple[str, object]]:
@@ -320,7 +435,17 @@ def _parts(value: Any) -> list[object]:
         return [value.func, *value.args, *value.keywords.values()]
     if isinstance(value, (tuple, set, frozenset)):
         return list(value)
-    return list(read(value).values()) if is_helper(value) else []
+    return values_of(value) if is_helper(value) else []
+
+
+def values_of(holder: Any) -> list[object]:
+    """What ``holder``, which is no module, holds now, without its keys."""
+    if isinstance(holder, dict):
+        return list(holder.values())
+    if isinstance(holder, list):
+        return holder[:]
+    own = list(getattr(holder, "__dict__", {}).values())
+    return own + [getattr(holder, name) for name in slots_of(holder) if hasattr(holder, name)]
 
 
 def equal(a: object, b: object) -> bool:

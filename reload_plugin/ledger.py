@@ -121,15 +121,14 @@ class Ledger:
     def note_landed(self, landed: Landed) -> list[Stage]:
         """Weights were read to where their routes lead. Returns the groups that have everything now."""
         assert self.routes is not None, "only routes tell where weights go"
-        touched = dict.fromkeys(self._storages[parameter][1] for parameter in landed.parameters)
-        complete = []
-        for stage in touched:
-            waiting = self._waiting.get(stage.group.name)
-            if waiting is not None:
-                waiting.difference_update(landed.names)
-                if not waiting and self._is_trusted(stage):
-                    complete.append(stage)
-        return complete
+        touched: dict[str, Stage] = {}
+        for parameter, names in landed.parameters.items():
+            stage = self._storages[parameter][1]
+            if (waiting := self._waiting.get(stage.group.name)) is not None:
+                waiting.difference_update(names)
+                touched[stage.group.name] = stage
+        arrived = [stage for group, stage in touched.items() if not self._waiting[group]]
+        return [stage for stage in arrived if self._is_trusted(stage)]
 
     @property
     def took_loader(self) -> bool:

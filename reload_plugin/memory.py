@@ -10,6 +10,7 @@ import contextlib
 import ctypes
 import functools
 import mmap
+import os
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -33,7 +34,7 @@ one request reads together."""
 _PAGE = 1 << 21
 _OURS = 2
 """References to a block's storage when nobody else has it: the block's and the counter's argument."""
-_STATM = Path("/proc/self/statm")
+_STATM = "/proc/self/statm"
 
 
 @dataclass
@@ -141,10 +142,13 @@ def view_of(address: int, nbytes: int) -> memoryview:
 def resident() -> int:
     """Bytes of this process in memory, as far as the system tells (Linux)."""
     try:
-        with _STATM.open("rb", buffering=0) as statm:
-            return int(statm.read(200).split()[1]) * mmap.PAGESIZE
+        statm = os.open(_STATM, os.O_RDONLY)
     except OSError:
         return 0
+    try:
+        return int(os.read(statm, 200).split()[1]) * mmap.PAGESIZE
+    finally:
+        os.close(statm)
 
 
 def available(device: torch.device) -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -20,10 +21,21 @@ Handles = dict[int, bytes | None]
 """Handle -> digest of all that its constructor was given; None where that was not hashed."""
 
 
+@dataclass
+class Noted:
+    """What the watch over native handles notes."""
+
+    captured: list[torch.Tensor] = field(default_factory=list)
+    """The tensors that new handles point into: oneDNN's int8 handler keeps the address of the weight scales
+    it was made with."""
+    hashed: bool = True
+    """Whether what a handle is made of is hashed."""
+    paused: bool = False
+    """Whether handles that are made now are nobody's business."""
+
+
 @contextlib.contextmanager
-def watching_native(
-    device: torch.device | None, handles: Handles, hashed: bool = True
-) -> Iterator[list[torch.Tensor]]:
+def watching_native(device: torch.device | None, handles: Handles, hashed: bool = True) -> Iterator[Noted]:
     """Notes what native handles are made of while they are made.
 
     The constructors themselves are wrapped for the time: a dispatch mode does not see them (they are
@@ -34,23 +46,21 @@ def watching_native(
         handles: receives every handle that is made.
         hashed: whether its arguments are hashed.
 
-    Yields:
-        The tensors that the new handles point into: oneDNN's int8 handler keeps the address of the
-        weight scales it was made with.
-
     """
-    captured: list[torch.Tensor] = []
+    noted = Noted(hashed=hashed)
 
     def wrap(
         name: str, constructor: Callable[..., Any], positions: tuple[int, ...] | None
     ) -> Callable[..., Any]:
         def noting(*args: Any, **kwargs: Any) -> Any:
+            if noted.paused:
+                return constructor(*args, **kwargs)
             given = (*args, *kwargs.values())
             kept = given if positions is None or kwargs else tuple(args[position] for position in positions)
-            captured.extend(value.detach() for value in kept if isinstance(value, torch.Tensor))
+            noted.captured.extend(value.detach() for value in kept if isinstance(value, torch.Tensor))
             handle = constructor(*args, **kwargs)  # raises where a processor cannot do it, and vLLM goes on
             try:
-                handles[int(handle)] = _digest_of(given) if hashed else None
+                handles[int(handle)] = _digest_of(given) if noted.hashed else None
             except BaseException:
                 _vllm.release_native(name, int(handle))
                 raise
@@ -65,7 +75,7 @@ def watching_native(
                 constructor = getattr(library, name)
                 setattr(library, name, wrap(name, constructor, positions))
                 replaced.append((library, name, constructor))
-        yield captured
+        yield noted
     finally:
         for library, name, constructor in replaced:
             setattr(library, name, constructor)

@@ -8,7 +8,7 @@ from torch import nn
 
 from . import _vllm
 from .errors import ProcessingError, ReloadError
-from .native import watching_native
+from .native import Noted
 from .record import ModelRecord
 from .results import written_in_place
 from .staging import Stage
@@ -21,7 +21,7 @@ def process_stage(
     stage: Stage,
     record: ModelRecord,
     original: ProcessWeights,
-    hashed: bool = True,
+    noted: Noted,
     in_place: bool = False,
 ) -> None:
     """Process a loaded group; afterwards its layers are in kernel format with the new values.
@@ -31,22 +31,18 @@ def process_stage(
 
     Args:
         stage: the group.
-        record: of the model; learns of the native handles that are made.
+        record: of the model.
         original: vLLM's own processing.
-        hashed: whether a digest is wanted of what native handles are made of.
+        noted: the watch over native handles, paused.
         in_place: whether results may be written to where they are served; then a failure may leave the
             group's served values half written, and ``stage.overwritten`` is not empty.
 
     """
     stage.materialise()
+    noted.captured = []
+    noted.paused = not any(layer.effect for layer in stage.group.layers)
     try:
-        effect = any(layer.effect for layer in stage.group.layers)
-        device = record.target_device if effect else None
-        served = stage.replaceable() if in_place else []
-        with (
-            watching_native(device, record.handles, hashed) as captured,
-            written_in_place(served) as stage.overwritten,
-        ):
+        with written_in_place(stage.replaceable if in_place else list) as stage.overwritten:
             for layer in stage.group.layers:
                 module = layer.ref()
                 if module is not None and layer.online:
@@ -60,8 +56,9 @@ def process_stage(
             "The engine serves what it served before."
         ) from error
     finally:
+        noted.paused = True
         stage.overwritten = stage.overwritten | stage.final_storages()
-    stage.captured = captured
+        stage.captured = noted.captured
     stage.processed = True
 
 

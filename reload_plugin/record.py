@@ -473,7 +473,7 @@ def _has_initial_values(record: TensorRecord) -> bool:
 
 
 def _difference(constructed: Contents, after: Contents) -> Contents:
-    undo: Contents = {}
+    undo: dict[Key, Any] = {}
     for key, before in constructed.items():
         now = after.get(key, ABSENT)
         if not _unchanged(before, now):

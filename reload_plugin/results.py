@@ -9,8 +9,9 @@ handed out.
 from __future__ import annotations
 
 import contextlib
+import functools
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -19,38 +20,40 @@ from .tensors import storage_id, wraps_others
 
 
 @contextlib.contextmanager
-def written_in_place(served: Sequence[torch.Tensor]) -> Iterator[set[int]]:
-    """While entered, ``torch.empty_like`` of a tensor like one of ``served`` gives that one's memory, once.
+def written_in_place(served: Callable[[], Sequence[torch.Tensor]]) -> Iterator[set[int]]:
+    """While entered, ``torch.empty_like`` of a tensor like a served one gives that one's memory, once.
 
     The name in ``torch`` is replaced for the time; modes would disturb the ``torch.compile`` that some
     methods use while processing. Code that is being compiled, and other threads, get the plain function.
 
     Args:
-        served: tensors whose values may be overwritten; contiguous ones on the CPU are.
+        served: gives the tensors whose values may be overwritten; contiguous ones on the CPU are. Asked when
+            somebody wants memory, at most once.
 
     Yields:
         Identities of the storages that were handed out so far. A result in one of them that belongs
         elsewhere has to be copied before anything is written there.
 
     """
-    free = [tensor for tensor in served if tensor.numel() and _is_plain(tensor) and not tensor.is_inference()]
     given: set[int] = set()
+
+    @functools.cache
+    def free() -> list[torch.Tensor]:
+        return [t for t in served() if t.numel() and _is_plain(t) and not t.is_inference()]
+
     original, thread = torch.empty_like, threading.get_ident()
 
     def empty_like(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         elsewhere = torch.compiler.is_compiling() or threading.get_ident() != thread
         if elsewhere or args or kwargs or not _is_plain(tensor):
             return original(tensor, *args, **kwargs)
-        for number, place in enumerate(free):
+        for number, place in enumerate(free()):
             if place.shape == tensor.shape and place.dtype == tensor.dtype:
-                del free[number]
+                del free()[number]
                 given.add(storage_id(place) or 0)
                 return place.detach()
         return original(tensor)
 
-    if not free:
-        yield given
-        return
     torch.empty_like = empty_like  # type: ignore[assignment]
     try:
         yield given

@@ -34,6 +34,7 @@ from .interrupts import call_between, call_out, deliver, held
 from .ledger import Expected, Ledger
 from .load import Feed, Fetching, Loaded, LoadTrace, Problems, load_all, load_by_routes
 from .memory import SMALL, Gauge, keep_within, resident
+from .native import Noted, watching_native
 from .overflow import OPEN_BUDGET, OPEN_STREAMING, Overflow
 from .placement import placement
 from .process import ProcessWeights, process_stage, process_tail
@@ -150,6 +151,10 @@ class ReloadSession:
         self._late: list[Stage] = []
         self._tree: WrappedTree = []
         self._gauge = Gauge()
+        self._watching = contextlib.ExitStack()
+        """Ends with the context that layers are processed in."""
+        self._noted: Noted | None = None
+        """What is noted of native handles in that context, once a layer was processed."""
         waiting = OPEN_BUDGET if policy == "staged" else OPEN_STREAMING
         self._admission = Admission(self._record, self.ledger, self._gauge, waiting)
         self._bystanders: Bystanders | None = None
@@ -498,11 +503,20 @@ class ReloadSession:
         try:
             with self._timed("process"):
                 original = original_process_weights()
-                process_stage(stage, self._record, original, self.digest, self.policy == "streaming")
+                process_stage(stage, self._record, original, self._watch(), self.policy == "streaming")
         finally:
             if stage.overwritten:
                 self.committed.add(stage.group.name)
         self._spoiled = None
+
+    def _watch(self) -> Noted:
+        """The watch over native handles, begun by the first layer: it takes longer than some layers do."""
+        if self._noted is None:
+            watch = watching_native(self._record.target_device, self._record.handles, self.digest)
+            self._watching.callback(setattr, self, "_noted", None)
+            self._noted = self._watching.enter_context(watch)
+            self._noted.paused = True
+        return self._noted
 
     def _keep_to_budget(self, stage: Stage) -> None:
         """Before a layer is processed: make the heap give back what it does not use, if it grew too much."""
@@ -649,7 +663,10 @@ class ReloadSession:
     @contextlib.contextmanager
     def _context(self) -> Iterator[None]:
         config = self._record.model_config
-        with _vllm.loading_context(self._record.vllm_config, getattr(config, "dtype", None)):
+        with (
+            _vllm.loading_context(self._record.vllm_config, getattr(config, "dtype", None)),
+            contextlib.ExitStack() as self._watching,
+        ):
             yield
 
     def _untraced(self) -> contextlib.AbstractContextManager[object]:

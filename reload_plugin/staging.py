@@ -19,7 +19,7 @@ from torch import nn
 from . import _vllm
 from .errors import UnsupportedError
 from .formats import AsServed, Constant, Coverage, Geometry, TensorFormat, Uninitialised, Values
-from .holders import ABSENT, Contents, Key, equal, put_back, read, same, write
+from .holders import ABSENT, Key, Snapshot, equal, put_back, read, same, write
 from .memory import SMALL, Gauge, HostPool
 from .record import Group, HolderRecord, ModelRecord, TensorRecord
 from .tensors import storage_id, wraps_others
@@ -56,7 +56,7 @@ class TensorState:
 class State:
     """A whole state of a group: what its holders hold and what its tensors are made of."""
 
-    contents: list[tuple[object, Contents]]
+    contents: list[tuple[object, Snapshot]]
     tensors: dict[int, TensorState]
 
     def show(self, now: State | None = None) -> None:
@@ -81,9 +81,11 @@ class StagedStorage:
         self._gauge = Gauge() if gauge is None else gauge
         self.primary = max(records, key=lambda r: (r.is_parameter, r.format.nbytes))
         self.coverage = Coverage(self.primary.format.geometry)
-        self.nbytes = max(_end(r.format) for r in records)
+        self.nbytes = max(r.format.end for r in records)
         whole = torch.empty(self.nbytes, dtype=torch.uint8, device=device)
         self.storage = whole.untyped_storage()
+        self.key: int = self.storage._cdata
+        """Identity of the memory that it has now."""
         self.views = {id(r): self._view(r.format, device) for r in records}
         self.storage.resize_(0)
         self._placeholder = self.storage
@@ -99,10 +101,6 @@ class StagedStorage:
         """Served memory that weights may be written to as it is: they stay there."""
         self.is_final = False
         """Its memory is ``final``, and what was served there is gone."""
-
-    @property
-    def key(self) -> int:
-        return int(self.storage._cdata)
 
     def _view(self, fmt: TensorFormat, device: torch.device) -> torch.Tensor:
         geometry = fmt.geometry
@@ -134,7 +132,7 @@ class StagedStorage:
             self._initialise(record)
 
     def _move_to(self, block: torch.UntypedStorage) -> None:
-        self.storage = block
+        self.storage, self.key = block, block._cdata
         for record in self.records:
             view = self._view(record.format, self.storage.device)
             self.views[id(record)] = view
@@ -145,7 +143,7 @@ class StagedStorage:
         self._forget()
         self.views.clear()
         self.objects.clear()
-        self.storage = _NOTHING
+        self.storage, self.key = _NOTHING, _NOTHING._cdata
 
     def release(self) -> None:
         """Give the memory back, also under views that a loader still holds."""
@@ -190,14 +188,6 @@ def _has_format(tensor: torch.Tensor, fmt: TensorFormat) -> bool:
     return tensor.dtype == fmt.dtype and Geometry.of(tensor) == fmt.geometry
 
 
-def _end(fmt: TensorFormat) -> int:
-    g = fmt.geometry
-    if g.numel == 0:
-        return g.offset * fmt.dtype.itemsize
-    last = g.offset + sum((n - 1) * s for n, s in zip(g.size, g.stride, strict=True))
-    return (last + 1) * fmt.dtype.itemsize
-
-
 def _poison(view: torch.Tensor) -> None:
     if view.dtype.is_floating_point or view.dtype.is_complex:
         view.fill_(float("nan"))
@@ -218,7 +208,7 @@ class Stage:
         self._shared = shared
         self._objects: dict[int, torch.Tensor] = {}
         self._shelf: State | None = None
-        self._entered: list[tuple[object, Contents]] = []
+        self._entered: list[tuple[object, Snapshot]] = []
         self.served = State([], {})
         self.result: State | None = None
         self.processed = False
@@ -386,9 +376,7 @@ class Stage:
         """Served tensors that the load format does not show: processing reads none of them."""
         shown = self.final_storages()
         holders = zip(self._alive_holders(), self.served.contents, strict=True)
-        made = [
-            contents[key] for (holder, _), (_, contents) in holders for key in holder.undo if key in contents
-        ]
+        made = [contents.get(key) for (holder, _), (_, contents) in holders for key in holder.undo]
         made = [tensor.data for tensor in made if isinstance(tensor, torch.Tensor)]
         restaged = [state.data for state in self.served.tensors.values()]
         found = {storage_id(tensor): tensor for tensor in (*made, *restaged)}
@@ -409,7 +397,7 @@ class Stage:
 
     def capture(self) -> State:
         """The state the group is in now."""
-        contents = [(held, read(held)) for held, _ in self.served.contents]
+        contents = [(held, read(held, before)) for held, before in self.served.contents]
         return State(contents, {id(t): TensorState.of(t) for t in self._objects.values()})
 
     def hide(self) -> None:

@@ -94,7 +94,7 @@ def test_only_the_first_rank_speaks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_stand_in_for_many_tensors_counts_as_all_of_them() -> None:
     source = kept()
-    landed = Landed(["a", "b"], {"a": (3,), "b": (4,)}, 160 << 10, ["p"])
+    landed = Landed(["a", "b"], {"a": (3,), "b": (4,)}, 160 << 10, {"p": ["a", "b"]})
     with looking() as shown:
         assert list(progress.watched((item for item in [landed]), source, True)) == [landed]
     assert "160k/160k" in shown.getvalue()

@@ -932,7 +932,7 @@ def test_a_failure_after_a_result_was_written_in_place_is_known(policy: str, tou
 def test_only_the_plain_call_is_given_served_memory() -> None:
     served = torch.arange(6.0).reshape(2, 3)
     like = torch.zeros(2, 3)
-    with results.written_in_place([served]) as given:
+    with results.written_in_place(lambda: [served]) as given:
         others = [
             torch.empty_like(like, dtype=torch.float64),
             torch.empty_like(like, device="meta"),

@@ -53,8 +53,8 @@ class Landed:
     names: Sequence[str]
     shapes: Mapping[str, tuple[int, ...]]
     nbytes: int
-    parameters: Sequence[str]
-    """Everything they went to, each once."""
+    parameters: Mapping[str, Sequence[str]]
+    """Everything they went to, and the names of what went there."""
 
 
 Stream = Generator[tuple[str, torch.Tensor], None, None]

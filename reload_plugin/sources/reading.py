@@ -165,7 +165,9 @@ class Parcel:
         targets = room.targets([place.info for place in places]) if len(places) == len(self.places) else None
         if targets is None:
             return None
-        parameters = tuple(dict.fromkeys(parameter for parameter, _ in targets))
+        parameters: dict[str, list[str]] = {}
+        for place, (parameter, _) in zip(places, targets, strict=True):
+            parameters.setdefault(parameter, []).append(place.info.name)
         shapes = {place.info.name: place.info.shape for place in places}
         landed = Landed(tuple(shapes), shapes, self.nbytes, parameters)
         numbers = {parameter: number for number, parameter in enumerate(parameters)}
