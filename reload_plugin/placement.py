@@ -14,6 +14,8 @@ RANKS = ("rank", "world_size", "data_parallel_rank", "data_parallel_size")
 """What counts in the parallel config of an engine."""
 SHARDS = ("tp_rank", "tp_size", "ep_rank", "ep_size")
 """What vLLM's loaders ask a layer, or its parallel config, to find their part of a weight."""
+_OF_A_RANK = frozenset((*SHARDS, "moe_config", "expert_map_manager"))
+"""Attributes without which a layer, unless it has tables, is the same on every rank."""
 
 
 def placement(record: ModelRecord) -> object:
@@ -33,6 +35,8 @@ def _of_layer(layer: LayerRecord) -> tuple[object, ...]:
     if module is None:
         return ()
     own = vars(module)
+    if not module._buffers and own.keys().isdisjoint(_OF_A_RANK):  # most
+        return ()
     moe: Any = own.get("moe_config")
     parallel = getattr(moe, "moe_parallel_config", None)
     shards = tuple(own.get(name) for name in SHARDS)
@@ -44,10 +48,11 @@ def _of_layer(layer: LayerRecord) -> tuple[object, ...]:
 
 def _tables(layer: LayerRecord, module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     """Every table that says where experts are; the one that loaders ask is the manager's."""
-    recorded = {record.name for record in layer.tensors if record.is_table}
     for key, buffer in module._buffers.items():
-        named = "expert" in key or f"{layer.name}.{key}" in recorded
-        if buffer is not None and named and not buffer.is_floating_point():
+        if buffer is None or buffer.is_floating_point():
+            continue
+        recorded = (record.name for record in layer.tensors if record.is_table)
+        if "expert" in key or f"{layer.name}.{key}" in recorded:
             yield key, buffer
     manager = vars(module).get("expert_map_manager")
     asked = getattr(manager, "expert_map", None)

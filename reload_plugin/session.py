@@ -192,11 +192,18 @@ class ReloadSession:
         self.state = State.OPEN
 
     def load(
-        self, weights: Iterable[tuple[str, torch.Tensor]], fetching: Fetching = call_out
+        self,
+        weights: Iterable[tuple[str, torch.Tensor]],
+        fetching: Fetching = call_out,
+        last: bool = False,
     ) -> set[str] | None:
         """Load some of the weights. Returns what the model's ``load_weights`` returned.
 
-        ``fetching`` asks for the next weight; as it is, Ctrl-C gets through to an iterator.
+        Args:
+            weights: (checkpoint name, tensor) pairs.
+            fetching: asks for the next weight; as it is, Ctrl-C gets through to an iterator.
+            last: ``finish`` comes right after it, and until then nobody wants the model to serve.
+
         """
         returned: list[Any] = []
 
@@ -205,7 +212,7 @@ class ReloadSession:
 
         self.problems.missing.clear()  # of a finish that was too early
         feed = Feed(weights, self._trace, self.close_complete, self._put_aside, fetching)
-        with held(), no_full_collections(), self._noting_failure(), self._timed("load"), self.loading():
+        with held(), no_full_collections(), self._noting_failure(), self._timed("load"), self.loading(last):
             if self.ledger.routes is None:
                 load_all(loader, feed, self._trace)
             else:
@@ -262,15 +269,15 @@ class ReloadSession:
         self._close_all(self.ledger.note_landed(landed))
 
     @contextlib.contextmanager
-    def loading(self) -> Iterator[None]:
+    def loading(self, last: bool = False) -> Iterator[None]:
         """The model in load format, watched. May be nested; the outermost exit shows the served state
-        again, unless ``show`` was called before.
+        again, unless ``show`` was called before or all went well and it is the ``last``.
         """
         if self.state is State.LOADING:
             yield
             return
         self._require(State.OPEN)
-        shown = self._shown
+        stay = self._shown
         self.state = State.LOADING
         with held():
             try:
@@ -278,8 +285,9 @@ class ReloadSession:
                     self.show()
                     with self._trace:
                         yield
+                stay |= last
             finally:
-                if not shown:
+                if not stay:
                     self.hide()
                 if self.state is State.LOADING:
                     self.state = State.OPEN

@@ -141,6 +141,14 @@ class Landing:
     parts: npt.NDArray[np.int64]
     """[3, parts]: number of the parameter, first byte, and number of bytes of each."""
 
+    @functools.cached_property
+    def ends(self) -> Sequence[int]:
+        """Bytes that the memory of each parameter has at least."""
+        numbers, first, length = self.parts
+        found = np.zeros(len(self.landed.parameters), dtype=np.int64)
+        np.maximum.at(found, numbers, first + length)
+        return found.tolist()
+
 
 @dataclass(eq=False)
 class Parcel:
@@ -363,20 +371,17 @@ class _Reading:
     def _runs(self, parcel: Parcel, landing: Landing, memory: Sequence[torch.UntypedStorage]) -> list[Run]:
         """Raises IndexError where a part would lie outside of its parameter."""
         numbers, first, length = landing.parts
-        sizes = np.array([storage.nbytes() for storage in memory], dtype=np.int64)
-        if (first + length > sizes[numbers]).any():
+        if any(end > storage.nbytes() for end, storage in zip(landing.ends, memory, strict=True)):
             raise IndexError(f"A weight is longer than its place in {', '.join(landing.landed.parameters)}")
         addresses = np.array([storage.data_ptr() for storage in memory], dtype=np.int64)
         parts = parts_at(addresses[numbers] + first, length)
-        handles, paths, place_at = self._handles, self._paths, parcel.place_at
+        handles = self._handles
+        of = {
+            file: functools.partial(parcel.place_at, file, self._paths.get(file, file))
+            for file in {stretch.file for stretch in landing.stretches}
+        }
         return [
-            Run(
-                handles[file],
-                start,
-                parts.rows(begin, end),
-                nbytes,
-                functools.partial(place_at, file, paths.get(file, file)),
-            )
+            Run(handles[file], start, parts.rows(begin, end), nbytes, of[file])
             for file, start, nbytes, begin, end in landing.stretches
         ]
 

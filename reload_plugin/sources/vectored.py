@@ -21,6 +21,7 @@ from ..memory import view_of
 
 IOV_MAX = 512
 """Parts of one call (POSIX promises 16, Linux takes 1024)."""
+Numbers = Sequence[int] | npt.NDArray[np.int64]
 _ROW = 2 * np.dtype(np.uintp).itemsize
 
 
@@ -44,9 +45,10 @@ class Parts(NamedTuple):
         return self.table[first : first + self.length].tolist()  # type: ignore[no-any-return]
 
 
-def parts_at(addresses: npt.ArrayLike, nbytes: npt.ArrayLike) -> Parts:
+def parts_at(addresses: Numbers, nbytes: Numbers) -> Parts:
     """A table of ``nbytes`` bytes at each of the ``addresses``."""
-    table = np.array((addresses, nbytes), dtype=np.uintp).T.copy()
+    table = np.empty((len(addresses), 2), dtype=np.uintp)
+    table[:, 0], table[:, 1] = addresses, nbytes
     return Parts(table, table.ctypes.data, len(table))
 
 
