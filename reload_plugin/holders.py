@@ -170,9 +170,9 @@ class Snapshot(Mapping[Key, Any]):
                     yield (kind if kind != _MODULE else "attribute", name), old, new
 
     def gone_from(self, after: Snapshot) -> Iterator[Key]:
-        """Keys that ``after``, of a holder like this one's, does not hold, the last ones first."""
+        """Keys that ``after``, of a holder like this one's, does not hold, of each kind the last ones first."""
         for kind, ours, theirs in zip(self.kinds, self.tables, after.tables, strict=True):
-            if ours is not theirs and not ours.keys() <= theirs.keys():
+            if ours is not theirs and (ours.keys() - theirs.keys()):
                 missing = (name for name in reversed(ours) if name not in theirs and _counts(kind, name))
                 yield from ((kind if kind != _MODULE else "attribute", name) for name in missing)
 
@@ -251,14 +251,14 @@ def read(holder: object, before: Snapshot | None = None) -> Snapshot:
     else:
         kinds, live = _kinds_and_table(holder)
     if before is None:
-        return Snapshot(kinds, tuple([table.copy() for table in live]))
+        return Snapshot(kinds, tuple([dict(table) for table in live]))
     pairs = zip(before.tables, live, strict=True)
-    return Snapshot(kinds, tuple([old if _same_objects(old, new) else new.copy() for old, new in pairs]))
+    return Snapshot(kinds, tuple([old if _same_objects(old, new) else dict(new) for old, new in pairs]))
 
 
 def _kinds_and_table(holder: object) -> tuple[tuple[str, ...], tuple[dict[Any, Any], ...]]:
     if isinstance(holder, dict):
-        return ("item",), (dict(holder),)
+        return ("item",), (holder,)
     if isinstance(holder, list):
         return ("item",), (dict(enumerate(holder)),)
     attributes = getattr(holder, "__dict__", {})

@@ -28,8 +28,6 @@ POISON = "RELOAD_PLUGIN_POISON"
 """Environment variable: fill staging that nobody wrote yet with NaN (or the largest integer)."""
 
 
-SMALLEST = 64
-"""Bytes of staging that are not worth being asked for later: a scale takes less than its placeholder."""
 _NOTHING = torch.UntypedStorage(0)
 """Instead of memory that was given up."""
 
@@ -89,8 +87,7 @@ class StagedStorage:
         self.key: int = self.storage._cdata
         """Identity of the memory that it has now."""
         self.views = {id(r): self._view(r.format, device) for r in records}
-        if self.nbytes > SMALLEST:
-            self.storage.resize_(0)
+        self.storage.resize_(0)
         self._placeholder = self.storage
         """Kept as long as this is: storages are told apart by identity, so none may take its place."""
         self.materialised = False
@@ -125,7 +122,7 @@ class StagedStorage:
             self._move_to(self.final)
         elif pool is not None and self.storage.device.type == "cpu" and self.nbytes >= SMALL:
             self._move_to(pool.take(self.nbytes))
-        elif self.nbytes > SMALLEST:
+        else:
             self.storage.resize_(self.nbytes)
         if not initialise:
             return

@@ -229,6 +229,100 @@ def test_deleting_what_is_not_there_is_harmless() -> None:
         write(holder, key, ABSENT)
 
 
+# --- one look after another ---
+
+
+def renew(layer: nn.Module) -> None:
+    """Every table changes in one entry, without a new key."""
+    layer.weight = nn.Parameter(torch.ones(2, 3), requires_grad=False)
+    layer.kept = torch.zeros(2)
+    layer.child = nn.Linear(2, 2)
+    layer.scale = 0.25
+
+
+HOLDERS: dict[str, tuple[Callable[[], object], list[Callable]]] = {
+    "module": (Layer, [*CHANGES, renew]),
+    "object": (
+        lambda: Plain(scale=0.5, weight=torch.zeros(2)),
+        [lambda o: delattr(o, "scale"), lambda o: setattr(o, "new", 1), lambda o: setattr(o, "weight", None)],
+    ),
+    "slots": (Half, [lambda o: delattr(o, "scale"), lambda o: setattr(o, "extra", 8)]),
+    "dict": (
+        lambda: {"a": 1, "b": [2]},
+        [
+            lambda d: d.pop("a"),
+            lambda d: d.update(c=3),
+            lambda d: d.update(b=[2]),
+            lambda d: d.update(a=d.pop("a")),
+        ],
+    ),
+    "list": (lambda: [[1], [2]], [list.pop, lambda o: o.append(3), list.reverse]),
+}
+
+
+@pytest.mark.parametrize(("make", "changes"), HOLDERS.values(), ids=HOLDERS)
+def test_a_second_look_sees_every_change_and_the_first_one_stays_as_it_was(
+    make: Callable[[], object], changes: list[Callable]
+) -> None:
+    for change in (lambda _: None, *changes):
+        holder = make()
+        first = read(holder)
+        before = dict(first)
+        change(holder)
+        second = read(holder, first)
+        assert list(second.items()) == list(read(holder).items())
+        assert all(second[key] is value for key, value in read(holder).items())
+        assert dict(read(make())).keys() == before.keys() == dict(first).keys()
+        assert all(first[key] is value for key, value in before.items())
+        same_objects = list(map(id, before.values())) == list(map(id, second.values()))
+        assert second.is_same_as(first) == (same_objects and list(before) == list(second))
+
+
+@pytest.mark.parametrize(("make", "changes"), HOLDERS.values(), ids=HOLDERS)
+def test_what_differs_is_found_with_what_was_asked_for_and_what_is_gone(
+    make: Callable[[], object], changes: list[Callable]
+) -> None:
+    for change in (lambda _: None, *changes):
+        holder = make()
+        before = read(holder)
+        asked = frozenset(id(value) for value in before.values() if isinstance(value, torch.Tensor))
+        change(holder)
+        after = read(holder, before)
+        changed = {key for key, value in after.items() if before.get(key, ABSENT) is not value}
+        for besides in (frozenset(), asked):
+            found = list(before.changes_to(after, besides))
+            wanted = changed | {key for key, value in after.items() if id(value) in besides}
+            assert {key for key, _, _ in found} == wanted
+            assert len(found) == len(wanted)
+            assert all(old is before.get(key, ABSENT) and new is after[key] for key, old, new in found)
+        gone = list(before.gone_from(after))
+        for kind in {kind for kind, _ in before}:
+            missing = [key for key in reversed(list(before)) if key not in after and key[0] == kind]
+            assert [key for key in gone if key[0] == kind] == missing
+        assert len(gone) == len(before.keys() - after.keys())
+
+
+def test_a_value_is_found_under_its_own_kind_of_key_only() -> None:
+    layer = Layer()
+    layer.__dict__["weight"] = 3  # beside the parameter of that name
+    held = read(layer)
+    assert held.get(("_parameters", "weight")) is layer._parameters["weight"]
+    assert held.get(("attribute", "weight")) == 3
+    assert held.get(("_buffers", "weight"), ABSENT) is ABSENT
+    assert held.get(("attribute", "_non_persistent_buffers_set")) == {"dropped"}
+    assert {key: held.get(key) for key in held} == dict(held)
+
+
+def test_what_is_torchs_own_is_no_change_and_stays() -> None:
+    layer = Layer()
+    before = read(layer)
+    layer._forward_hooks = hooks = {1: print}
+    after = read(layer, before)
+    assert list(before.changes_to(after, frozenset())) == []
+    put_back(layer, before, after)
+    assert layer._forward_hooks is hooks
+
+
 # --- which objects belong to a layer ---
 
 

@@ -22,8 +22,10 @@ from vllm.model_executor.utils import replace_parameter, set_weight_attrs
 
 from reload_plugin import (
     ReloadSession,
+    _vllm,
     commit,
     digest,
+    native,
     plugin,
     record_for_reloading,
     reload_weights,
@@ -710,8 +712,21 @@ def test_a_hook_that_fails_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> N
     check_unharmed(model, Hooked, before, ids)
 
 
-@pytest.mark.parametrize("stage", ["materialise", "unhide", "take_result"])
-def test_a_stage_that_fails_changes_nothing(monkeypatch: pytest.MonkeyPatch, stage: str) -> None:
+def reload_in_parts(model: nn.Module, checkpoint: Weights) -> None:
+    """Between two weights the model serves what it served."""
+    with ReloadSession(model) as session:
+        for item in checkpoint.items():
+            session.load([item])
+        session.finish()
+
+
+FAILING = [(stage, how) for stage in ("materialise", "take_result") for how in (reload, reload_in_parts)]
+
+
+@pytest.mark.parametrize(("stage", "how"), [*FAILING, ("hide", reload_in_parts), ("unhide", reload_in_parts)])
+def test_a_stage_that_fails_changes_nothing(
+    monkeypatch: pytest.MonkeyPatch, stage: str, how: Callable
+) -> None:
     from reload_plugin.staging import Stage
 
     model = start()
@@ -719,7 +734,39 @@ def test_a_stage_that_fails_changes_nothing(monkeypatch: pytest.MonkeyPatch, sta
     with monkeypatch.context() as patch:
         failing_once(patch, Stage, stage, MemoryError("no memory"))
         with pytest.raises((ReloadError, MemoryError)):
-            reload(model, B)
+            how(model, B)
+    check_unharmed(model, Model, before, ids)
+
+
+def test_after_the_last_weights_the_model_waits_in_load_format_for_the_end() -> None:
+    model = start()
+    before, ids = values(model), identities(model)
+    with ReloadSession(model) as session:
+        session.load([("first.weight", B["first.weight"])])
+        assert values(model) == before
+        session.load([("lm_head.weight", B["lm_head.weight"])], last=True)
+        assert values(model) != before
+        session.finish()
+    assert values(model) == values(cold(Model, B))
+    assert identities(model) == ids
+
+
+def test_the_old_weights_are_served_again_when_the_last_ones_do_not_come() -> None:
+    model = start()
+    before, ids = values(model), identities(model)
+
+    def stream() -> Iterator[tuple[str, torch.Tensor]]:
+        yield "first.weight", B["first.weight"]
+        raise OSError("gone")
+
+    with ReloadSession(model) as session:
+        with pytest.raises(SourceError, match="gone"):
+            session.load(stream(), last=True)
+        assert values(model) == before
+    with ReloadSession(model) as session:
+        session.load([("first.weight", B["first.weight"])], last=True)
+        with pytest.raises(MissingWeightsError):
+            session.finish()
     check_unharmed(model, Model, before, ids)
 
 
@@ -927,6 +974,54 @@ def test_a_failure_after_a_result_was_written_in_place_is_known(policy: str, tou
         assert ("lm_head" in session.committed) is touched
     del model.lm_head.quant_method.fails
     assert (values(model) != old) is touched
+
+
+def test_nobody_looks_for_served_memory_before_somebody_wants_some() -> None:
+    asked: list[int] = []
+
+    def served() -> list[torch.Tensor]:
+        asked.append(1)
+        return [torch.zeros(2)]
+
+    with results.written_in_place(served):
+        torch.zeros(2).add_(1)
+        assert asked == []
+        torch.empty_like(torch.zeros(2))
+        torch.empty_like(torch.zeros(2))
+    assert asked == [1]
+
+
+def test_native_handles_that_the_caller_makes_are_not_noted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A trainer in the same process may run a model of its own between two weights."""
+    hashed: list[int] = []
+
+    class Library:
+        @staticmethod
+        def make(_: torch.Tensor) -> int:
+            return 7
+
+    class Making(Method):
+        def process_weights_after_loading(self, layer: nn.Module) -> None:
+            layer.register_buffer("handle", torch.tensor(Library.make(layer.weight.data)))
+
+    def stream() -> Iterator[tuple[str, torch.Tensor]]:
+        for item in B.items():
+            mine = torch.ones(3)
+            kept = weakref.ref(mine)
+            Library.make(mine)
+            del mine
+            assert kept() is None
+            yield item
+
+    monkeypatch.setattr(_vllm, "native_constructors", lambda: [(Library, "make", None)])
+    monkeypatch.setattr(native, "_digest_of", lambda given: hashed.append(given[0].numel()) or b"")
+    model = cold(lambda: Model(Making), A)
+    hashed.clear()
+    reload_weights(model, stream())
+    reload_weights(model, stream())  # by routes, so that layers are processed between weights
+    assert hashed == [12] * 4
+    assert Library.make(torch.ones(3)) == 7
+    assert len(hashed) == 4
 
 
 def test_only_the_plain_call_is_given_served_memory() -> None:
