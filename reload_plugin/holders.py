@@ -170,7 +170,7 @@ class Snapshot(Mapping[Key, Any]):
                     yield (kind if kind != _MODULE else "attribute", name), old, new
 
     def gone_from(self, after: Snapshot) -> Iterator[Key]:
-        """Keys that ``after``, of a holder like this one's, does not hold, of each kind the last ones first."""
+        """Keys that ``after``, of a holder like this one's, does not hold; of each kind, last ones first."""
         for kind, ours, theirs in zip(self.kinds, self.tables, after.tables, strict=True):
             if ours is not theirs and (ours.keys() - theirs.keys()):
                 missing = (name for name in reversed(ours) if name not in theirs and _counts(kind, name))
