@@ -240,11 +240,22 @@ def renew(layer: nn.Module) -> None:
     layer.scale = 0.25
 
 
+def rename(layer: nn.Module) -> None:
+    """The same values in the same order under other names."""
+    layer.other = layer.__dict__.pop("plain")
+    layer._modules["younger"] = layer._modules.pop("child")
+
+
 HOLDERS: dict[str, tuple[Callable[[], object], list[Callable]]] = {
-    "module": (Layer, [*CHANGES, renew]),
+    "module": (Layer, [*CHANGES, renew, rename]),
     "object": (
         lambda: Plain(scale=0.5, weight=torch.zeros(2)),
-        [lambda o: delattr(o, "scale"), lambda o: setattr(o, "new", 1), lambda o: setattr(o, "weight", None)],
+        [
+            lambda o: delattr(o, "scale"),
+            lambda o: setattr(o, "new", 1),
+            lambda o: setattr(o, "weight", None),
+            lambda o: setattr(o, "other", o.__dict__.pop("weight")),
+        ],
     ),
     "slots": (Half, [lambda o: delattr(o, "scale"), lambda o: setattr(o, "extra", 8)]),
     "dict": (
@@ -254,6 +265,7 @@ HOLDERS: dict[str, tuple[Callable[[], object], list[Callable]]] = {
             lambda d: d.update(c=3),
             lambda d: d.update(b=[2]),
             lambda d: d.update(a=d.pop("a")),
+            lambda d: d.update(c=d.pop("b")),
         ],
     ),
     "list": (lambda: [[1], [2]], [list.pop, lambda o: o.append(3), list.reverse]),
