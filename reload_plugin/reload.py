@@ -182,7 +182,7 @@ def _from_iterator(
     with _keeping(chosen, "the iterator") as kept:
         session = _session(model, record, "the iterator", policy, known, chosen, kept)
         with whole_or_broken(model, record, session, undo=policy == "staged"), session:
-            session.load(weights, last=True)
+            session.load_last(weights)
             report = session.finish()
     found = {name: rule for name, rule in record.kept.items() if session.ledger.took_by_name(name)}
     found = plan.kept if plan is not None else found
@@ -340,7 +340,7 @@ def _from_source(
         with whole_or_broken(model, record, session, undo=way_back != "none"), session:
             reading = watched(source.read(order, record.pool, session.room), source, chosen.progress, order)
             with contextlib.closing(reading) as weights:
-                session.load(weights, call_between, last=True)
+                session.load_last(weights, call_between)
             report = session.finish()
     found = plan.kept | report.kept if plan is not None else report.kept
     report = _completed(report, found, way_back, planned)

@@ -192,19 +192,23 @@ class ReloadSession:
         self.state = State.OPEN
 
     def load(
-        self,
-        weights: Iterable[tuple[str, torch.Tensor]],
-        fetching: Fetching = call_out,
-        last: bool = False,
+        self, weights: Iterable[tuple[str, torch.Tensor]], fetching: Fetching = call_out
     ) -> set[str] | None:
         """Load some of the weights. Returns what the model's ``load_weights`` returned.
 
-        Args:
-            weights: (checkpoint name, tensor) pairs.
-            fetching: asks for the next weight; as it is, Ctrl-C gets through to an iterator.
-            last: ``finish`` comes right after it, and until then nobody wants the model to serve.
-
+        ``fetching`` asks for the next weight; as it is, Ctrl-C gets through to an iterator.
         """
+        return self._load(weights, fetching, last=False)
+
+    def load_last(
+        self, weights: Iterable[tuple[str, torch.Tensor]], fetching: Fetching = call_out
+    ) -> set[str] | None:
+        """The same where ``finish`` comes right after it, and until then nobody wants the model to serve."""
+        return self._load(weights, fetching, last=True)
+
+    def _load(
+        self, weights: Iterable[tuple[str, torch.Tensor]], fetching: Fetching, last: bool
+    ) -> set[str] | None:
         returned: list[Any] = []
 
         def loader(feed: Iterable[tuple[str, torch.Tensor]]) -> None:

@@ -744,7 +744,7 @@ def test_after_the_last_weights_the_model_waits_in_load_format_for_the_end() -> 
     with ReloadSession(model) as session:
         session.load([("first.weight", B["first.weight"])])
         assert values(model) == before
-        session.load([("lm_head.weight", B["lm_head.weight"])], last=True)
+        session.load_last([("lm_head.weight", B["lm_head.weight"])])
         assert values(model) != before
         session.finish()
     assert values(model) == values(cold(Model, B))
@@ -761,10 +761,10 @@ def test_the_old_weights_are_served_again_when_the_last_ones_do_not_come() -> No
 
     with ReloadSession(model) as session:
         with pytest.raises(SourceError, match="gone"):
-            session.load(stream(), last=True)
+            session.load_last(stream())
         assert values(model) == before
     with ReloadSession(model) as session:
-        session.load([("first.weight", B["first.weight"])], last=True)
+        session.load_last([("first.weight", B["first.weight"])])
         with pytest.raises(MissingWeightsError):
             session.finish()
     check_unharmed(model, Model, before, ids)
