@@ -61,6 +61,11 @@ def written_in_place(served: Callable[[], Sequence[torch.Tensor]]) -> Iterator[s
         torch.empty_like = original
 
 
+def nothing_written() -> contextlib.AbstractContextManager[set[int]]:
+    """In place of ``written_in_place`` where nothing served may be overwritten; ``torch`` stays as it is."""
+    return contextlib.nullcontext(set())
+
+
 def _is_plain(tensor: torch.Tensor) -> bool:
     on_cpu = tensor.device.type == "cpu" and tensor.layout == torch.strided
     return on_cpu and tensor.is_contiguous() and not wraps_others(type(tensor))

@@ -976,6 +976,24 @@ def test_a_failure_after_a_result_was_written_in_place_is_known(policy: str, tou
     assert (values(model) != old) is touched
 
 
+@pytest.mark.parametrize(("policy", "replaced"), [("staged", False), ("streaming", True)])
+def test_torch_is_touched_only_where_served_memory_may_be_given(policy: str, replaced: bool) -> None:
+    original, seen = torch.empty_like, []
+
+    class Looking(Method):
+        def process_weights_after_loading(self, layer: nn.Module) -> None:
+            seen.append(torch.empty_like is not original)
+            layer.scale = float(layer.weight.sum())
+
+    model = cold(lambda: Model(Looking), A)
+    seen.clear()
+    with ReloadSession(model, policy=policy) as session:
+        session.load(B.items())
+        session.finish()
+    assert seen == [replaced] * 2
+    assert torch.empty_like is original
+
+
 def test_nobody_looks_for_served_memory_before_somebody_wants_some() -> None:
     asked: list[int] = []
 
