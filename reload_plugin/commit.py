@@ -144,7 +144,7 @@ class _Graft:
         self._served = served
         self._result = result
         self._commit = commit
-        self._restaged = served.tensors.keys() | result.tensors.keys()
+        self._restaged = served.tensors.keys()
         """Tensors (by identity) that may have other values, though the object is the same."""
         self._done: dict[tuple[int, int], object] = {}
         self._sources: dict[int, int] = {}

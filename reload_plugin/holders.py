@@ -170,10 +170,10 @@ class Snapshot(Mapping[Key, Any]):
                     yield (kind if kind != _MODULE else "attribute", name), old, new
 
     def gone_from(self, after: Snapshot) -> Iterator[Key]:
-        """Keys that ``after``, of a holder like this one's, does not hold; of each kind, last ones first."""
+        """Keys that ``after``, of a holder like this one's, does not hold."""
         for kind, ours, theirs in zip(self.kinds, self.tables, after.tables, strict=True):
             if ours is not theirs and (ours.keys() - theirs.keys()):
-                missing = (name for name in reversed(ours) if name not in theirs and _counts(kind, name))
+                missing = (name for name in ours if name not in theirs and _counts(kind, name))
                 yield from ((kind if kind != _MODULE else "attribute", name) for name in missing)
 
     def put_on(self, holder: Any, now: Snapshot) -> None:
@@ -188,7 +188,7 @@ class Snapshot(Mapping[Key, Any]):
                 table.update(ours)
                 continue
             own = kind if kind != _MODULE else "attribute"
-            for name in reversed(theirs):
+            for name in theirs:
                 if name not in ours and _counts(kind, name):
                     write(holder, (own, name), ABSENT)
             for name, value in ours.items():

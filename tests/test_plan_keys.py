@@ -12,13 +12,14 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
+from torch import nn
 from vllm.model_executor.layers.fused_moe import expert_map_manager
 
 import reload_plugin
 from reload_plugin import generation
 from reload_plugin.errors import WeightsError
-from reload_plugin.placement import placement
-from reload_plugin.record import record_of
+from reload_plugin.placement import SHARDS, placement
+from reload_plugin.record import record_constructed, record_of
 from tests import oracle
 from tests.checkpoints import Tensors, read_tensors
 from tests.zoo import case_named
@@ -216,10 +217,55 @@ def test_a_layer_of_another_rank_is_traced_again(engine: Engine, face: Callable)
 def test_every_rank_has_a_placement_of_its_own(engine: Engine, name: str) -> None:
     record = record_of(engine.model)
     parallel = record.vllm_config.parallel_config
-    elsewhere = types.SimpleNamespace(**vars(parallel))
+    elsewhere = types.types.SimpleNamespace(**vars(parallel))
     setattr(elsewhere, name, getattr(parallel, name) + 1)
     here = placement(record)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(record, "vllm_config", types.SimpleNamespace(parallel_config=elsewhere))
+        patch.setattr(record, "vllm_config", types.types.SimpleNamespace(parallel_config=elsewhere))
         assert placement(record) != here
     assert placement(record) == here
+
+
+# --- what the placement of a layer is ---
+
+
+def buffered(values: list[int]) -> nn.Module:
+    layer = nn.Module()
+    layer.register_buffer("expert_map", torch.tensor(values))
+    return layer
+
+
+def holding(**attributes: object) -> nn.Module:
+    layer = nn.Module()
+    layer.__dict__.update(attributes)
+    return layer
+
+
+def of_a_manager(values: list[int]) -> nn.Module:
+    return holding(expert_map_manager=types.SimpleNamespace(expert_map=torch.tensor(values)))
+
+
+def in_parallel(rank: int) -> nn.Module:
+    return holding(
+        moe_config=types.SimpleNamespace(moe_parallel_config=types.SimpleNamespace(ep_rank=rank, ep_size=2))
+    )
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (buffered([0, -1]), buffered([-1, 0])),
+        (of_a_manager([0, -1]), of_a_manager([-1, 0])),
+        (in_parallel(0), in_parallel(1)),
+        *((holding(**{name: 0}), holding(**{name: 1})) for name in SHARDS),
+    ],
+)
+def test_each_thing_alone_that_a_loader_asks_makes_another_placement(
+    one: nn.Module, other: nn.Module
+) -> None:
+    def of(layer: nn.Module) -> object:
+        return placement(record_constructed(nn.Sequential(nn.Linear(2, 2), layer), None, None))
+
+    assert of(one) == of(one)
+    assert of(one) != of(other)
+    assert of(one) != of(nn.Module())

@@ -6,12 +6,16 @@ import os
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
 from reload_plugin.errors import SourceError
+from reload_plugin.ledger import Expected, Ledger
+from reload_plugin.load import Loaded, Problems
+from reload_plugin.routes import Routes
 from reload_plugin.sources import Landed, TensorInfo, readahead, vectored
 from reload_plugin.sources import reading as reading_module
 from reload_plugin.sources.safetensors_files import SafetensorsSource
@@ -334,3 +338,23 @@ def test_what_the_storage_fails_at_is_raised_and_not_tried_again(
         list(source_of(tmp_path / "1").read(ORDER, room=StackedRoom()))
     assert storage.tries == 1
     assert not storage.reads
+
+
+# --- which layers are complete by what landed ---
+
+
+def test_a_layer_is_complete_when_the_last_weight_of_each_of_its_parameters_has_landed() -> None:
+    names = {"a": frozenset({"a1", "a2", "both"}), "b": frozenset({"b1", "both"})}
+    ledger = Ledger(Loaded(), Problems(), Expected(names, planned=True, routes=Routes(None, {})))
+    for group, parameters in {"a": ("p", "q"), "b": ("r",)}.items():
+        storages = [SimpleNamespace(primary=SimpleNamespace(name=name), key=id(name)) for name in parameters]
+        ledger.admit(SimpleNamespace(group=SimpleNamespace(name=group), storages=storages))
+
+    def complete(**landed: list[str]) -> list[str]:
+        names = tuple(dict.fromkeys(name for found in landed.values() for name in found))
+        stages = ledger.note_landed(Landed(names, dict.fromkeys(names, (1,)), 4, landed))
+        return [stage.group.name for stage in stages]
+
+    assert complete(p=["a1"]) == []
+    assert complete(q=["both"], r=["b1", "both"]) == ["b"]
+    assert complete(p=["a2"]) == ["a"]
