@@ -217,11 +217,11 @@ def test_a_layer_of_another_rank_is_traced_again(engine: Engine, face: Callable)
 def test_every_rank_has_a_placement_of_its_own(engine: Engine, name: str) -> None:
     record = record_of(engine.model)
     parallel = record.vllm_config.parallel_config
-    elsewhere = types.types.SimpleNamespace(**vars(parallel))
+    elsewhere = types.SimpleNamespace(**vars(parallel))
     setattr(elsewhere, name, getattr(parallel, name) + 1)
     here = placement(record)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(record, "vllm_config", types.types.SimpleNamespace(parallel_config=elsewhere))
+        patch.setattr(record, "vllm_config", types.SimpleNamespace(parallel_config=elsewhere))
         assert placement(record) != here
     assert placement(record) == here
 
