@@ -167,14 +167,13 @@ class Snapshot(Mapping[Key, Any]):
                 continue
             for name, new in theirs.items():
                 if ((old := ours.get(name, ABSENT)) is not new or id(new) in besides) and _counts(kind, name):
-                    yield (kind if kind != _MODULE else "attribute", name), old, new
+                    yield (_kind_of_key(kind), name), old, new
 
     def gone_from(self, after: Snapshot) -> Iterator[Key]:
         """Keys that ``after``, of a holder like this one's, does not hold."""
         for kind, ours, theirs in zip(self.kinds, self.tables, after.tables, strict=True):
-            if ours is not theirs and (ours.keys() - theirs.keys()):
-                missing = (name for name in ours if name not in theirs and _counts(kind, name))
-                yield from ((kind if kind != _MODULE else "attribute", name) for name in missing)
+            missing = (name for name in ours if name not in theirs) if ours is not theirs else ()
+            yield from ((_kind_of_key(kind), name) for name in missing if _counts(kind, name))
 
     def put_on(self, holder: Any, now: Snapshot) -> None:
         """Make ``holder``, which holds what ``now`` says, hold exactly this, in the same order."""
@@ -187,7 +186,7 @@ class Snapshot(Mapping[Key, Any]):
                 table.clear()
                 table.update(ours)
                 continue
-            own = kind if kind != _MODULE else "attribute"
+            own = _kind_of_key(kind)
             for name in theirs:
                 if name not in ours and _counts(kind, name):
                     write(holder, (own, name), ABSENT)
@@ -199,7 +198,7 @@ class Snapshot(Mapping[Key, Any]):
         """What it holds under a key, without making all keys."""
         kind, name = key
         for own, table in zip(reversed(self.kinds), reversed(self.tables), strict=True):
-            if name in table and (own == kind or (own == _MODULE and kind == "attribute")):
+            if name in table and _kind_of_key(own) == kind:
                 return table[name]
         return default
 
@@ -234,6 +233,11 @@ def _same_objects(ours: dict[Any, Any], theirs: dict[Any, Any]) -> bool:
     if len(ours) != len(theirs):
         return False
     return all(map(operator.is_, ours.values(), theirs.values())) and list(ours) == list(theirs)
+
+
+def _kind_of_key(table: str) -> str:
+    """The kind that the keys in a table of some kind have."""
+    return "attribute" if table == _MODULE else table
 
 
 def _counts(kind: str, name: object) -> bool:
@@ -282,8 +286,6 @@ def tables_of(holder: object) -> Mapping[str, Mapping[Any, Any]]:
     if isinstance(holder, nn.Module):
         held = holder.__dict__
         return {table: held[table] for table in _TABLES} | {"attribute": held}
-    if isinstance(holder, dict):
-        return {"item": holder}
     (kind,), (table,) = _kinds_and_table(holder)
     return {kind: table}
 

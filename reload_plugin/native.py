@@ -28,8 +28,6 @@ class Noted:
     captured: list[torch.Tensor] = field(default_factory=list)
     """The tensors that new handles point into: oneDNN's int8 handler keeps the address of the weight scales
     it was made with."""
-    hashed: bool = True
-    """Whether what a handle is made of is hashed."""
     paused: bool = False
     """Whether handles that are made now are nobody's business."""
 
@@ -47,7 +45,7 @@ def watching_native(device: torch.device | None, handles: Handles, hashed: bool 
         hashed: whether its arguments are hashed.
 
     """
-    noted = Noted(hashed=hashed)
+    noted = Noted()
 
     def wrap(
         name: str, constructor: Callable[..., Any], positions: tuple[int, ...] | None
@@ -60,7 +58,7 @@ def watching_native(device: torch.device | None, handles: Handles, hashed: bool 
             noted.captured.extend(value.detach() for value in kept if isinstance(value, torch.Tensor))
             handle = constructor(*args, **kwargs)  # raises where a processor cannot do it, and vLLM goes on
             try:
-                handles[int(handle)] = _digest_of(given) if noted.hashed else None
+                handles[int(handle)] = _digest_of(given) if hashed else None
             except BaseException:
                 _vllm.release_native(name, int(handle))
                 raise

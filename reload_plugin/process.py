@@ -10,7 +10,7 @@ from . import _vllm
 from .errors import ProcessingError, ReloadError
 from .native import Noted
 from .record import ModelRecord
-from .results import nothing_written, written_in_place
+from .results import written_in_place
 from .staging import Stage
 
 ProcessWeights = Callable[..., None]
@@ -43,7 +43,7 @@ def process_stage(
     noted.paused = not any(layer.effect for layer in stage.group.layers)
     try:
         on_cpu = in_place and record.target_device.type == "cpu"
-        with written_in_place(stage.replaceable) if on_cpu else nothing_written() as stage.overwritten:
+        with written_in_place(stage.replaceable if on_cpu else None) as stage.overwritten:
             for layer in stage.group.layers:
                 module = layer.ref()
                 if module is not None and layer.online:

@@ -20,7 +20,7 @@ from .tensors import storage_id, wraps_others
 
 
 @contextlib.contextmanager
-def written_in_place(served: Callable[[], Sequence[torch.Tensor]]) -> Iterator[set[int]]:
+def written_in_place(served: Callable[[], Sequence[torch.Tensor]] | None) -> Iterator[set[int]]:
     """While entered, ``torch.empty_like`` of a tensor like a served one gives that one's memory, once.
 
     The name in ``torch`` is replaced for the time; modes would disturb the ``torch.compile`` that some
@@ -28,7 +28,7 @@ def written_in_place(served: Callable[[], Sequence[torch.Tensor]]) -> Iterator[s
 
     Args:
         served: gives the tensors whose values may be overwritten; contiguous ones on the CPU are. Asked when
-            somebody wants memory, at most once.
+            somebody wants memory, at most once. None where none may be: ``torch`` stays as it is.
 
     Yields:
         Identities of the storages that were handed out so far. A result in one of them that belongs
@@ -36,6 +36,9 @@ def written_in_place(served: Callable[[], Sequence[torch.Tensor]]) -> Iterator[s
 
     """
     given: set[int] = set()
+    if served is None:
+        yield given
+        return
 
     @functools.cache
     def free() -> list[torch.Tensor]:
@@ -59,11 +62,6 @@ def written_in_place(served: Callable[[], Sequence[torch.Tensor]]) -> Iterator[s
         yield given
     finally:
         torch.empty_like = original
-
-
-def nothing_written() -> contextlib.AbstractContextManager[set[int]]:
-    """In place of ``written_in_place`` where nothing served may be overwritten; ``torch`` stays as it is."""
-    return contextlib.nullcontext(set())
 
 
 def _is_plain(tensor: torch.Tensor) -> bool:
