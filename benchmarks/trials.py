@@ -144,7 +144,7 @@ def stream(folder: str, shuffled: bool, seed: int) -> Iterator[tuple[str, Any]]:
     """The checkpoint one tensor at a time, each in memory of its own, as a trainer's are."""
     from safetensors.torch import load_file
 
-    from reload_plugin.memory import settle_heap
+    from reload_plugin.memory import allocator
 
     files = [load_file(path) for path in sorted(Path(folder).glob("*.safetensors"))]
     weights = [(name, tensor.clone()) for file in files for name, tensor in file.items()]
@@ -152,7 +152,8 @@ def stream(folder: str, shuffled: bool, seed: int) -> Iterator[tuple[str, Any]]:
     if shuffled:
         random.Random(seed).shuffle(weights)
     del files
-    settle_heap()  # what was freed here is not at hand for the reload
+    if (heap := allocator()) is not None:
+        heap.give_back(machine.resident())  # what was freed here is not at hand for the reload
     return iter(weights)
 
 

@@ -26,8 +26,9 @@ ROOM = 64 << 20
 KEPT = 2 * ROOM
 """Bytes of a pool that stay with the process between reloads, at most: to get pages from the system once more
 takes as long as reading into them."""
-IDLE = 64 << 20
-"""Bytes that the C heap may keep unused between reloads, where it tells how many there are."""
+IDLE = 128 << 20
+"""Bytes that the C heap may keep unused between reloads: to get pages from the system once more takes longer
+than to write to them."""
 SPARE = 16 << 20
 """Bytes of a pool beyond its largest layer, at least: for layers that are not processed, and small ones that
 one request reads together."""
@@ -178,6 +179,8 @@ class Allocator(NamedTuple):
     """Bytes it holds in memory for later; None where it does not say."""
     give_back: Callable[[int], object]
     """At least so many of them to the system, if there are so many; glibc's gives back all it can."""
+    keep: Callable[[int], object] = lambda _: None
+    """From now on hold that many by itself, where it would give them back at once."""
 
 
 @functools.cache
@@ -188,8 +191,31 @@ def allocator() -> Allocator | None:
     library = ctypes.CDLL(None)
     if hasattr(library, "MallocExtension_ReleaseToSystem"):
         return _tcmalloc(library)
-    trim = getattr(library, "malloc_trim", None)
-    return None if trim is None else Allocator("glibc", None, lambda _: trim(0))
+    if not hasattr(library, "malloc_trim"):
+        return None
+    keep = functools.partial(_keep_in_glibc, library)
+    return Allocator("glibc", None, lambda _: library.malloc_trim(0), keep)
+
+
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+"""Parameters of glibc's ``mallopt`` (``malloc.h``)."""
+_MMAP_THRESHOLD_MAX = 32 << 20
+"""How far glibc raises the size from which blocks are mapped for themselves (64 bits; ``mallopt(3)``)."""
+_HEAP_SETTINGS = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "GLIBC_TUNABLES")
+
+
+def _keep_in_glibc(library: ctypes.CDLL, nbytes: int) -> None:
+    """Have glibc give back the end of its heap only when that is larger than ``nbytes``.
+
+    By itself it does at twice the largest block that it had to map so far, 64 MiB at most, so what is left
+    of one layer's processing is got from the system once more for the next. Setting that ends the raising of
+    the size from which blocks are mapped, so this goes to where it would end. Both are left alone where the
+    environment sets one of them.
+    """
+    settings = " ".join(f"{name}={os.environ.get(name, '')}" for name in _HEAP_SETTINGS if name in os.environ)
+    if not any(word in settings.upper() for word in ("TRIM_THRESHOLD", "MMAP_THRESHOLD")):
+        library.mallopt(_M_MMAP_THRESHOLD, _MMAP_THRESHOLD_MAX)
+        library.mallopt(_M_TRIM_THRESHOLD, nbytes)
 
 
 def _tcmalloc(library: ctypes.CDLL) -> Allocator:
@@ -218,14 +244,43 @@ def keep_within(limit: int, nbytes: int) -> None:
         found.give_back(excess)
 
 
+@dataclass
+class Growth:
+    """How large this process was when it was smallest, to tell how much of its heap may be unused."""
+
+    least: int | None = None
+    """Bytes in memory; None before there was a reload."""
+
+    def begin(self) -> int:
+        """A reload begins. Returns the bytes in memory now."""
+        now = resident()
+        if self.least is None and (found := allocator()) is not None:
+            found.keep(IDLE)
+        self.least = now if self.least is None else min(self.least, now)
+        return now
+
+    def settle(self, found: Allocator) -> None:
+        """A reload is over: have the heap give back what it does not use, if that may be too much."""
+        now = resident()
+        if self.least is None or now - self.least > KEPT + IDLE:
+            found.give_back(0)
+            self.least = resident()
+
+
+growth = Growth()
+"""Of this process."""
+
+
 def settle_heap() -> None:
-    """Between reloads: leave the C heap at most ``IDLE`` bytes that it does not use, and glibc's none: what
-    that one keeps lies in so many pieces that the next reload makes it grow all the same.
+    """Between reloads: leave the C heap at most ``IDLE`` bytes that it does not use.
+
+    One that does not tell how many those are has no more of them than the process has grown by; then what
+    the pool keeps may be part of that.
     """
     found = allocator()
     if found is None:
         return
     if found.unused is None:
-        found.give_back(0)
+        growth.settle(found)
     elif (excess := found.unused() - IDLE) > 0:
         found.give_back(excess)

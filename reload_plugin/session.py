@@ -33,7 +33,7 @@ from .garbage import no_full_collections
 from .interrupts import call_between, call_out, deliver, held
 from .ledger import Expected, Ledger
 from .load import Feed, Fetching, Loaded, LoadTrace, Problems, load_all, load_by_routes
-from .memory import SMALL, Gauge, keep_within, resident
+from .memory import SMALL, Gauge, growth, keep_within
 from .native import Noted, watching_native
 from .overflow import OPEN_BUDGET, OPEN_STREAMING, Overflow
 from .placement import placement
@@ -49,9 +49,13 @@ from .verify import ReloadReport, check_slots, ignorable
 
 Policy = Literal["staged", "streaming"]
 
-BUDGET = 64 << 20
+BUDGET = 112 << 20
 """Bytes that the process may grow by, beyond its largest layer, before freed pages of the heap go back:
-kernels pack into the heap, and not all that the old generation leaves there is used again by itself."""
+kernels pack into the heap, and not all that the old generation leaves there is used again at once. A little
+less than the 128 MiB that are promised."""
+PASSING = 64 << 20
+"""Bytes of that for what a layer's processing needs only while it runs, which nobody knows before: four times
+the layer, at most so many."""
 
 SERVES_OLD = "The engine serves what it served before."
 
@@ -122,7 +126,7 @@ class ReloadSession:
         self.weight_version: str | None = None
         """What to call these weights from the commit on."""
         self._spilled = 0
-        self._resident = resident()
+        self._resident = growth.begin()
         self._largest = 0
         self._expected = expected or Expected()
         self._overflow = overflow
@@ -535,7 +539,8 @@ class ReloadSession:
         nbytes = stage.group.nbytes
         if nbytes < SMALL or stage.group.plain:
             return
-        keep_within(self._resident + self._prepared + self._largest + BUDGET, nbytes)
+        needed = max(nbytes, min(4 * nbytes, PASSING))
+        keep_within(self._resident + self._prepared + self._largest + BUDGET, needed)
 
     def _keep(self, stage: Stage) -> None:
         """Commit a result at once or put it aside; staging that is not part of it is given back."""

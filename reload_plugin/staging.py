@@ -82,12 +82,10 @@ class StagedStorage:
         self.primary = max(records, key=lambda r: (r.is_parameter, r.format.nbytes))
         self.coverage = Coverage(self.primary.format.geometry)
         self.nbytes = max(r.format.end for r in records)
-        whole = torch.empty(self.nbytes, dtype=torch.uint8, device=device)
-        self.storage = whole.untyped_storage()
+        self.storage = torch.empty(0, dtype=torch.uint8, device=device).untyped_storage()
         self.key: int = self.storage._cdata
         """Identity of the memory that it has now."""
-        self.views = {id(r): self._view(r.format, device) for r in records}
-        self.storage.resize_(0)
+        self.views = {id(r): self._placeholder_of(r.format, device) for r in records}
         self._placeholder = self.storage
         """Kept as long as this is: storages are told apart by identity, so none may take its place."""
         self.materialised = False
@@ -101,6 +99,18 @@ class StagedStorage:
         """Served memory that weights may be written to as it is: they stay there."""
         self.is_final = False
         """Its memory is ``final``, and what was served there is gone."""
+
+    def _placeholder_of(self, fmt: TensorFormat, device: torch.device) -> torch.Tensor:
+        """A tensor of the load format over memory that is not there yet.
+
+        Nothing is allocated, not even for a moment: among all the small objects that are made meanwhile, each
+        such moment would leave a gap in the C heap that fits no other layer, and the heap would grow by them.
+        So the shape is given to a tensor without asking its storage, as torch's own views do.
+        """
+        geometry = fmt.geometry
+        empty = torch.empty(0, dtype=fmt.dtype, device=device).set_(self.storage, geometry.offset, (0,), (1,))
+        whole: torch.Tensor = torch.ops.aten._reshape_alias.default(empty, geometry.size, geometry.stride)
+        return whole.data
 
     def _view(self, fmt: TensorFormat, device: torch.device) -> torch.Tensor:
         geometry = fmt.geometry
