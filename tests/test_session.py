@@ -385,6 +385,30 @@ def test_a_loader_that_comes_back_to_a_layer_that_is_complete_writes_nothing(
     }
 
 
+@pytest.mark.parametrize("policy", ["staged", "streaming"])
+def test_every_layer_is_processed_within_what_may_be_taken_beside_the_largest_and_what_is_prepared(
+    monkeypatch: pytest.MonkeyPatch, policy: str
+) -> None:
+    """What processing takes for a moment counts as four times the layer, at most ``PASSING``, at least it once."""
+    asked: list[tuple[int, int]] = []
+    monkeypatch.setattr(session_module, "keep_within", lambda *found: asked.append(found))
+    monkeypatch.setattr(session_module, "SMALL", 1)
+    monkeypatch.setattr(session_module.growth, "begin", lambda: 5_000_000)
+    model = cold(lambda: Model(Packing), A)
+    record = record_of(model)
+    sizes = [group.nbytes for group in record.groups if not group.plain and group.nbytes]
+    passing = 4 * min(sizes) + 1
+    monkeypatch.setattr(session_module, "PASSING", passing)
+    with ReloadSession(model, policy=policy) as session:
+        session.load(B.items())
+        session.finish()
+    assert len(asked) == len(sizes) > 1
+    assert sorted(needed for _, needed in asked) == sorted(max(n, min(4 * n, passing)) for n in sizes)
+    prepared = [limit - record.largest - session_module.BUDGET - 5_000_000 for limit, _ in asked]
+    done = itertools.accumulate([0, *sizes[:-1]])
+    assert prepared == (list(done) if policy == "staged" else [0] * len(asked))
+
+
 @every_kind
 def test_what_a_group_serves_is_known_before_while_and_after_it_is_staged(make: Make) -> None:
     model = cold(make, A)
