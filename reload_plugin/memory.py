@@ -29,6 +29,9 @@ takes as long as reading into them."""
 IDLE = 128 << 20
 """Bytes that the C heap may keep unused between reloads: to get pages from the system once more takes longer
 than to write to them."""
+BLOCK = 64 << 20
+"""Bytes from which on a block of the C heap goes back to the system as soon as it is free, at most. Those as
+large as the largest layer do in any case, since hardly any other fits where they were."""
 SPARE = 16 << 20
 """Bytes of a pool beyond its largest layer, at least: for layers that are not processed, and small ones that
 one request reads together."""
@@ -179,8 +182,9 @@ class Allocator(NamedTuple):
     """Bytes it holds in memory for later; None where it does not say."""
     give_back: Callable[[int], object]
     """At least so many of them to the system, if there are so many; glibc's gives back all it can."""
-    keep: Callable[[int], object] = lambda _: None
-    """From now on hold that many by itself, where it would give them back at once."""
+    keep: Callable[[int, int], object] | None = None
+    """From now on hold so many unused bytes, of blocks that are smaller than so many; None where it does that
+    by itself."""
 
 
 @functools.cache
@@ -200,22 +204,25 @@ def allocator() -> Allocator | None:
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 """Parameters of glibc's ``mallopt`` (``malloc.h``)."""
 _MMAP_THRESHOLD_MAX = 32 << 20
-"""How far glibc raises the size from which blocks are mapped for themselves (64 bits; ``mallopt(3)``)."""
+"""How far glibc raises the size from which blocks are mapped for themselves, and how far it lets others raise
+it before version 2.35 (64 bits; ``mallopt(3)``)."""
 _HEAP_SETTINGS = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "GLIBC_TUNABLES")
 
 
-def _keep_in_glibc(library: ctypes.CDLL, nbytes: int) -> None:
-    """Have glibc give back the end of its heap only when that is larger than ``nbytes``.
+def _keep_in_glibc(library: ctypes.CDLL, unused: int, block: int) -> None:
+    """Have glibc map blocks for themselves only from ``block`` bytes on, which go back as soon as they are
+    free, and give back the end of its heap only when that is larger than ``unused``.
 
-    By itself it does at twice the largest block that it had to map so far, 64 MiB at most, so what is left
-    of one layer's processing is got from the system once more for the next. Setting that ends the raising of
-    the size from which blocks are mapped, so this goes to where it would end. Both are left alone where the
-    environment sets one of them.
+    By itself it maps all from 32 MiB on and gives the end back at 64 MiB, so what one layer's processing is
+    done with is got from the system once more for the next. Both are left alone where the environment sets
+    one of them.
     """
     settings = " ".join(f"{name}={os.environ.get(name, '')}" for name in _HEAP_SETTINGS if name in os.environ)
-    if not any(word in settings.upper() for word in ("TRIM_THRESHOLD", "MMAP_THRESHOLD")):
+    if any(word in settings.upper() for word in ("TRIM_THRESHOLD", "MMAP_THRESHOLD")):
+        return
+    if not library.mallopt(_M_MMAP_THRESHOLD, max(block, _MMAP_THRESHOLD_MAX)):
         library.mallopt(_M_MMAP_THRESHOLD, _MMAP_THRESHOLD_MAX)
-        library.mallopt(_M_TRIM_THRESHOLD, nbytes)
+    library.mallopt(_M_TRIM_THRESHOLD, unused)
 
 
 def _tcmalloc(library: ctypes.CDLL) -> Allocator:
@@ -251,11 +258,12 @@ class Growth:
     least: int | None = None
     """Bytes in memory; None before there was a reload."""
 
-    def begin(self) -> int:
-        """A reload begins. Returns the bytes in memory now."""
+    def begin(self, largest: int) -> int:
+        """A reload begins, of a model whose largest layer has so many bytes. Returns those in memory now."""
         now = resident()
-        if self.least is None and (found := allocator()) is not None:
-            found.keep(IDLE)
+        found = allocator()
+        if self.least is None and found is not None and found.keep is not None:
+            found.keep(IDLE, min(largest, BLOCK))
         self.least = now if self.least is None else min(self.least, now)
         return now
 

@@ -126,7 +126,6 @@ class ReloadSession:
         self.weight_version: str | None = None
         """What to call these weights from the commit on."""
         self._spilled = 0
-        self._resident = growth.begin()
         self._largest = 0
         self._expected = expected or Expected()
         self._overflow = overflow
@@ -138,6 +137,7 @@ class ReloadSession:
         self.agree = agree
         self._spoiled: str | None = None
         self._record = complete_record_of(model)
+        self._resident = growth.begin(self._record.largest)
         shapes = self._expected.start_shapes
         self._trace = LoadTrace(self.problems, dry, shapes, self._world_size() > 1)
         self.ledger = Ledger(self._trace.loaded, self.problems, self._expected)

@@ -124,9 +124,9 @@ class Process:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.nbytes, self.unused = 500 * MIB, 0
         self.trims = 0
-        self.kept: list[int] = []
+        self.kept: list[tuple[int, int]] = []
         self.growth = memory.Growth()
-        heap = memory.Allocator("one", None, self._trim, self.kept.append)
+        heap = memory.Allocator("one", None, self._trim, lambda *asked: self.kept.append(asked))
         monkeypatch.setattr(memory, "allocator", lambda: heap)
         monkeypatch.setattr(memory, "resident", lambda: self.nbytes)
         monkeypatch.setattr(memory, "growth", self.growth)
@@ -136,9 +136,9 @@ class Process:
         self.nbytes -= self.unused
         self.unused = 0
 
-    def reload(self, grows: int) -> None:
+    def reload(self, grows: int, largest: int = 80 * MIB) -> None:
         """A reload that leaves so many more bytes in a heap that does not use them."""
-        self.growth.begin()
+        self.growth.begin(largest)
         self.nbytes += grows
         self.unused += grows
         memory.settle_heap()
@@ -175,46 +175,52 @@ def test_growth_counts_from_the_last_trim_and_from_when_the_process_was_smallest
     assert process.trims == 3
 
 
-def test_the_first_reload_of_a_process_has_the_heap_keep_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("largest", "block"), [(50 * MIB, 50 * MIB), (5000 * MIB, memory.BLOCK)])
+def test_the_first_reload_of_a_process_has_the_heap_keep_what_the_next_needs(
+    monkeypatch: pytest.MonkeyPatch, largest: int, block: int
+) -> None:
     process = Process(monkeypatch)
-    process.reload(0)
-    process.reload(0)
-    assert process.kept == [memory.IDLE]
+    process.reload(0, largest)
+    process.reload(0, largest)
+    assert process.kept == [(memory.IDLE, block)]
 
 
-FREE_THE_END = """
+FREE = """
 import sys, torch
 from reload_plugin import memory
 blocks = [torch.ones(33 << 18) for _ in range(6)]  # mapped, and when they are freed, no longer
 del blocks
 if sys.argv[1] == "keep":
-    memory.allocator().keep(256 << 20)
-blocks = [torch.ones(5 << 20) for _ in range(6)]  # 120 MiB at the end of the heap
+    memory.allocator().keep(512 << 20, 60 << 20)
+blocks = [torch.ones(int(sys.argv[2]) << 18) for _ in range(4)]
 full = memory.resident()
 del blocks
-print((full - memory.resident()) >> 20)
+print(full - memory.resident() >> 20)
 """
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="of glibc")
 @pytest.mark.parametrize(
-    ("asked", "setting", "gone"),
+    ("asked", "size", "setting", "gone"),
     [
-        ("keep", {}, False),
-        ("leave", {}, True),
-        ("keep", {"MALLOC_TRIM_THRESHOLD_": str(1 << 20)}, True),
-        ("keep", {"GLIBC_TUNABLES": "glibc.malloc.trim_threshold=1048576"}, True),
-        ("keep", {"GLIBC_TUNABLES": "glibc.malloc.arena_max=2"}, False),
+        ("leave", 30, {}, True),  # MiB of four blocks, at the end of the heap
+        ("keep", 30, {}, False),
+        ("leave", 50, {}, True),  # mapped for themselves
+        ("keep", 50, {}, False),
+        ("keep", 70, {}, True),
+        ("keep", 30, {"MALLOC_TRIM_THRESHOLD_": str(1 << 20)}, True),
+        ("keep", 30, {"GLIBC_TUNABLES": "glibc.malloc.mmap_threshold=1048576"}, True),
+        ("keep", 30, {"GLIBC_TUNABLES": "glibc.malloc.arena_max=2"}, False),
     ],
 )
-def test_glibc_keeps_the_end_of_its_heap_when_asked_unless_the_environment_says_otherwise(
-    asked: str, setting: dict[str, str], gone: bool
+def test_glibc_keeps_what_it_is_asked_to_unless_the_environment_says_otherwise(
+    asked: str, size: int, setting: dict[str, str], gone: bool
 ) -> None:
     if memory.allocator().name != "glibc":  # type: ignore[union-attr]
         pytest.skip("another allocator is in the way")
-    child = [sys.executable, "-c", FREE_THE_END, asked]
+    child = [sys.executable, "-c", FREE, asked, str(size)]
     out = subprocess.run(child, env=os.environ | setting, capture_output=True, text=True, check=True).stdout
-    assert (int(out) > 100) is gone
+    assert (int(out) > 3 * size) is gone
 
 
 GROW_AND_GIVE_BACK = """

@@ -389,11 +389,11 @@ def test_a_loader_that_comes_back_to_a_layer_that_is_complete_writes_nothing(
 def test_every_layer_is_processed_within_what_may_be_taken_beside_the_largest_and_what_is_prepared(
     monkeypatch: pytest.MonkeyPatch, policy: str
 ) -> None:
-    """What processing takes for a moment counts as four times the layer, at most ``PASSING``, at least it once."""
+    """What processing takes for a moment counts as four times the layer, to ``PASSING``, or as the layer."""
     asked: list[tuple[int, int]] = []
     monkeypatch.setattr(session_module, "keep_within", lambda *found: asked.append(found))
     monkeypatch.setattr(session_module, "SMALL", 1)
-    monkeypatch.setattr(session_module.growth, "begin", lambda: 5_000_000)
+    monkeypatch.setattr(session_module.growth, "begin", lambda _: 5_000_000)
     model = cold(lambda: Model(Packing), A)
     record = record_of(model)
     sizes = [group.nbytes for group in record.groups if not group.plain and group.nbytes]
