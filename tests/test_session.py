@@ -385,9 +385,10 @@ def test_a_loader_that_comes_back_to_a_layer_that_is_complete_writes_nothing(
     }
 
 
+@pytest.mark.parametrize("passing", [0.5, 3, 5], ids="{} layers may pass".format)
 @pytest.mark.parametrize("policy", ["staged", "streaming"])
 def test_every_layer_is_processed_within_what_may_be_taken_beside_the_largest_and_what_is_prepared(
-    monkeypatch: pytest.MonkeyPatch, policy: str
+    monkeypatch: pytest.MonkeyPatch, policy: str, passing: float
 ) -> None:
     """What processing takes for a moment counts as four times the layer, to ``PASSING``, or as the layer."""
     asked: list[tuple[int, int]] = []
@@ -397,13 +398,13 @@ def test_every_layer_is_processed_within_what_may_be_taken_beside_the_largest_an
     model = cold(lambda: Model(Packing), A)
     record = record_of(model)
     sizes = [group.nbytes for group in record.groups if not group.plain and group.nbytes]
-    passing = 4 * min(sizes) + 1
-    monkeypatch.setattr(session_module, "PASSING", passing)
+    most = int(passing * min(sizes))
+    monkeypatch.setattr(session_module, "PASSING", most)
     with ReloadSession(model, policy=policy) as session:
         session.load(B.items())
         session.finish()
     assert len(asked) == len(sizes) > 1
-    assert sorted(needed for _, needed in asked) == sorted(max(n, min(4 * n, passing)) for n in sizes)
+    assert sorted(needed for _, needed in asked) == sorted(max(n, min(4 * n, most)) for n in sizes)
     prepared = [limit - record.largest - session_module.BUDGET - 5_000_000 for limit, _ in asked]
     done = itertools.accumulate([0, *sizes[:-1]])
     assert prepared == (list(done) if policy == "staged" else [0] * len(asked))
