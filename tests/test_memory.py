@@ -186,15 +186,19 @@ def test_the_first_reload_of_a_process_has_the_heap_keep_what_the_next_needs(
 
 
 FREE = """
-import sys, torch
+import ctypes, sys
 from reload_plugin import memory
-blocks = [torch.ones(33 << 18) for _ in range(6)]  # mapped, and when they are freed, no longer
-del blocks
+heap, size = ctypes.CDLL(None), int(sys.argv[2]) << 20
+heap.malloc.argtypes, heap.malloc.restype = [ctypes.c_size_t], ctypes.c_void_p
+heap.free.argtypes = [ctypes.c_void_p]
 if sys.argv[1] == "keep":
     memory.allocator().keep(512 << 20, 60 << 20)
-blocks = [torch.ones(int(sys.argv[2]) << 18) for _ in range(4)]
+blocks = [heap.malloc(size) for _ in range(4)]  # nothing else lies between them, or behind
+for block in blocks:
+    ctypes.memset(block, 1, size)
 full = memory.resident()
-del blocks
+for block in reversed(blocks):
+    heap.free(block)
 print(full - memory.resident() >> 20)
 """
 
@@ -203,9 +207,9 @@ print(full - memory.resident() >> 20)
 @pytest.mark.parametrize(
     ("asked", "size", "setting", "gone"),
     [
-        ("leave", 30, {}, True),  # MiB of four blocks, at the end of the heap
+        ("leave", 30, {}, True),  # MiB of each of four blocks
         ("keep", 30, {}, False),
-        ("leave", 50, {}, True),  # mapped for themselves
+        ("leave", 50, {}, True),
         ("keep", 50, {}, False),
         ("keep", 70, {}, True),
         ("keep", 30, {"MALLOC_TRIM_THRESHOLD_": str(1 << 20)}, True),
