@@ -204,8 +204,8 @@ def allocator() -> Allocator | None:
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 """Parameters of glibc's ``mallopt`` (``malloc.h``)."""
 _MMAP_THRESHOLD_MAX = 32 << 20
-"""How far glibc raises the size from which blocks are mapped for themselves, and how far it lets others raise
-it before version 2.35 (64 bits; ``mallopt(3)``)."""
+"""How far glibc raises the size from which blocks are mapped for themselves, and as far as ``mallopt(3)``
+says that others may (64 bits); version 2.36 takes more."""
 _HEAP_SETTINGS = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "GLIBC_TUNABLES")
 
 
@@ -217,7 +217,7 @@ def _keep_in_glibc(library: ctypes.CDLL, unused: int, block: int) -> None:
     done with is got from the system once more for the next. Both are left alone where the environment sets
     one of them.
     """
-    settings = " ".join(f"{name}={os.environ.get(name, '')}" for name in _HEAP_SETTINGS if name in os.environ)
+    settings = " ".join(f"{name}={os.environ[name]}" for name in _HEAP_SETTINGS if name in os.environ)
     if any(word in settings.upper() for word in ("TRIM_THRESHOLD", "MMAP_THRESHOLD")):
         return
     if not library.mallopt(_M_MMAP_THRESHOLD, max(block, _MMAP_THRESHOLD_MAX)):
