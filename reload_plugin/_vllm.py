@@ -123,6 +123,12 @@ def is_deferred_attention_layer(module: nn.Module) -> bool:
     return bool(get(ATTENTION, "is_deferred_attention_layer")(module))
 
 
+def is_processed(module: nn.Module) -> bool:
+    """Whether PWAL may have something to call for this module: a method's, or its own."""
+    own = getattr(module, "process_weights_after_loading", None)
+    return own is not None or getattr(module, "quant_method", None) is not None
+
+
 def unwrap_weight_loader(value: Any) -> Any:
     """A parameter's attribute; a loader without vLLM's layer-by-layer wrapper around it."""
     while getattr(value, "__name__", "") == "online_process_loader":

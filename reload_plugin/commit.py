@@ -152,6 +152,8 @@ class _Graft:
 
     def contents(self, path: str, holder: object, served: Snapshot, result: Snapshot) -> None:
         """Make ``holder``, which holds ``served``, hold the values of ``result``."""
+        if result is served and not self._restaged:
+            return
         for key, old, new in served.changes_to(result, self._restaged):
             value = new if old is ABSENT else self.value(f"{path}.{key[1]}", old, new)
             if value is not old:
@@ -328,13 +330,14 @@ def _trade(served: object, new: object) -> None:
 
     Afterwards ``new`` owns the old native resource and releases it when it goes away.
     """
-    ours, theirs = read(served).entries, read(new).entries
-    for key in ours.keys() | theirs.keys():
-        a, b = ours.get(key, ABSENT), theirs.get(key, ABSENT)
+    ours, theirs = read(served), read(new)
+    gone = ((key, ours.get(key), ABSENT) for key in ours.gone_from(theirs))
+    changes = [*ours.changes_to(theirs, frozenset()), *gone]
+    for key, a, b in changes:
         if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor) and _same_layout(a, b):
             kept = a.clone()
             a.copy_(b)
             b.copy_(kept)
-        elif key[1] not in OUR_ATTRIBUTES and a is not b:
+        elif key[1] not in OUR_ATTRIBUTES:
             write(served, key, b)
             write(new, key, a)

@@ -31,6 +31,8 @@ def digest_of(record: ModelRecord) -> str | None:
     book = _Book(record)
     try:
         for layer in record.layers:
+            if not layer.has_keys:
+                continue
             alive = [(holder, held) for holder in layer.holders if (held := holder.ref()) is not None]
             own = {id(held) for _, held in alive}
             for holder, held in alive:

@@ -56,7 +56,7 @@ class Hash:
         self._parts.append(form_of(tensor))
         if tensor.is_meta or not tensor.numel() or not tensor.untyped_storage().nbytes():
             return  # no values: on meta, empty, or its memory was given back
-        if tensor.is_cpu and _is_plain(tensor):  # nearly all
+        if tensor.is_cpu and _lies_in_one_piece(tensor):  # nearly all
             address, nbytes = tensor.data_ptr(), tensor.nbytes
             small = nbytes <= _WIDTH
             self._parts.append(ctypes.string_at(address, nbytes) if small else _pieces_at(address, nbytes))
@@ -138,6 +138,14 @@ def _contiguous_parts(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
 def _is_plain(tensor: torch.Tensor) -> bool:
     """Whether the values lie in memory one behind the other, as they are."""
     return tensor.is_contiguous() and not tensor.is_conj() and not tensor.is_neg()
+
+
+def _lies_in_one_piece(tensor: torch.Tensor) -> bool:
+    """The same, or transposed, as kernels take many a matrix."""
+    if _is_plain(tensor):
+        return True
+    transposed = tensor.dim() == 2 and tensor.stride() == (1, tensor.shape[0])
+    return transposed and not tensor.is_conj() and not tensor.is_neg()
 
 
 def _bytes_of(tensor: torch.Tensor) -> torch.Tensor:

@@ -156,14 +156,15 @@ class Snapshot(Mapping[Key, Any]):
         """Whether both hold the same objects under the same keys, in one order; a module's own attributes of
         torch's count as well.
         """
-        return all(map(_same_objects, self.tables, other.tables))
+        return self is other or all(map(_same_objects, self.tables, other.tables))
 
     def changes_to(self, after: Snapshot, besides: Set[int]) -> Iterator[tuple[Key, Any, Any]]:
         """(key, value here or ABSENT, value there) of all that ``after``, of a holder like this one's, holds
         another object of, and of the objects ``besides``, which are given by their identities.
         """
         for kind, ours, theirs in zip(self.kinds, self.tables, after.tables, strict=True):
-            if _same_objects(ours, theirs) and besides.isdisjoint(map(id, theirs.values())):
+            same = _same_objects(ours, theirs)
+            if same and (not besides or besides.isdisjoint(map(id, theirs.values()))):
                 continue
             for name, new in theirs.items():
                 if ((old := ours.get(name, ABSENT)) is not new or id(new) in besides) and _counts(kind, name):
@@ -172,7 +173,9 @@ class Snapshot(Mapping[Key, Any]):
     def gone_from(self, after: Snapshot) -> Iterator[Key]:
         """Keys that ``after``, of a holder like this one's, does not hold."""
         for kind, ours, theirs in zip(self.kinds, self.tables, after.tables, strict=True):
-            missing = (name for name in ours if name not in theirs) if ours is not theirs else ()
+            if ours is theirs or ours.keys() <= theirs.keys():
+                continue
+            missing = (name for name in ours if name not in theirs)
             yield from ((_kind_of_key(kind), name) for name in missing if _counts(kind, name))
 
     def put_on(self, holder: Any, now: Snapshot) -> None:
@@ -246,7 +249,9 @@ def _counts(kind: str, name: object) -> bool:
 
 
 def read(holder: object, before: Snapshot | None = None) -> Snapshot:
-    """What ``holder`` holds now. Tables that are as in ``before``, if that is given, are that one's."""
+    """What ``holder`` holds now. Tables that are as in ``before``, if that is given, are that one's, and if
+    all are, so is the answer.
+    """
     if isinstance(holder, nn.Module):
         held = holder.__dict__
         kinds: tuple[str, ...] = _OF_A_MODULE
@@ -256,8 +261,11 @@ def read(holder: object, before: Snapshot | None = None) -> Snapshot:
         kinds, live = _kinds_and_table(holder)
     if before is None:
         return Snapshot(kinds, tuple([dict(table) for table in live]))
-    pairs = zip(before.tables, live, strict=True)
-    return Snapshot(kinds, tuple([old if _same_objects(old, new) else dict(new) for old, new in pairs]))
+    changed = [not _same_objects(old, new) for old, new in zip(before.tables, live, strict=True)]
+    if not any(changed):
+        return before
+    kept = zip(changed, before.tables, live, strict=True)
+    return Snapshot(kinds, tuple([dict(new) if other else old for other, old, new in kept]))
 
 
 def _kinds_and_table(holder: object) -> tuple[tuple[str, ...], tuple[dict[Any, Any], ...]]:

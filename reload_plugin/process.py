@@ -39,8 +39,12 @@ def process_stage(
 
     """
     stage.materialise()
+    if stage.group.passed_over:
+        stage.overwritten = stage.final_storages()
+        stage.processed = True
+        return
     noted.captured = []
-    noted.paused = not any(layer.effect for layer in stage.group.layers)
+    noted.paused = not stage.group.effect
     try:
         on_cpu = in_place and record.target_device.type == "cpu"
         with written_in_place(stage.replaceable if on_cpu else None) as stage.overwritten:

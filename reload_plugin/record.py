@@ -16,7 +16,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -38,6 +39,9 @@ SMALL_GROUP = 64 << 10
 """Bytes up to which a layer is joined with other small ones."""
 JOINED_GROUP = 1 << 20
 """Bytes from which on a group of small layers is closed."""
+
+_FEW_BYTES = 64
+"""Bytes of a tensor that count as nothing beside the tensor itself."""
 
 RECORD_ATTRIBUTE = "_reload_plugin_record"
 """Where a model keeps its record, so that both are freed together."""
@@ -114,6 +118,16 @@ class TensorRecord:
     def name(self) -> str:
         return self.format.name
 
+    @functools.cached_property
+    def scalars(self) -> torch.Tensor | None:
+        """What the constructor left in a buffer of a few elements, laid out as in the load format: the scales
+        that attention has, and that few checkpoints bring.
+        """
+        initial = self.format.initial
+        if self.is_parameter or not isinstance(initial, Values) or initial.tensor.nbytes > _FEW_BYTES:
+            return None
+        return initial.tensor if Geometry.of(initial.tensor) == self.format.geometry else None
+
     @property
     def expected(self) -> bool:
         """Whether a loader is expected to write every element: nobody else ever did."""
@@ -162,15 +176,26 @@ class LayerRecord:
     """Its quant method creates weights on meta and is processed while the weights stream in."""
     late: bool = False
     """The tail of PWAL changes it once more, so its result is taken only after the tail."""
+    passed_over: bool = False
+    """PWAL has nothing to call for it."""
 
     @property
     def effect(self) -> bool:
+        """Whether PWAL changed anything in it."""
         return any(holder.undo for holder in self.holders)
+
+    @functools.cached_property
+    def has_keys(self) -> bool:
+        """Whether any of its holders has keys; to be asked when the record is complete."""
+        return any(holder.keys for holder in self.holders)
 
 
 @dataclass(eq=False)
 class Group:
-    """Layers that share load-format memory and are therefore loaded and processed together."""
+    """Layers that share load-format memory or what comes of it, so they are loaded and processed together.
+
+    What it says of them all is asked when they are known to be all.
+    """
 
     layers: list[LayerRecord]
     tensors: list[TensorRecord] = field(default_factory=list)
@@ -188,15 +213,25 @@ class Group:
             by_storage[record.storage] = max(end, by_storage.get(record.storage, 0))
         return sum(by_storage.values())
 
-    @property
+    @functools.cached_property
     def deferred(self) -> bool:
         return any(layer.deferred for layer in self.layers)
 
-    @property
+    @functools.cached_property
     def late(self) -> bool:
         return any(layer.late for layer in self.layers)
 
-    @property
+    @functools.cached_property
+    def effect(self) -> bool:
+        """Whether processing changes anything in its layers."""
+        return any(layer.effect for layer in self.layers)
+
+    @functools.cached_property
+    def passed_over(self) -> bool:
+        """Whether processing neither does anything to its layers nor has anything to call for them."""
+        return self.plain and all(layer.passed_over for layer in self.layers)
+
+    @functools.cached_property
     def plain(self) -> bool:
         """Whether processing leaves its layers as they were loaded (embeddings, norms)."""
         return not any(layer.effect or layer.deferred or layer.online or layer.late for layer in self.layers)
@@ -458,6 +493,9 @@ def finish_record(
     for tensor_record in {id(t): t for layer in record.layers for t in layer.tensors}.values():
         if tensor_record.is_table and _has_initial_values(tensor_record):
             tensor_record.format = dataclasses.replace(tensor_record.format, initial=AsServed())
+    for layer in record.layers:
+        module = layer.ref()
+        layer.passed_over = module is not None and not _vllm.is_processed(module)
     record.model_config = model_config
     record.target_device = target_device
     record.groups = _group(record.layers)
@@ -510,23 +548,37 @@ def _still(before: object, after: object) -> bool:
     return before.unchanged(after) if isinstance(before, Seen) else same(before, after)
 
 
-def _group(layers: Iterable[LayerRecord]) -> list[Group]:
-    """Join layers that share the storage of a parameter; keep the model's order."""
-    parameters = {t.storage for layer in layers for t in layer.tensors if t.is_parameter}
-    group_of: dict[int, Group] = {}
-    groups: list[Group] = []
-    for layer in layers:
+def _group(layers: Sequence[LayerRecord]) -> list[Group]:
+    """Join layers that are only whole together; keep the model's order."""
+    group_of: dict[object, Group] = {}
+    ties_of: dict[Group, set[object]] = {}
+    for layer, ties in zip(layers, _ties(layers), strict=True):
         group = Group([layer])
-        shared = {t.storage for t in layer.tensors if t.storage in parameters}
-        for other in {id(group_of[s]): group_of[s] for s in shared if s in group_of}.values():
+        joined = {id(group_of[tie]): group_of[tie] for tie in ties if tie in group_of}
+        for other in joined.values():
             group.layers = other.layers + group.layers
-            groups.remove(other)
-        groups.append(group)
-        for member in group.layers:
-            group_of.update({t.storage: group for t in member.tensors if t.storage in parameters})
+            ties |= ties_of.pop(other)
+        ties_of[group] = ties
+        group_of.update(dict.fromkeys(ties, group))
+    groups = list(ties_of)
     for group in groups:
         group.tensors = list({id(t): t for layer in group.layers for t in layer.tensors}.values())
     return list(_joined(groups))
+
+
+def _ties(layers: Sequence[LayerRecord]) -> list[set[object]]:
+    """For each layer what it has in common with others: storages of parameters, and a quantization method
+    that is a module of its own and processes one layer only, which keeps what comes of it there.
+    """
+    parameters = {t.storage for layer in layers for t in layer.tensors if t.is_parameter}
+    modules = [layer.ref() for layer in layers]
+    methods = [id(getattr(module, "quant_method", None)) for module in modules]
+    own = {method for method, count in Counter(methods).items() if count == 1} & set(map(id, modules))
+    return [
+        {t.storage for t in layer.tensors if t.storage in parameters}
+        | {("method", number) for number in (id(module), method) if number in own}
+        for layer, module, method in zip(layers, modules, methods, strict=True)
+    ]
 
 
 def _joined(groups: Iterable[Group]) -> Iterator[Group]:

@@ -7,6 +7,7 @@ valid for as long as names, shapes, dtypes and the placement of experts stay the
 from __future__ import annotations
 
 import ctypes
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -71,7 +72,7 @@ class Routes:
     """Everything beside the weights themselves that the routes depend on (placement of experts)."""
     of: Mapping[str, Route]
 
-    @property
+    @functools.cached_property
     def computed(self) -> int:
         """Weights that still need the model's loader."""
         return sum(route.writes is None for route in self.of.values())

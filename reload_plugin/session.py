@@ -312,17 +312,20 @@ class ReloadSession:
             return
         self._entered = True
         self._bystanders = Bystanders(self._record, [stage.group.name for stage in self._stages])
+        routed, straight = self.ledger.routes is not None, self.policy == "streaming"
+        standing = straight and self._may_stand()
         for stage in self._stages:
             self._open_stages[id(stage)] = stage
-            stage.enter(
-                self.ledger.routes is not None,
-                self._trace.dry,
-                self._from_served,
-                self.policy == "streaming",
-            )
+            stage.enter(routed, self._trace.dry, self._from_served, straight, standing)
             self._trace.watch(stage.storages)
             self.ledger.admit(stage)
         self._trace.find_protected = functools.partial(_served_storages, self._stages, self._bystanders)
+
+    def _may_stand(self) -> bool:
+        """Whether tensors may stay as they are served: every weight goes by a route, and no loader looks."""
+        routes = self.ledger.routes
+        planned = self._expected.planned and not self._from_served
+        return planned and routes is not None and not routes.computed
 
     def hide(self) -> None:
         """Show the served weights; what was loaded so far is kept for the next ``show``."""
@@ -584,7 +587,7 @@ class ReloadSession:
         for stage in list(self._open_stages.values()):
             if stage.group.deferred:
                 continue
-            if stage.touched or any(layer.effect for layer in stage.group.layers):
+            if stage.touched or stage.group.effect:
                 self._close(stage)
             else:
                 self._leave(stage)

@@ -76,22 +76,28 @@ class State:
 class StagedStorage:
     """Load-format memory for all tensors that are views of one storage. Allocated on first touch."""
 
-    def __init__(self, records: list[TensorRecord], device: torch.device, gauge: Gauge | None = None) -> None:
+    def __init__(
+        self,
+        records: list[TensorRecord],
+        device: torch.device,
+        gauge: Gauge | None = None,
+        *,
+        from_served: bool = False,
+        stands: bool = False,
+    ) -> None:
         self.records = records
         self._gauge = Gauge() if gauge is None else gauge
-        self.primary = max(records, key=lambda r: (r.is_parameter, r.format.nbytes))
+        self._held = 0
+        """Bytes that the gauge has of this."""
+        self.primary = records[0]
+        if len(records) > 1:
+            self.primary = max(records, key=lambda r: (r.is_parameter, r.format.nbytes))
         self.coverage = Coverage(self.primary.format.geometry)
         self.nbytes = max(r.format.end for r in records)
-        self.storage = torch.empty(0, dtype=torch.uint8, device=device).untyped_storage()
-        self.key: int = self.storage._cdata
-        """Identity of the memory that it has now."""
-        self.views = {id(r): self._placeholder_of(r.format, device) for r in records}
-        self._placeholder = self.storage
-        """Kept as long as this is: storages are told apart by identity, so none may take its place."""
         self.materialised = False
         self.closed = False
         """Its group is processed: nothing may be written to it any more."""
-        self.from_served = False
+        self.from_served = from_served
         """Its values start as the ones that are served."""
         self.served: dict[int, torch.Tensor] = {}
         self.objects: dict[int, torch.Tensor] = {}
@@ -99,6 +105,38 @@ class StagedStorage:
         """Served memory that weights may be written to as it is: they stay there."""
         self.is_final = False
         """Its memory is ``final``, and what was served there is gone."""
+        self.stands = stands and self._stand()
+        """Its memory is ``final`` from the beginning: the served tensors are those that are loaded."""
+        if not self.stands:
+            self._begin(device)
+        self.key: int = self.storage._cdata
+        """Identity of the memory that it has now."""
+        self._placeholder = self.storage
+        """Kept as long as this is: storages are told apart by identity, so none may take its place."""
+
+    def _stand(self) -> bool:
+        """Have the memory where all of this is served, if it has the load format there."""
+        tensors = [(record, record.ref()) for record in self.records]
+        if any(tensor is None or wraps_others(type(tensor)) for _, tensor in tensors):
+            return False
+        self.served = {id(record): tensor.data for record, tensor in tensors if tensor is not None}
+        self.find_final()
+        if self.final is None:
+            self.served = {}
+            return False
+        self.storage, self.views = self.final, dict(self.served)
+        return True
+
+    def _begin(self, device: torch.device) -> None:
+        """Have placeholders; or at once the values of a tensor that is smaller than what describes it."""
+        only = self.records[0] if len(self.records) == 1 else None
+        if only is not None and only.scalars is not None and not self.from_served:
+            view = only.scalars.clone()
+            self.storage, self.views = view.untyped_storage(), {id(only): view}
+            self.materialised = True
+            return
+        self.storage = torch.UntypedStorage(0, device=device)
+        self.views = {id(record): self._placeholder_of(record.format, device) for record in self.records}
 
     def _placeholder_of(self, fmt: TensorFormat, device: torch.device) -> torch.Tensor:
         """A tensor of the load format over memory that is not there yet.
@@ -125,11 +163,14 @@ class StagedStorage:
         """
         if self.materialised:
             return
+        if self.stands and pool is None and all(map(_has_values, self.records)):
+            return  # of which nothing came, and which has what it is to begin with
         self.materialised = True
-        self.is_final = pool is not None and self.final is not None
-        self._gauge.add(0 if self.is_final else self.nbytes)
+        self.is_final = self.stands or (pool is not None and self.final is not None)
+        self._hold(0 if self.is_final else self.nbytes)
         if self.is_final and self.final is not None:
-            self._move_to(self.final)
+            if not self.stands:
+                self._move_to(self.final)
         elif pool is not None and self.storage.device.type == "cpu" and self.nbytes >= SMALL:
             self._move_to(pool.take(self.nbytes))
         else:
@@ -158,13 +199,18 @@ class StagedStorage:
     def release(self) -> None:
         """Give the memory back, also under views that a loader still holds."""
         self._forget()
-        if not self.is_final and self.storage.resizable():  # not once numpy has it: then with its views
+        own = not self.is_final and not self.stands
+        if own and self.storage.resizable():  # not once numpy has it: then with its views
             self.storage.resize_(0)
 
     def _forget(self) -> None:
-        if self.materialised and not self.is_final:
-            self._gauge.add(-self.nbytes)
+        self._hold(0)
         self.materialised = False
+
+    def _hold(self, nbytes: int) -> None:
+        """Note how much staging this takes from now on."""
+        self._gauge.add(nbytes - self._held)
+        self._held = nbytes
 
     def find_final(self) -> None:
         """Let weights be written to where these tensors are served, if they have the load format there."""
@@ -192,6 +238,11 @@ class StagedStorage:
                 view.copy_(served)
         else:
             assert isinstance(initial, Uninitialised)
+
+
+def _has_values(record: TensorRecord) -> bool:
+    """Whether what is served is what a tensor starts with, until something is loaded."""
+    return isinstance(record.format.initial, AsServed)
 
 
 def _has_format(tensor: torch.Tensor, fmt: TensorFormat) -> bool:
@@ -236,7 +287,12 @@ class Stage:
     # -- entering ---------------------------------------------------------------------------------
 
     def enter(
-        self, routed: bool = False, noting: bool = False, from_served: bool = False, straight: bool = False
+        self,
+        routed: bool = False,
+        noting: bool = False,
+        from_served: bool = False,
+        straight: bool = False,
+        standing: bool = False,
     ) -> None:
         """Put the group's layers into load format, without memory. Undone by ``served.show()``.
 
@@ -245,6 +301,8 @@ class Stage:
             noting: ``loader_left_traces`` will be asked.
             from_served: values start as the ones that are served, where they have the load format.
             straight: weights may be written to where they are served, before the group is whole.
+            standing: and no loader will look at the tensors, so those that are written to where they are
+                served stay as they are, if processing passes the group over.
 
         """
         holders = self._alive_holders()
@@ -254,11 +312,12 @@ class Stage:
         for record in records:
             if is_wrapper(record):
                 self._objects[id(record)] = _copy_of_wrapper(record)
-        self._make_storages([record for record in records if not is_wrapper(record)])
+        staged = [record for record in records if not is_wrapper(record)]
+        self._make_storages(staged, from_served, standing and self.group.passed_over)
         for storage in self.storages:
-            storage.from_served = from_served
-            for record in storage.records:
-                self._resolve(record, storage)
+            if not storage.stands:
+                for record in storage.records:
+                    self._resolve(record, storage)
         if straight and not any(layer.deferred or layer.late or layer.online for layer in self.group.layers):
             self._find_final(holders)
         for holder, held in holders:
@@ -266,7 +325,8 @@ class Stage:
                 if not isinstance(before, TensorRecord) and not (routed and key in holder.by_loader):
                     write(held, key, before)
         for held, key, record in places:
-            write(held, key, self._objects[id(record)])
+            if (tensor := self._objects.get(id(record))) is not None:
+                write(held, key, tensor)
         self._entered = [(held, read(held)) for _, held in holders] if noting else []
 
     def served_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
@@ -283,7 +343,7 @@ class Stage:
         """Let weights be written to where they are served, where that is what loaders are to write to."""
         replaced = {id(holder.constructed.get(key)) for holder, _ in holders for key in holder.undo}
         for storage in self.storages:
-            if not any(id(record) in replaced for record in storage.records):
+            if not storage.stands and not any(id(record) in replaced for record in storage.records):
                 storage.find_final()
 
     def loader_left_traces(self) -> bool:
@@ -335,13 +395,14 @@ class Stage:
                     places.append((held, key, record))
         return places
 
-    def _make_storages(self, records: list[TensorRecord]) -> None:
+    def _make_storages(self, records: list[TensorRecord], from_served: bool, stands: bool) -> None:
         by_storage: dict[tuple[int, torch.device], list[TensorRecord]] = {}
         for record in records:
             device = self._device if record.format.device.type == "meta" else record.format.device
             by_storage.setdefault((record.storage, device), []).append(record)
         self.storages = [
-            StagedStorage(found, device, self._gauge) for (_, device), found in by_storage.items()
+            StagedStorage(found, device, self._gauge, from_served=from_served, stands=stands)
+            for (_, device), found in by_storage.items()
         ]
 
     def _resolve(self, record: TensorRecord, storage: StagedStorage) -> None:
