@@ -62,6 +62,8 @@ class _Book:
 
     def add_holder(self, path: str, holder: HolderRecord, held: object, others: Collection[int] = ()) -> None:
         """What a holder holds; ``others`` (by identity) of its layer are added by themselves."""
+        if not holder.keys:
+            return
         tables = tables_of(held)
         for key in holder.keys:
             kind, name = key

@@ -408,18 +408,18 @@ def reachable(value: object, seen: set[int] | None = None) -> Iterator[object]:
     """A held value and all it holds; tensors as often as they are held, everything else once, but for plain
     values, which do not matter.
     """
-    if holds_nothing(type(value)):
-        return
     seen = set() if seen is None else seen
-    if isinstance(value, torch.Tensor):
-        yield value
-        return
-    if id(value) in seen:
-        return
-    seen.add(id(value))
-    yield value
-    for part in _parts(value):
-        yield from reachable(part, seen)
+    waiting = [value]
+    while waiting:
+        value = waiting.pop()
+        if holds_nothing(type(value)):
+            continue
+        if isinstance(value, torch.Tensor):
+            yield value
+        elif id(value) not in seen:
+            seen.add(id(value))
+            yield value
+            waiting += reversed(_parts(value))
 
 
 def owns_native(value: object) -> bool:

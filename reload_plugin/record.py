@@ -582,16 +582,23 @@ def _ties(layers: Sequence[LayerRecord]) -> list[set[object]]:
 
 
 def _joined(groups: Iterable[Group]) -> Iterator[Group]:
-    """Small layers that processing leaves as they are (norms), together: a stage costs more than they do."""
-    small = Group([])
+    """Small layers together, since a stage costs more than they do: those that processing leaves as they are
+    (norms), and attention that no checkpoint has anything of, which vLLM processes after all others anyway.
+    """
+    waiting: dict[bool, Group] = {}
     for group in groups:
-        if group.nbytes > SMALL_GROUP or not group.plain:
+        if group.nbytes > SMALL_GROUP or not (group.plain or _is_bare(group)):
             yield group
             continue
+        small = waiting.setdefault(group.deferred, Group([]))
         small.layers += group.layers
         small.tensors += group.tensors
         if sum(member.format.nbytes for member in small.tensors) > JOINED_GROUP:
-            yield small
-            small = Group([])
-    if small.layers:
-        yield small
+            yield waiting.pop(group.deferred)
+    yield from waiting.values()
+
+
+def _is_bare(group: Group) -> bool:
+    """Whether its layers are processed last and have no parameters."""
+    last = all(layer.deferred and not layer.late and not layer.online for layer in group.layers)
+    return last and not any(tensor.is_parameter for tensor in group.tensors)
