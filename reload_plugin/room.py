@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from .ledger import Ledger
-from .load import LoadTrace
+from .load import LoadTrace, Touching
 from .memory import HostPool
 from .routes import Write
 from .sources import TensorInfo
@@ -20,15 +20,15 @@ class StagingMemory:
         ledger: knows the staging.
         trace: watches over it.
         pool: memory for it.
-        touched: receives the name of a group before its served memory is given as staging.
+        touching: called with staging that lies in served memory, before that is given to anybody.
 
     """
 
-    def __init__(self, ledger: Ledger, trace: LoadTrace, pool: HostPool, touched: set[str]) -> None:
+    def __init__(self, ledger: Ledger, trace: LoadTrace, pool: HostPool, touching: Touching) -> None:
         self._ledger = ledger
         self._trace = trace
         self._pool = pool
-        self._touched = touched
+        self._touching = touching
 
     def __call__(self, parameter: str) -> torch.UntypedStorage:
         """Raises ``LateWriteError`` when the parameter's group is processed already."""
@@ -37,7 +37,7 @@ class StagingMemory:
             raise self._trace.late(parameter)
         if not storage.materialised:
             if storage.final is not None:
-                self._touched.add(self._ledger.group_of(parameter))
+                self._touching(storage)
             storage.materialise(pool=self._pool)
             self._ledger.renewed(storage)
             self._trace.watch([storage])

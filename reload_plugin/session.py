@@ -139,7 +139,7 @@ class ReloadSession:
         self._record = complete_record_of(model)
         self._resident = growth.begin(self._record.largest)
         shapes = self._expected.start_shapes
-        self._trace = LoadTrace(self.problems, dry, shapes, self._world_size() > 1)
+        self._trace = LoadTrace(self.problems, dry, shapes, self._world_size() > 1, self._touching)
         self.ledger = Ledger(self._trace.loaded, self.problems, self._expected)
         self._seconds: dict[str, float] = defaultdict(float)
         self._timing: list[str] = []
@@ -164,7 +164,7 @@ class ReloadSession:
         self._bystanders: Bystanders | None = None
         self._moved: list[str] = []
         by_hand = inspect is not None or (overflow is not None and not self._expected.planned)
-        self._memory = StagingMemory(self.ledger, self._trace, self._record.pool, self.committed)
+        self._memory = StagingMemory(self.ledger, self._trace, self._record.pool, self._touching)
         self.room = StagingRoom(self.ledger, self._memory, by_hand)
 
     # -- life -------------------------------------------------------------------------------------
@@ -524,9 +524,13 @@ class ReloadSession:
                 original = original_process_weights()
                 process_stage(stage, self._record, original, self._watch(), self.policy == "streaming")
         finally:
-            if stage.overwritten:
+            if stage.overwritten or stage.final_storages():
                 self.committed.add(stage.group.name)
         self._spoiled = None
+
+    def _touching(self, storage: StagedStorage) -> None:
+        """Served memory is about to be written to."""
+        self.committed.add(self.ledger.group_of(storage.primary.name))
 
     def _watch(self) -> Noted:
         """The watch over native handles, begun by the first layer: it takes longer than some layers do."""

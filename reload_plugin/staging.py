@@ -105,7 +105,7 @@ class StagedStorage:
         """Served memory that weights may be written to as it is: they stay there."""
         self.is_final = False
         """Its memory is ``final``, and what was served there is gone."""
-        self.stands = stands and self._stand()
+        self.stands = stands and self._stand(device)
         """Its memory is ``final`` from the beginning: the served tensors are those that are loaded."""
         if not self.stands:
             self._begin(device)
@@ -114,12 +114,14 @@ class StagedStorage:
         self._placeholder = self.storage
         """Kept as long as this is: storages are told apart by identity, so none may take its place."""
 
-    def _stand(self) -> bool:
+    def _stand(self, device: torch.device) -> bool:
         """Have the memory where all of this is served, if it has the load format there."""
-        tensors = [(record, record.ref()) for record in self.records]
-        if any(tensor is None or wraps_others(type(tensor)) for _, tensor in tensors):
-            return False
-        self.served = {id(record): tensor.data for record, tensor in tensors if tensor is not None}
+        tensors = [(id(record), record.ref()) for record in self.records]
+        self.served = {
+            key: tensor.data
+            for key, tensor in tensors
+            if tensor is not None and tensor.device == device and not wraps_others(type(tensor))
+        }
         self.find_final()
         if self.final is None:
             self.served = {}
@@ -163,8 +165,6 @@ class StagedStorage:
         """
         if self.materialised:
             return
-        if self.stands and pool is None and all(map(_has_values, self.records)):
-            return  # of which nothing came, and which has what it is to begin with
         self.materialised = True
         self.is_final = self.stands or (pool is not None and self.final is not None)
         self._hold(0 if self.is_final else self.nbytes)
@@ -181,6 +181,12 @@ class StagedStorage:
             _poison(self.views[id(self.primary)])
         for record in self.records:
             self._initialise(record)
+
+    @property
+    def has_values(self) -> bool:
+        """Whether all that nothing came for has its initial values: as they are served, where it stands."""
+        as_served = self.stands and all(isinstance(r.format.initial, AsServed) for r in self.records)
+        return self.materialised or as_served
 
     def _move_to(self, block: torch.UntypedStorage) -> None:
         self.storage, self.key = block, block._cdata
@@ -238,11 +244,6 @@ class StagedStorage:
                 view.copy_(served)
         else:
             assert isinstance(initial, Uninitialised)
-
-
-def _has_values(record: TensorRecord) -> bool:
-    """Whether what is served is what a tensor starts with, until something is loaded."""
-    return isinstance(record.format.initial, AsServed)
 
 
 def _has_format(tensor: torch.Tensor, fmt: TensorFormat) -> bool:
@@ -519,7 +520,8 @@ class Stage:
     def materialise(self) -> None:
         """Give every load-format tensor its memory and initial values."""
         for storage in self.storages:
-            storage.materialise()
+            if not storage.has_values:
+                storage.materialise()
 
     @property
     def touched(self) -> bool:

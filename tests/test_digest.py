@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from reload_plugin import _vllm, native
+from reload_plugin import _vllm, hashing, native
 from reload_plugin.digest import digest_of
 from reload_plugin.hashing import _CHUNK, Hash, device_sums
 from reload_plugin.native import watching_native
@@ -53,6 +53,16 @@ def test_every_layout_is_hashed_by_its_values(layout: str) -> None:
     changed[0, 0] = 7
     assert hashed(make(BASE)) == hashed(make(BASE.clone()))
     assert hashed(make(BASE)) != hashed(make(changed))
+
+
+def test_a_matrix_that_a_kernel_took_transposed_is_hashed_where_it_lies(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    expected = hashed(BASE.t())
+    monkeypatch.setattr(hashing, "_contiguous_parts", None)
+    assert hashed(BASE.t()) == expected != hashed(BASE.t().clone(memory_format=torch.contiguous_format))
+    with pytest.raises(TypeError):
+        hashed(BASE[:, ::2])
 
 
 def test_a_tensor_without_values_is_hashed_by_what_it_says_of_itself() -> None:

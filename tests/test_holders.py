@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
@@ -288,6 +289,7 @@ def test_a_second_look_sees_every_change_and_the_first_one_stays_as_it_was(
         assert all(first[key] is value for key, value in before.items())
         same_objects = list(map(id, before.values())) == list(map(id, second.values()))
         assert second.is_same_as(first) == (same_objects and list(before) == list(second))
+        assert (second is first) == second.is_same_as(first), "the same is not held twice"
 
 
 @pytest.mark.parametrize(("make", "changes"), HOLDERS.values(), ids=HOLDERS)
@@ -470,6 +472,15 @@ def test_values_that_hold_one_another_end() -> None:
     a, b = Plain(weight=torch.zeros(1)), Plain(weight=torch.zeros(2))
     a.other, b.other = b, a
     assert [t.numel() for t in tensors_in(a)] == [1, 2]
+
+
+def test_values_are_found_in_the_order_they_are_held_in_however_deep_they_lie() -> None:
+    """Deeper than Python calls itself."""
+    chain: list = [torch.zeros(1)]
+    for _ in range(2 * sys.getrecursionlimit()):
+        chain = [chain]
+    both = [torch.zeros(2), {"a": chain, "b": (torch.zeros(3), [torch.zeros(4)])}, torch.zeros(5)]
+    assert [t.numel() for t in tensors_in(both)] == [2, 1, 3, 4, 5]
 
 
 def test_modules_and_configs_are_not_searched_for_tensors() -> None:
