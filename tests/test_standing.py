@@ -81,6 +81,7 @@ def weights(seed: int, *more: str) -> Weights:
 
 
 A, B = weights(1), weights(2)
+BOTH = weights(3, "norm.scale")
 
 
 def cold(checkpoint: Weights, kind: type[Model] = Model) -> Model:
@@ -150,7 +151,7 @@ def test_a_layer_whose_weights_are_computed_does_not() -> None:
 
 def test_what_does_not_come_again_is_the_constructors_again() -> None:
     model = cold(A)
-    reload(model, weights(3, "norm.scale"))
+    reload(model, BOTH)
     assert model.norm.scale.tolist() != [1] * 5
     reload(model, B)
     assert only_values(model) == only_values(cold(B))
@@ -190,11 +191,12 @@ def failing(checkpoint: Weights, names: Iterable[str]) -> Iterator[tuple[str, to
 
 @pytest.mark.parametrize("names", [[], ["norm.weight"]])
 def test_a_session_knows_whether_served_memory_was_written(names: list[str]) -> None:
+    """Of a layer that waits for the rest of its weights, so that it was not processed either."""
     model = cold(A)
     before = values(model)
-    with planned(model, B) as session:
+    with planned(model, BOTH) as session:
         with pytest.raises(SourceError, match="gone"):
-            session.load_last(failing(B, names))
+            session.load_last(failing(BOTH, names))
         assert session.committed == ({"norm"} if names else set())
     assert (values(model) == before) is not bool(names)
     reload(model, B)
@@ -204,7 +206,7 @@ def test_a_session_knows_whether_served_memory_was_written(names: list[str]) -> 
 def test_so_it_does_when_a_loader_gets_what_was_not_planned() -> None:
     """A weight of another dtype than was listed has no route, so the loader finds the served tensor."""
     model = cold(A)
-    with planned(model, B) as session:
+    with planned(model, BOTH) as session:
         with pytest.raises(SourceError, match="gone"):
             session.load_last(failing({"norm.weight": B["norm.weight"].double()}, ["norm.weight"]))
         assert session.committed == {"norm"}
