@@ -135,8 +135,8 @@ class _Block(NamedTuple):
 def _mapped(size: int) -> mmap.mmap:
     """Memory of its own, which goes back to the system as soon as nobody refers to it.
 
-    Huge pages are worth asking for only where memory stays: a virtual machine's host takes back whole ones that
-    are free, and to get one again took anything from a fifth to twice the time of the small ones in its place.
+    Huge pages are asked for only where memory stays. The host of a virtual machine takes back whole ones that
+    are free, and to get them once more took from half to three times what small ones take in their place.
     """
     return mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
 

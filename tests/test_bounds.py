@@ -129,7 +129,7 @@ def test_a_stream_in_any_order_stays_within_the_budget(
     report = engine.push(order(weights), policy)
     total = sum(tensor.nbytes for _, tensor in weights)
     assert report.spilled_bytes == total if policy == "spill" else 0 < report.spilled_bytes < total
-    assert meter.layers > 2
+    assert meter.layers > (1 if policy == "spill" else 2), "what was spilled is read layer by layer"
     assert meter.open <= engine.largest + BUDGET, f"{meter.open} in {meter.layers} parameters"
     assert meter.open <= report.staging_bytes, "the report tells less than there was"
     beside = engine.copy if policy == "host" else 0
