@@ -160,17 +160,16 @@ class LoadTrace(TorchDispatchMode):
         dry: bool = False,
         known: Mapping[str, tuple[int, ...]] | None = None,
         sharded: bool = False,
-        touching: Touching | None = None,
     ) -> None:
         """Args beyond the class's: ``known`` shapes of the engine's own checkpoint, which a loader may
-        use in part as a cold start does; ``sharded`` when every rank uses its own part only; ``touching`` is
-        called where a loader finds the served tensor itself.
+        use in part as a cold start does; ``sharded`` when every rank uses its own part only.
         """
         super().__init__()
         self.dry = dry
         self._known = {} if known is None else known
         self._sharded = sharded
-        self._touching = touching
+        self.touching: Touching | None = None
+        """Called where a loader finds the served tensor itself."""
         self.problems = problems
         self.loaded = Loaded()
         self.storages: dict[int, StagedStorage] = {}
@@ -295,8 +294,8 @@ class LoadTrace(TorchDispatchMode):
     def _materialise(self, storage: StagedStorage) -> None:
         if storage.closed:
             raise self.late(storage.primary.name)
-        if storage.stands and self._touching is not None:
-            self._touching(storage)
+        if storage.stands and self.touching is not None:
+            self.touching(storage)
         read_only = not storage.primary.is_parameter and storage.nbytes <= SMALL_BYTES
         storage.materialise(initialise=not self.dry or read_only)
         if not read_only:  # loaders ask tables where a weight goes, so these have values in a dry run too

@@ -120,11 +120,12 @@ class TensorRecord:
 
     @functools.cached_property
     def scalars(self) -> torch.Tensor | None:
-        """What the constructor left in a tensor of a few elements, laid out as in the load format: the scales
-        that attention has, and that few checkpoints bring.
+        """What the constructor left in a buffer of a few elements, laid out as in the load format: the scales
+        that attention has, and that few checkpoints bring. None for parameters, whose weights may be read
+        straight to where they are served.
         """
         initial = self.format.initial
-        if not isinstance(initial, Values) or initial.tensor.nbytes > _FEW_BYTES:
+        if self.is_parameter or not isinstance(initial, Values) or initial.tensor.nbytes > _FEW_BYTES:
             return None
         return initial.tensor if Geometry.of(initial.tensor) == self.format.geometry else None
 

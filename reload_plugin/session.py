@@ -139,7 +139,7 @@ class ReloadSession:
         self._record = complete_record_of(model)
         self._resident = growth.begin(self._record.largest)
         shapes = self._expected.start_shapes
-        self._trace = LoadTrace(self.problems, dry, shapes, self._world_size() > 1, self._touching)
+        self._trace = LoadTrace(self.problems, dry, shapes, self._world_size() > 1)
         self.ledger = Ledger(self._trace.loaded, self.problems, self._expected)
         self._seconds: dict[str, float] = defaultdict(float)
         self._timing: list[str] = []
@@ -164,7 +164,9 @@ class ReloadSession:
         self._bystanders: Bystanders | None = None
         self._moved: list[str] = []
         by_hand = inspect is not None or (overflow is not None and not self._expected.planned)
-        self._memory = StagingMemory(self.ledger, self._trace, self._record.pool, self._touching)
+        touching = functools.partial(_note_touched, self.committed, self.ledger)
+        self._trace.touching = touching
+        self._memory = StagingMemory(self.ledger, self._trace, self._record.pool, touching)
         self.room = StagingRoom(self.ledger, self._memory, by_hand)
 
     # -- life -------------------------------------------------------------------------------------
@@ -528,10 +530,6 @@ class ReloadSession:
                 self.committed.add(stage.group.name)
         self._spoiled = None
 
-    def _touching(self, storage: StagedStorage) -> None:
-        """Served memory is about to be written to."""
-        self.committed.add(self.ledger.group_of(storage.primary.name))
-
     def _watch(self) -> Noted:
         """The watch over native handles, begun by the first layer: it takes longer than some layers do."""
         if self._noted is None:
@@ -756,6 +754,11 @@ def _shared_tensors(record: ModelRecord) -> frozenset[int]:
         shared |= own & seen
         seen |= own
     return frozenset(shared)
+
+
+def _note_touched(committed: set[str], ledger: Ledger, storage: StagedStorage) -> None:
+    """Served memory is about to be written to. No method, so that a session is not held by what it holds."""
+    committed.add(ledger.group_of(storage.primary.name))
 
 
 def _served_storages(stages: list[Stage], bystanders: Bystanders) -> dict[int, str]:
