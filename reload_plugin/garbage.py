@@ -15,7 +15,7 @@ _NEVER = (1 << 31) - 1
 
 @contextlib.contextmanager
 def no_collections() -> Iterator[None]:
-    """No search at all, unless somebody asks for one: for what makes no garbage."""
+    """No search unless somebody asks for one: for what makes no garbage, or asks when that matters."""
     was_enabled = gc.isenabled()
     gc.disable()
     try:
@@ -34,3 +34,11 @@ def no_full_collections() -> Iterator[None]:
         yield
     finally:
         gc.set_threshold(youngest, young, full)
+
+
+def collect_young() -> bool:
+    """Where no search runs by itself, and memory is short: search what is young. Returns whether it did."""
+    if gc.isenabled():
+        return False
+    gc.collect(1)
+    return True

@@ -231,7 +231,7 @@ _OF_A_MODULE = (*_TABLES, _MODULE, "attribute")
 
 def _same_objects(ours: dict[Any, Any], theirs: dict[Any, Any]) -> bool:
     """Whether two tables hold the same objects under the same keys in the same order."""
-    if ours is theirs:
+    if ours is theirs or not (ours or theirs):
         return True
     if len(ours) != len(theirs):
         return False

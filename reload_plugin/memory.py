@@ -19,6 +19,8 @@ from typing import NamedTuple
 
 import torch
 
+from .garbage import collect_young
+
 SMALL = 1 << 20
 """Requests below this come from torch's allocator."""
 ROOM = 64 << 20
@@ -87,6 +89,8 @@ class HostPool:
             if hasattr(mmap, "MADV_HUGEPAGE"):
                 self._stretch.madvise(mmap.MADV_HUGEPAGE)
         start = self._first_gap(size)
+        if start + size > len(self._stretch) and collect_young():
+            start = self._first_gap(size)
         if start + size > len(self._stretch):
             return torch.frombuffer(_mapped(size), dtype=torch.uint8).untyped_storage()
         for block in self._blocks:
@@ -251,6 +255,7 @@ def keep_within(limit: int, nbytes: int) -> None:
     at_hand = 0 if found.unused is None else found.unused()
     excess = resident() + max(0, nbytes - at_hand) - limit
     if excess > 0:
+        collect_young()
         found.give_back(excess)
 
 

@@ -10,7 +10,7 @@ from . import _vllm
 from .errors import ProcessingError, ReloadError
 from .native import Noted
 from .record import ModelRecord
-from .results import written_in_place
+from .results import Places
 from .staging import Stage
 
 ProcessWeights = Callable[..., None]
@@ -22,7 +22,7 @@ def process_stage(
     record: ModelRecord,
     original: ProcessWeights,
     noted: Noted,
-    in_place: bool = False,
+    places: Places,
 ) -> None:
     """Process a loaded group; afterwards its layers are in kernel format with the new values.
 
@@ -34,7 +34,7 @@ def process_stage(
         record: of the model.
         original: vLLM's own processing.
         noted: the watch over native handles, paused.
-        in_place: whether results may be written to where they are served; then a failure may leave the
+        places: takes results where they may be written to where they are served; then a failure may leave the
             group's served values half written, and ``stage.overwritten`` is not empty.
 
     """
@@ -46,8 +46,7 @@ def process_stage(
     noted.captured = []
     noted.paused = not stage.group.effect
     try:
-        on_cpu = in_place and record.target_device.type == "cpu"
-        with written_in_place(stage.replaceable if on_cpu else None) as stage.overwritten:
+        with places.offered(stage.replaceable) as stage.overwritten:
             for layer in stage.group.layers:
                 module = layer.ref()
                 if module is not None and layer.online:

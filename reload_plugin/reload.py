@@ -337,7 +337,7 @@ def _from_source(
     with _keeping(chosen, source.description) as kept:
         ordered = getattr(source, "in_order", True)
         session = _session(model, record, source.description, policy, known, chosen, kept, ordered)
-        with whole_or_broken(model, record, session, undo=way_back != "none"), session:
+        with whole_or_broken(model, record, session, undo=way_back != "none"), session, session.undisturbed():
             reading = watched(source.read(order, record.pool, session.room), source, chosen.progress, order)
             with contextlib.closing(reading) as weights:
                 session.load_last(weights, call_between)

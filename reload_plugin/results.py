@@ -9,7 +9,6 @@ handed out.
 from __future__ import annotations
 
 import contextlib
-import functools
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -19,47 +18,82 @@ import torch
 from .tensors import storage_id, wraps_others
 
 
-@contextlib.contextmanager
-def written_in_place(served: Callable[[], Sequence[torch.Tensor]] | None) -> Iterator[set[int]]:
-    """While entered, ``torch.empty_like`` of a tensor like a served one gives that one's memory, once.
-
-    The name in ``torch`` is replaced for the time; modes would disturb the ``torch.compile`` that some
-    methods use while processing. Code that is being compiled, and other threads, get the plain function.
+class Places:
+    """Served memory that is handed out to who asks for memory like it.
 
     Args:
-        served: gives the tensors whose values may be overwritten; contiguous ones on the CPU are. Asked when
-            somebody wants memory, at most once. None where none may be: ``torch`` stays as it is.
-
-    Yields:
-        Identities of the storages that were handed out so far. A result in one of them that belongs
-        elsewhere has to be copied before anything is written there.
+        wanted: whether any is.
 
     """
-    given: set[int] = set()
-    if served is None:
-        yield given
+
+    def __init__(self, wanted: bool = True) -> None:
+        self._wanted = wanted
+        self._thread = threading.get_ident()
+        self._served: Callable[[], Sequence[torch.Tensor]] | None = None
+        self._free: list[torch.Tensor] | None = None
+        self._given: set[int] = set()
+
+    @contextlib.contextmanager
+    def offered(self, served: Callable[[], Sequence[torch.Tensor]]) -> Iterator[set[int]]:
+        """For the time, hand out these tensors' memory, each once.
+
+        Args:
+            served: gives the tensors whose values may be overwritten; contiguous ones on the CPU are. Asked
+                when somebody wants memory, at most once.
+
+        Yields:
+            Identities of the storages that were handed out so far. A result in one of them that belongs
+            elsewhere has to be copied before anything is written there.
+
+        """
+        self._served, self._free, self._given = served if self._wanted else None, None, set()
+        try:
+            yield self._given
+        finally:
+            self._served = self._free = None
+
+    def like(self, tensor: torch.Tensor) -> torch.Tensor | None:
+        """A served tensor of this one's shape and dtype, if one is offered to this thread."""
+        if self._served is None or threading.get_ident() != self._thread or not _is_plain(tensor):
+            return None
+        if self._free is None:
+            offered = self._served()
+            self._free = [t for t in offered if t.numel() and _is_plain(t) and not t.is_inference()]
+        for number, place in enumerate(self._free):
+            if place.shape == tensor.shape and place.dtype == tensor.dtype:
+                del self._free[number]
+                self._given.add(storage_id(place) or 0)
+                return place.detach()
+        return None
+
+
+@contextlib.contextmanager
+def written_in_place(wanted: bool = True) -> Iterator[Places]:
+    """While entered, ``torch.empty_like`` of a tensor like one that is offered gives that one's memory.
+
+    The name in ``torch`` is replaced for the time; modes would disturb the ``torch.compile`` that some
+    methods use while processing. Code that is being compiled gets the plain function, as does everybody where
+    nothing is offered.
+
+    Args:
+        wanted: False leaves ``torch`` as it is.
+
+    """
+    places = Places(wanted)
+    if not wanted:
+        yield places
         return
-
-    @functools.cache
-    def free() -> list[torch.Tensor]:
-        return [t for t in served() if t.numel() and _is_plain(t) and not t.is_inference()]
-
-    original, thread = torch.empty_like, threading.get_ident()
+    original = torch.empty_like
 
     def empty_like(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        elsewhere = torch.compiler.is_compiling() or threading.get_ident() != thread
-        if elsewhere or args or kwargs or not _is_plain(tensor):
+        if args or kwargs or torch.compiler.is_compiling():
             return original(tensor, *args, **kwargs)
-        for number, place in enumerate(free()):
-            if place.shape == tensor.shape and place.dtype == tensor.dtype:
-                del free()[number]
-                given.add(storage_id(place) or 0)
-                return place.detach()
-        return original(tensor)
+        place = places.like(tensor)
+        return original(tensor) if place is None else place
 
     torch.empty_like = empty_like  # type: ignore[assignment]
     try:
-        yield given
+        yield places
     finally:
         torch.empty_like = original
 

@@ -29,16 +29,17 @@ from .bystanders import Bystanders
 from .commit import Commit, plan_commit
 from .digest import digest_of
 from .errors import NotRecordedError, SessionError, SourceError, weights_error
-from .garbage import no_full_collections
+from .garbage import no_collections, no_full_collections
 from .interrupts import call_between, call_out, deliver, held
 from .ledger import Expected, Ledger
 from .load import Feed, Fetching, Loaded, LoadTrace, Problems, load_all, load_by_routes
-from .memory import SMALL, Gauge, growth, keep_within
+from .memory import Gauge, growth, keep_within
 from .native import Noted, watching_native
 from .overflow import OPEN_BUDGET, OPEN_STREAMING, Overflow
 from .placement import placement
 from .process import ProcessWeights, process_stage, process_tail
 from .record import ModelRecord, record_of
+from .results import Places, written_in_place
 from .room import StagingMemory, StagingRoom
 from .routes import Routes, follow
 from .serving import Serving
@@ -57,6 +58,9 @@ PASSING = 64 << 20
 """Bytes of that for what a layer's processing needs only while it runs, which nobody knows before: four times
 the layer, at most so many."""
 
+SEVERAL = 8 << 20
+"""Bytes of layers that are processed between two looks at how large the process is."""
+
 SERVES_OLD = "The engine serves what it served before."
 
 
@@ -69,6 +73,24 @@ class State(enum.Enum):
     PROCESSING = "processing"
     COMMITTED = "committed"
     ABORTED = "aborted"
+
+
+class _Timed:
+    """Times one run of a stage. A class, since there are several for every group."""
+
+    __slots__ = ("_note", "_stage", "_started", "_timing")
+
+    def __init__(self, stage: str, timing: list[str], note: Callable[[str, float], None]) -> None:
+        self._stage, self._timing, self._note = stage, timing, note
+
+    def __enter__(self) -> None:
+        self._timing.append(self._stage)
+        self._started = time.perf_counter()
+
+    def __exit__(self, *_: object) -> None:
+        spent = time.perf_counter() - self._started
+        self._timing.pop()
+        self._note(self._stage, spent)
 
 
 class ReloadSession:
@@ -133,6 +155,8 @@ class ReloadSession:
         self._replaying = False
         self._prepared = 0
         """Bytes of the layers that wait for the commit, about as much as their new values take."""
+        self._unseen = 0
+        """Bytes of the layers that were processed since the process's size was looked at."""
         self._from_served = from_served
         self.agree = agree
         self._spoiled: str | None = None
@@ -157,8 +181,8 @@ class ReloadSession:
         self._gauge = Gauge()
         self._watching = contextlib.ExitStack()
         """Ends with the context that layers are processed in."""
-        self._noted: Noted | None = None
-        """What is noted of native handles in that context, once a layer was processed."""
+        self._watched_by: tuple[Noted, Places] | None = None
+        """What watches processing in that context, once a layer was processed."""
         waiting = OPEN_BUDGET if policy == "staged" else OPEN_STREAMING
         self._admission = Admission(self._record, self.ledger, self._gauge, waiting)
         self._bystanders: Bystanders | None = None
@@ -315,7 +339,7 @@ class ReloadSession:
         self._entered = True
         self._bystanders = Bystanders(self._record, [stage.group.name for stage in self._stages])
         routed, straight = self.ledger.routes is not None, self.policy == "streaming"
-        standing = straight and self._may_stand()
+        standing = straight and self._all_routed() and not self._from_served
         for stage in self._stages:
             self._open_stages[id(stage)] = stage
             stage.enter(routed, self._trace.dry, self._from_served, straight, standing)
@@ -323,11 +347,19 @@ class ReloadSession:
             self.ledger.admit(stage)
         self._trace.find_protected = functools.partial(_served_storages, self._stages, self._bystanders)
 
-    def _may_stand(self) -> bool:
-        """Whether tensors may stay as they are served: every weight goes by a route, and no loader looks."""
+    def _all_routed(self) -> bool:
+        """Whether every weight goes by a route, and no loader will look at the model."""
         routes = self.ledger.routes
-        planned = self._expected.planned and not self._from_served
-        return planned and routes is not None and not routes.computed
+        return self._expected.planned and routes is not None and not routes.computed
+
+    def undisturbed(self) -> contextlib.AbstractContextManager[None]:
+        """To read, load and finish in: no search for garbage where nothing runs but routes and processing.
+
+        What processing leaves in cycles is searched for when memory runs short; see ``memory``. That of a
+        device is not watched.
+        """
+        watched = self._record.target_device.type == "cpu"
+        return no_collections() if watched and self._all_routed() else no_full_collections()
 
     def hide(self) -> None:
         """Show the served weights; what was loaded so far is kept for the next ``show``."""
@@ -524,26 +556,36 @@ class ReloadSession:
         try:
             with self._timed("process"):
                 original = original_process_weights()
-                process_stage(stage, self._record, original, self._watch(), self.policy == "streaming")
+                process_stage(stage, self._record, original, *self._watch())
         finally:
             if stage.overwritten or stage.final_storages():
                 self.committed.add(stage.group.name)
         self._spoiled = None
 
-    def _watch(self) -> Noted:
-        """The watch over native handles, begun by the first layer: it takes longer than some layers do."""
-        if self._noted is None:
-            watch = watching_native(self._record.target_device, self._record.handles, self.digest)
-            self._watching.callback(setattr, self, "_noted", None)
-            self._noted = self._watching.enter_context(watch)
-            self._noted.paused = True
-        return self._noted
+    def _watch(self) -> tuple[Noted, Places]:
+        """What watches processing, begun by the first layer: to begin takes longer than some layers do."""
+        if self._watched_by is None:
+            device = self._record.target_device
+            noted = watching_native(device, self._record.handles, self.digest)
+            in_place = self.policy == "streaming" and device.type == "cpu"
+            self._watching.callback(setattr, self, "_watched_by", None)
+            watch = self._watching.enter_context
+            self._watched_by = watch(noted), watch(written_in_place(in_place))
+            self._watched_by[0].paused = True
+        return self._watched_by
 
     def _keep_to_budget(self, stage: Stage) -> None:
-        """Before a layer is processed: make the heap give back what it does not use, if it grew too much."""
-        nbytes = stage.group.nbytes
-        if nbytes < SMALL or stage.group.plain:
+        """Before a layer is processed: make the heap give back what it does not use, if it grew too much.
+
+        Small ones are looked at together; not at all where processing leaves everything where it is.
+        """
+        if stage.group.plain:
             return
+        nbytes = stage.group.nbytes
+        self._unseen += nbytes
+        if self._unseen < SEVERAL:
+            return
+        self._unseen = 0
         needed = max(nbytes, min(4 * nbytes, PASSING))
         keep_within(self._resident + self._prepared + self._largest + BUDGET, needed)
 
@@ -696,18 +738,13 @@ class ReloadSession:
             return contextlib.nullcontext()
         return torch.utils._python_dispatch._disable_current_modes()
 
-    @contextlib.contextmanager
-    def _timed(self, stage: str) -> Iterator[None]:
-        start = time.perf_counter()
-        self._timing.append(stage)
-        try:
-            yield
-        finally:
-            self._timing.pop()
-            spent = time.perf_counter() - start
-            self._seconds[stage] += spent
-            if self._timing[-1:] == ["load"]:
-                self._inside_load += spent
+    def _timed(self, stage: str) -> _Timed:
+        return _Timed(stage, self._timing, self._note_time)
+
+    def _note_time(self, stage: str, spent: float) -> None:
+        self._seconds[stage] += spent
+        if self._timing[-1:] == ["load"]:
+            self._inside_load += spent
 
     def _require(self, state: State) -> None:
         if self.state is not state:

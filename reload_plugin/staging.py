@@ -19,7 +19,7 @@ from torch import nn
 from . import _vllm
 from .errors import UnsupportedError
 from .formats import AsServed, Constant, Coverage, Geometry, TensorFormat, Uninitialised, Values
-from .holders import ABSENT, Key, Snapshot, equal, put_back, read, same, write
+from .holders import ABSENT, Key, Snapshot, equal, put_back, read, same, tables_of, write
 from .memory import SMALL, Gauge, HostPool
 from .record import Group, HolderRecord, ModelRecord, TensorRecord
 from .tensors import storage_id, wraps_others
@@ -307,20 +307,39 @@ class Stage:
 
         """
         holders = self._alive_holders()
-        self.served = State([(held, read(held)) for _, held in holders], {})
+        self.served = State([], {})
         places = self._places(holders)
         records = list({id(record): record for _, _, record in places}.values())
         for record in records:
             if is_wrapper(record):
                 self._objects[id(record)] = _copy_of_wrapper(record)
         staged = [record for record in records if not is_wrapper(record)]
-        self._make_storages(staged, from_served, standing and self.group.passed_over)
+        standing &= self.group.passed_over
+        self._make_storages(staged, from_served, standing)
+        if standing and self._is_as_served(holders):
+            return
+        self.served.contents = [(held, read(held)) for _, held in holders]
         for storage in self.storages:
             if not storage.stands:
                 for record in storage.records:
                     self._resolve(record, storage)
         if straight and not any(layer.deferred or layer.late or layer.online for layer in self.group.layers):
             self._find_final(holders)
+        self._put_on(holders, places, routed)
+        self._entered = [(held, read(held)) for _, held in holders] if noting else []
+
+    def _is_as_served(self, holders: list[tuple[HolderRecord, object]]) -> bool:
+        """Whether the load format is what is served: then there is nothing to put back, or to compare."""
+        stands = all(storage.stands for storage in self.storages) and not self._objects
+        return stands and not any(holder.undo for holder, _ in holders)
+
+    def _put_on(
+        self,
+        holders: list[tuple[HolderRecord, object]],
+        places: list[tuple[object, Key, TensorRecord]],
+        routed: bool,
+    ) -> None:
+        """Have the holders hold what they hold in load format."""
         for holder, held in holders:
             for key, before in holder.undo.items():
                 if not isinstance(before, TensorRecord) and not (routed and key in holder.by_loader):
@@ -328,7 +347,6 @@ class Stage:
         for held, key, record in places:
             if (tensor := self._objects.get(id(record))) is not None:
                 write(held, key, tensor)
-        self._entered = [(held, read(held)) for _, held in holders] if noting else []
 
     def served_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Path and data of what the group serves, also when it is over and all of that is shown."""
@@ -385,13 +403,15 @@ class Stage:
     def _places(self, holders: list[tuple[HolderRecord, object]]) -> list[tuple[object, Key, TensorRecord]]:
         """Where load-format tensors go: where PWAL changed them, and where they still are."""
         places = []
-        for (holder, held), (_, contents) in zip(holders, self.served.contents, strict=True):
+        for holder, held in holders:
+            tables = tables_of(held) if holder.constructed else {}
             for key, record in holder.constructed.items():
                 if key in holder.undo:
                     places.append((held, key, record))
                     continue
+                kind, name = key
                 tensor = record.ref()
-                in_place = tensor is not None and contents.get(key) is tensor
+                in_place = tensor is not None and tables[kind].get(name) is tensor
                 if in_place and id(record) not in self._shared:
                     places.append((held, key, record))
         return places

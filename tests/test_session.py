@@ -393,7 +393,7 @@ def test_every_layer_is_processed_within_what_may_be_taken_beside_the_largest_an
     """What processing takes for a moment counts as four times the layer, to ``PASSING``, or as the layer."""
     asked: list[tuple[int, int]] = []
     monkeypatch.setattr(session_module, "keep_within", lambda *found: asked.append(found))
-    monkeypatch.setattr(session_module, "SMALL", 1)
+    monkeypatch.setattr(session_module, "SEVERAL", 1)
     monkeypatch.setattr(session_module.growth, "begin", lambda _: 5_000_000)
     model = cold(lambda: Model(Packing), A)
     record = record_of(model)
@@ -408,6 +408,20 @@ def test_every_layer_is_processed_within_what_may_be_taken_beside_the_largest_an
     prepared = [limit - record.largest - session_module.BUDGET - 5_000_000 for limit, _ in asked]
     done = itertools.accumulate([0, *sizes[:-1]])
     assert prepared == (list(done) if policy == "staged" else [0] * len(asked))
+
+
+def test_small_layers_are_looked_at_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+    monkeypatch.setattr(session_module, "keep_within", lambda *_: asked.append(1))
+    model = cold(lambda: Model(Packing), A)
+    sizes = [group.nbytes for group in record_of(model).groups if not group.plain and group.nbytes]
+    for several, looks in ((sizes[0] + 1, 1), (sum(sizes), 1), (sum(sizes) + 1, 0)):
+        asked.clear()
+        monkeypatch.setattr(session_module, "SEVERAL", several)
+        with ReloadSession(model) as session:
+            session.load(B.items())
+            session.finish()
+        assert len(asked) == looks
 
 
 @every_kind
@@ -1026,7 +1040,7 @@ def test_nobody_looks_for_served_memory_before_somebody_wants_some() -> None:
         asked.append(1)
         return [torch.zeros(2)]
 
-    with results.written_in_place(served):
+    with results.written_in_place() as places, places.offered(served):
         torch.zeros(2).add_(1)
         assert asked == []
         torch.empty_like(torch.zeros(2))
@@ -1034,8 +1048,25 @@ def test_nobody_looks_for_served_memory_before_somebody_wants_some() -> None:
     assert asked == [1]
 
 
-def test_native_handles_that_the_caller_makes_are_not_noted(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A trainer in the same process may run a model of its own between two weights."""
+def test_served_memory_is_offered_layer_by_layer() -> None:
+    first, second = torch.zeros(2, 3), torch.zeros(2, 3)
+    with results.written_in_place() as places:
+        for served in (first, second):
+            with places.offered(lambda served=served: [served]) as given:
+                assert torch.empty_like(served).data_ptr() == served.data_ptr()
+                assert given == {storage_id(served)}
+            assert torch.empty_like(served).data_ptr() not in (first.data_ptr(), second.data_ptr())
+        with places.offered(lambda: [first]) as given:
+            assert given == set()
+
+
+@pytest.mark.parametrize("policy", ["host", "streaming"])
+def test_what_the_caller_does_between_weights_is_its_own(
+    monkeypatch: pytest.MonkeyPatch, policy: str
+) -> None:
+    """A trainer in the same process may run a model of its own between two weights. Its native handles are
+    not noted, and it is given no served memory.
+    """
     hashed: list[int] = []
 
     class Library:
@@ -1054,14 +1085,16 @@ def test_native_handles_that_the_caller_makes_are_not_noted(monkeypatch: pytest.
             Library.make(mine)
             del mine
             assert kept() is None
+            served = {parameter.data_ptr() for parameter in model.parameters()}
+            assert not served & {torch.empty_like(parameter).data_ptr() for parameter in model.parameters()}
             yield item
 
     monkeypatch.setattr(_vllm, "native_constructors", lambda: [(Library, "make", None)])
     monkeypatch.setattr(native, "_digest_of", lambda given: hashed.append(given[0].numel()) or b"")
     model = cold(lambda: Model(Making), A)
     hashed.clear()
-    reload_weights(model, stream())
-    reload_weights(model, stream())  # by routes, so that layers are processed between weights
+    reload_weights(model, stream(), policy=policy)
+    reload_weights(model, stream(), policy=policy)  # by routes: layers are processed between weights
     assert hashed == [12] * 4
     assert Library.make(torch.ones(3)) == 7
     assert len(hashed) == 4
@@ -1070,7 +1103,7 @@ def test_native_handles_that_the_caller_makes_are_not_noted(monkeypatch: pytest.
 def test_only_the_plain_call_is_given_served_memory() -> None:
     served = torch.arange(6.0).reshape(2, 3)
     like = torch.zeros(2, 3)
-    with results.written_in_place(lambda: [served]) as given:
+    with results.written_in_place() as places, places.offered(lambda: [served]) as given:
         others = [
             torch.empty_like(like, dtype=torch.float64),
             torch.empty_like(like, device="meta"),

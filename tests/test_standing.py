@@ -11,7 +11,7 @@ from vllm.model_executor.model_loader import utils
 from vllm.model_executor.model_loader.weight_utils import default_weight_loader
 from vllm.model_executor.utils import replace_parameter
 
-from reload_plugin import ReloadSession, record_for_reloading
+from reload_plugin import ReloadSession, record_for_reloading, staging
 from reload_plugin import record as record_module
 from reload_plugin.errors import SourceError
 from reload_plugin.formats import SMALL_BYTES, Constant, Geometry, Initial, TensorFormat, Values
@@ -136,6 +136,42 @@ def test_what_processing_passes_over_stays_as_it_is_served() -> None:
     assert only_values(model) == only_values(cold(B))
     after = values(model)
     assert {name: found[:2] for name, found in after.items()} == {n: f[:2] for n, f in before.items()}
+
+
+def test_so_nothing_of_it_is_read_to_be_put_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[object] = []
+    plain = staging.read
+    monkeypatch.setattr(staging, "read", lambda held, *now: read.append(held) or plain(held, *now))
+    for kind, others in ((Model, False), (Computing, True)):
+        model = cold(A, kind)
+        with planned(model, B) as session:
+            read.clear()
+            session.load_last(B.items())
+            session.finish()
+        assert any(held is model.linear for held in read)
+        assert any(held is model.norm for held in read) is others
+        assert only_values(model) == only_values(cold(B, kind))
+
+
+class Counting(Model):
+    """Its loader leaves a note at a layer that has no tensors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.act = nn.Identity()
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
+        super().load_weights(weights)
+        self.act.loads = getattr(self.act, "loads", 0) + 1
+
+
+@pytest.mark.parametrize("policy", ["staged", "streaming"])
+def test_what_a_loader_leaves_at_a_layer_without_tensors_is_taken_back(policy: str) -> None:
+    model = cold(BOTH, Counting)
+    assert model.act.loads == 1
+    with ReloadSession(model, policy=policy) as session:
+        session.load({"norm.weight": B["norm.weight"]}.items())
+    assert model.act.loads == 1
 
 
 def test_a_layer_whose_weights_are_computed_does_not() -> None:
