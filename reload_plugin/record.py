@@ -568,18 +568,31 @@ def _group(layers: Sequence[LayerRecord]) -> list[Group]:
 
 
 def _ties(layers: Sequence[LayerRecord]) -> list[set[object]]:
-    """For each layer what it has in common with others: storages of parameters, and a quantization method
-    that is a module of its own and processes one layer only, which keeps what comes of it there.
+    """For each layer what it has in common with others: storages of what a checkpoint may have, and a
+    quantization method that is a module of its own and processes one layer only, which keeps what comes of it
+    there.
     """
-    parameters = {t.storage for layer in layers for t in layer.tensors if t.is_parameter}
+    loadable = {storage for layer in layers for storage in _loadable(layer)}
     modules = [layer.ref() for layer in layers]
     methods = [id(getattr(module, "quant_method", None)) for module in modules]
     own = {method for method, count in Counter(methods).items() if count == 1} & set(map(id, modules))
     return [
-        {t.storage for t in layer.tensors if t.storage in parameters}
+        {t.storage for t in layer.tensors if t.storage in loadable}
         | {("method", number) for number in (id(module), method) if number in own}
         for layer, module, method in zip(layers, modules, methods, strict=True)
     ]
+
+
+def _loadable(layer: LayerRecord) -> Iterator[int]:
+    """Storages of a layer's parameters, and of its buffers that are saved (a router's bias, say); others are
+    computed, like the table of a rotary embedding that all layers share.
+    """
+    yield from (t.storage for t in layer.tensors if t.is_parameter)
+    for holder in layer.holders:
+        not_saved = getattr(holder.ref(), "_non_persistent_buffers_set", ())
+        for (kind, name), record in holder.constructed.items():
+            if kind == "_buffers" and name not in not_saved and isinstance(record, TensorRecord):
+                yield record.storage
 
 
 def _joined(groups: Iterable[Group]) -> Iterator[Group]:

@@ -339,7 +339,7 @@ class ReloadSession:
         self._entered = True
         self._bystanders = Bystanders(self._record, [stage.group.name for stage in self._stages])
         routed, straight = self.ledger.routes is not None, self.policy == "streaming"
-        standing = straight and self._all_routed() and not self._from_served
+        standing = straight and self._all_routed()
         for stage in self._stages:
             self._open_stages[id(stage)] = stage
             stage.enter(routed, self._trace.dry, self._from_served, straight, standing)

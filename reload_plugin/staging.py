@@ -316,8 +316,8 @@ class Stage:
         staged = [record for record in records if not is_wrapper(record)]
         standing &= self.group.passed_over
         self._make_storages(staged, from_served, standing)
-        if standing and self._is_as_served(holders):
-            return
+        if standing and not self._objects and all(storage.stands for storage in self.storages):
+            return  # all is as it is served: there is nothing to put back, or to compare
         self.served.contents = [(held, read(held)) for _, held in holders]
         for storage in self.storages:
             if not storage.stands:
@@ -327,11 +327,6 @@ class Stage:
             self._find_final(holders)
         self._put_on(holders, places, routed)
         self._entered = [(held, read(held)) for _, held in holders] if noting else []
-
-    def _is_as_served(self, holders: list[tuple[HolderRecord, object]]) -> bool:
-        """Whether the load format is what is served: then there is nothing to put back, or to compare."""
-        stands = all(storage.stands for storage in self.storages) and not self._objects
-        return stands and not any(holder.undo for holder, _ in holders)
 
     def _put_on(
         self,

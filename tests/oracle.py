@@ -335,7 +335,8 @@ def effective_weight(module: torch.nn.Module) -> torch.Tensor | None:
     if isinstance(module.quant_method, UnquantizedLinearMethod) and not hasattr(module, "cpu_linear"):
         return None  # a convolution, or a layer that keeps its weight as a plain tensor
     device = next((p.device for p in module.parameters()), None)
-    return module.quant_method.apply(module, torch.eye(size, dtype=torch.bfloat16, device=device))
+    dtype = getattr(module, "params_dtype", torch.bfloat16)  # a router of experts may want float32
+    return module.quant_method.apply(module, torch.eye(size, dtype=dtype, device=device))
 
 
 def live_tensors(model: torch.nn.Module) -> dict[str, Live]:

@@ -410,18 +410,25 @@ def test_every_layer_is_processed_within_what_may_be_taken_beside_the_largest_an
     assert prepared == (list(done) if policy == "staged" else [0] * len(asked))
 
 
-def test_small_layers_are_looked_at_together(monkeypatch: pytest.MonkeyPatch) -> None:
+class Three(Model):
+    def __init__(self) -> None:
+        super().__init__(Packing)
+        self.more = Layer(Packing())
+
+
+@pytest.mark.parametrize(("layers", "looks"), [(0.5, 3), (1, 3), (1.5, 1), (2, 1), (3, 1), (3.5, 0)])
+def test_small_layers_are_looked_at_together(
+    monkeypatch: pytest.MonkeyPatch, layers: float, looks: int
+) -> None:
     asked: list[int] = []
     monkeypatch.setattr(session_module, "keep_within", lambda *_: asked.append(1))
-    model = cold(lambda: Model(Packing), A)
-    sizes = [group.nbytes for group in record_of(model).groups if not group.plain and group.nbytes]
-    for several, looks in ((sizes[0] + 1, 1), (sum(sizes), 1), (sum(sizes) + 1, 0)):
-        asked.clear()
-        monkeypatch.setattr(session_module, "SEVERAL", several)
-        with ReloadSession(model) as session:
-            session.load(B.items())
-            session.finish()
-        assert len(asked) == looks
+    model = cold(Three, A | {"more.weight": A["first.weight"]})
+    (size,) = {group.nbytes for group in record_of(model).groups if not group.plain and group.nbytes}
+    monkeypatch.setattr(session_module, "SEVERAL", layers * size)
+    with ReloadSession(model) as session:
+        session.load((B | {"more.weight": B["first.weight"]}).items())
+        session.finish()
+    assert len(asked) == looks
 
 
 @every_kind

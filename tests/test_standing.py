@@ -11,7 +11,7 @@ from vllm.model_executor.model_loader import utils
 from vllm.model_executor.model_loader.weight_utils import default_weight_loader
 from vllm.model_executor.utils import replace_parameter
 
-from reload_plugin import ReloadSession, record_for_reloading, staging
+from reload_plugin import ReloadSession, _vllm, record_for_reloading, staging
 from reload_plugin import record as record_module
 from reload_plugin.errors import SourceError
 from reload_plugin.formats import SMALL_BYTES, Constant, Geometry, Initial, TensorFormat, Values
@@ -151,6 +151,35 @@ def test_so_nothing_of_it_is_read_to_be_put_back(monkeypatch: pytest.MonkeyPatch
         assert any(held is model.linear for held in read)
         assert any(held is model.norm for held in read) is others
         assert only_values(model) == only_values(cold(B, kind))
+
+
+@pytest.mark.parametrize("name", ["weight", "table"])
+def test_what_is_served_in_another_form_does_not_stand(name: str) -> None:
+    """Nor is its layer taken for one that is as it is served."""
+    model = cold(A)
+    served = getattr(model.norm, name)
+    served.data = served.data.repeat_interleave(2)[::2]
+    reload(model, B)
+    assert only_values(model) == only_values(cold(B))
+
+
+def test_what_the_caller_makes_after_such_a_layer_is_not_noted(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Library:
+        @staticmethod
+        def make(_: torch.Tensor) -> int:
+            return 7
+
+    def making() -> Iterator[tuple[str, torch.Tensor]]:
+        for name in ("norm.weight", "norm.scale", "linear.weight"):
+            yield name, BOTH[name]
+            Library.make(torch.ones(3))
+
+    monkeypatch.setattr(_vllm, "native_constructors", lambda: [(Library, "make", None)])
+    model = cold(A)
+    with planned(model, BOTH) as session:
+        session.load_last(making())
+        session.finish()
+    assert record_of(model).handles == {}
 
 
 class Counting(Model):
