@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import re
-import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -28,8 +27,8 @@ from .staging import StagedStorage
 from .tensors import storage_id
 
 _SCALE = re.compile(r"scale|zero|alpha|shape")
-_OUR_REFERENCES = 2
-"""References to the weight being loaded when no loader holds it: ours and the counter's argument."""
+_MANY = 4000
+"""Storages of weights that a dry run remembers before it looks which of them are gone."""
 _LIMIT = 10_000
 """Offenders after which a stream is not read any further."""
 
@@ -89,7 +88,7 @@ class Loaded:
     """How to do the same with a weight that was handed over again, without the loader; those that the loader
     only passed over were not written anywhere."""
     repeatable: bool = True
-    """False when the loader kept a weight back and wrote it later."""
+    """False when the loader kept a weight back and wrote it later, or wrote more after the last one."""
     nbytes: int = 0
 
     @property
@@ -179,8 +178,14 @@ class LoadTrace(TorchDispatchMode):
         """
         self.current = ""
         self._sources: dict[int, str] = {}
-        self._noted: list[StorageWeakRef] = []
+        self._noted: dict[int, StorageWeakRef] = {}
         """Storages that ``_sources`` names: none that comes later gets the identity of one that is gone."""
+        self._of_current: list[int] = []
+        """Those of the weight that is loaded now."""
+        self._late = False
+        """Whether that one may be written when others have come; else nothing more is expected of it then."""
+        self._many = _MANY
+        """So many of them are looked through for those that are gone."""
         self._touched: list[StagedStorage] = []
         self._recent: set[int] = set()
         self._incoming: torch.Tensor | None = None
@@ -209,11 +214,17 @@ class LoadTrace(TorchDispatchMode):
 
     # -- one weight at a time ---------------------------------------------------------------------
 
-    def begin(self, name: str, tensor: torch.Tensor) -> None:
-        """The stream hands ``tensor`` to the loader now."""
-        if self.current in self.loaded.written:
-            self._sources.clear()
-            self._noted.clear()
+    def begin(self, name: str, tensor: torch.Tensor, late: bool = False) -> None:
+        """The stream hands ``tensor`` to the loader now. ``late``: which may write it when others have come,
+        and whose memory nobody else has.
+        """
+        if not self._late and self.current in self.loaded.written:
+            self._forget([key for key in self._of_current if self._sources.get(key) == self.current])
+        elif len(self._noted) > self._many:
+            self._forget([key for key, storage in self._noted.items() if storage.expired()])
+            self._many = 2 * len(self._noted) + _MANY
+        self._of_current.clear()
+        self._late = late
         self.current = name
         self.note_arrival(name, tensor)
         self._note_source(tensor, name)
@@ -236,10 +247,6 @@ class LoadTrace(TorchDispatchMode):
         What a dry run touched is given back.
         """
         if self._incoming is not None:
-            if not self._writes and not self.dry and sys.getrefcount(self._incoming) > _OUR_REFERENCES:
-                # Nothing was loaded from it and somebody holds it: a loader that collects weights first
-                # (BERT's does). The caller may overwrite its buffer now, so what is held gets a copy.
-                self._incoming.data = self._incoming.data.clone()
             computed = any(write is None for write in self._writes)
             writes = None if computed else tuple(write for write in self._writes if write is not None)
             shape, dtype = shared(tuple(self._incoming.shape)), self._incoming.dtype
@@ -308,10 +315,15 @@ class LoadTrace(TorchDispatchMode):
                 self._note_source(tensor, source)
 
     def _note_source(self, tensor: torch.Tensor, name: str) -> None:
-        key = _key(tensor)
-        self._sources[key] = name
-        if key:
-            self._noted.append(StorageWeakRef(tensor.untyped_storage()))
+        if key := _key(tensor):
+            self._sources[key] = name
+            self._noted[key] = StorageWeakRef(tensor.untyped_storage())
+            self._of_current.append(key)
+
+    def _forget(self, keys: Iterable[int]) -> None:
+        for key in keys:
+            self._noted.pop(key, None)
+            self._sources.pop(key, None)
 
     def _note_write(self, func: Any, target: torch.Tensor, args: tuple[Any, ...], name: str) -> None:
         key = _key(target)
@@ -327,7 +339,7 @@ class LoadTrace(TorchDispatchMode):
             self.reject(name, reason)
         if target.numel() == 0:
             return  # padding of which there is none
-        if name != self.current:
+        if name != self.current or self._incoming is None:
             self.loaded.repeatable = False
         self._writes.append(self._write_of(func, target, args, storage))
         name = name or storage.primary.name
@@ -429,6 +441,7 @@ class Feed:
         between: Callable[[], None],
         aside: Callable[[str, torch.Tensor], bool] | None = None,
         fetching: Fetching = call_out,
+        used_late: Callable[[str], bool] | None = None,
     ) -> None:
         try:
             self._weights = iter(weights)
@@ -442,6 +455,10 @@ class Feed:
         self._aside = aside
         """Says of a weight that it was dealt with and is not to be loaded now."""
         self._fetching = fetching
+        self._used_late = used_late
+        """Says of a weight that the loader may look at it when it has come back for the next one. It gets a
+        copy then: its caller may overwrite the memory.
+        """
         self.exhausted = False
         self.waited = 0.0
         """Seconds in which the source had the word: files were read, or the caller's iterator ran."""
@@ -455,8 +472,9 @@ class Feed:
             self._in_between()
             name, tensor = self.fetch()
             if tensor is not None:
-                ours = tensor.detach()
-                self._trace.begin(name, ours)
+                late = self._used_late is not None and self._used_late(name)
+                ours = tensor.detach().clone() if late else tensor.detach()
+                self._trace.begin(name, ours, late or self._trace.dry)
                 return name, ours
 
     def _in_between(self) -> None:

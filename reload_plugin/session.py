@@ -245,7 +245,8 @@ class ReloadSession:
             returned.append(self._load_weights(feed))
 
         self.problems.missing.clear()  # of a finish that was too early
-        feed = Feed(weights, self._trace, self.close_complete, self._put_aside, fetching)
+        used_late = None if self.ledger.routes is not None or self._trace.dry else self._may_be_used_late
+        feed = Feed(weights, self._trace, self.close_complete, self._put_aside, fetching, used_late)
         with held(), no_full_collections(), self._noting_failure(), self._timed("load"), self.loading(last):
             if self.ledger.routes is None:
                 load_all(loader, feed, self._trace)
@@ -255,6 +256,14 @@ class ReloadSession:
             self._seconds["read"] += feed.waited
             self._inside_load += feed.waited
         return returned[-1] if returned else None
+
+    def _may_be_used_late(self, name: str) -> bool:
+        """Whether the model's loader may not be done with a weight when it comes back for the next."""
+        return name not in self._used_at_once
+
+    @functools.cached_property
+    def _used_at_once(self) -> frozenset[str]:
+        return frozenset().union(*self._expected.names_of_group.values())
 
     def _put_aside(self, name: str, tensor: torch.Tensor) -> bool:
         """Whether a weight is not to be loaded now: it is refused, or waits until there is room."""

@@ -1,0 +1,224 @@
+"""Loaders that write a weight when others have come since, or more than came: that is not replayed."""
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from vllm.model_executor.model_loader import utils
+
+from reload_plugin import ReloadSession, reload_weights
+from reload_plugin import load as load_module
+from reload_plugin.ledger import Expected
+from reload_plugin.plan import make_plan
+from reload_plugin.record import ConstructionTrace, record_constructed
+from reload_plugin.sources import TensorInfo
+from tests.test_session import CONFIG, CPU, registered  # noqa: F401 - the fixture is used by itself
+
+Weights = dict[str, torch.Tensor]
+SIZE = 4
+"""Elements of a weight, and of a slot."""
+END = 99
+"""A moment after the last weight."""
+CHANGES: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "as it is": lambda weight: weight,
+    "negated": lambda weight: -weight,
+    "in double": lambda weight: weight.double(),
+    "a view": lambda weight: weight.view(2, -1).view(-1),
+}
+
+
+@dataclass(frozen=True)
+class Step:
+    """One slot: which weight it takes (None: a constant), when (after so many weights), and how."""
+
+    weight: int | None
+    when: int
+    change: str
+    early: bool
+    """Whether the change is made when the weight comes."""
+
+
+class Layer(nn.Module):
+    def __init__(self, slots: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(slots, SIZE), requires_grad=False)
+
+
+class Model(nn.Module):
+    """Its loader follows a list of steps, one for each slot of its layers."""
+
+    def __init__(self, layers: list[list[Step]]) -> None:
+        super().__init__()
+        self.steps = layers
+        self.layers = nn.ModuleList(Layer(len(steps)) for steps in layers)
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
+        held: dict[int, torch.Tensor | dict[str, torch.Tensor]] = {}
+        for name, tensor in weights:
+            number = int(name.removeprefix("w"))
+            wanted = [s for steps in self.steps for s in steps if s.weight == number and s.when >= number]
+            if wanted:
+                early = {s.change: CHANGES[s.change](tensor) for s in wanted if s.early}
+                late = {s.change: tensor for s in wanted if not s.early}
+                held[number] = early | {f"late {change}": value for change, value in late.items()}
+            del tensor
+            self._write(number, held)
+            for done in [n for n in held if self._last(n) <= number]:
+                del held[done]
+        self._write(END, held)
+
+    def _last(self, weight: int) -> int:
+        return max(s.when for steps in self.steps for s in steps if s.weight == weight)
+
+    def _write(self, now: int, held: dict[int, dict[str, torch.Tensor]]) -> None:
+        for layer, steps in zip(self.layers, self.steps, strict=True):
+            for slot, step in zip(layer.weight.data, steps, strict=True):
+                if step.when != now:
+                    continue
+                if step.weight is None:
+                    slot.copy_(torch.full((SIZE,), 5.0))
+                elif step.weight in held:
+                    parts = held[step.weight]
+                    value = (
+                        parts[step.change]
+                        if step.early
+                        else CHANGES[step.change](parts[f"late {step.change}"])
+                    )
+                    slot.copy_(value)
+
+
+def checkpoint(seed: int, count: int) -> Weights:
+    generator = torch.Generator().manual_seed(seed)
+    return {f"w{number}": torch.randn(SIZE, generator=generator) for number in range(count)}
+
+
+def cold(layers: list[list[Step]], weights: Weights) -> Model:
+    with (trace := ConstructionTrace()):
+        model = Model(layers)
+    record_constructed(model, trace, None)
+    model.load_weights(weights.items())
+    utils.process_weights_after_loading(model, CONFIG, CPU)
+    return model
+
+
+def values(model: nn.Module) -> list[list[float]]:
+    return [parameter.flatten().tolist() for parameter in model.parameters()]
+
+
+def planned(model: Model, weights: Weights) -> None:
+    """As a folder is loaded: planned first, and by routes where there are any."""
+    infos = [TensorInfo(name, tuple(t.shape), t.dtype) for name, t in weights.items()]
+    plan = make_plan(model, infos, "a folder")
+    known = Expected(plan.names_of_group, True, plan.routes)
+    with ReloadSession(model, policy="streaming", expected=known) as session:
+        session.load_last((name, tensor.clone()) for name, tensor in weights.items())
+        session.finish()
+
+
+def streamed(model: Model, weights: Weights) -> None:
+    reload_weights(model, ((name, tensor.clone()) for name, tensor in weights.items()))
+
+
+def in_one_buffer(model: Model, weights: Weights) -> None:
+    """Its caller overwrites every weight as soon as the loader comes back for the next."""
+    room = torch.empty(SIZE)
+
+    def stream() -> Iterator[tuple[str, torch.Tensor]]:
+        for name, tensor in weights.items():
+            room.copy_(tensor)
+            yield name, room
+            room.fill_(float("nan"))
+
+    reload_weights(model, stream())
+
+
+@st.composite
+def loaders(draw: st.DrawFn) -> tuple[list[list[Step]], int]:
+    """The slots of some layers, and a number of weights, each of which goes to one at least."""
+    count = draw(st.integers(1, 6))
+    layers: list[list[Step]] = [[] for _ in range(draw(st.integers(1, 3)))]
+    more = draw(st.lists(st.none() | st.integers(0, count - 1), max_size=4))
+    for number, weight in enumerate(draw(st.permutations([*range(count), *more]))):
+        first = weight or 0
+        when = draw(st.just(first) | st.integers(first, count - 1) | st.just(END))
+        step = Step(weight, when, draw(st.sampled_from(sorted(CHANGES))), draw(st.booleans()))
+        layers[number % len(layers)].append(step)
+    return [steps for steps in layers if steps], count
+
+
+@settings(deadline=None, database=None, max_examples=150)
+@given(loaders())
+def test_whatever_a_loader_does_a_reload_is_a_cold_start(case: tuple[list[list[Step]], int]) -> None:
+    layers, count = case
+    checkpoints = [checkpoint(seed, count) for seed in (1, 2, 3)]
+    expected = [values(cold(layers, weights)) for weights in checkpoints]
+    for reload in (planned, streamed, in_one_buffer):
+        model = cold(layers, checkpoints[0])
+        for number in (1, 2, 2, 0):
+            reload(model, checkpoints[number])
+            assert values(model) == expected[number]
+
+
+NOW, LATER, AFTER = (
+    Step(0, 0, "as it is", False),
+    Step(0, 2, "as it is", False),
+    Step(0, END, "as it is", False),
+)
+OTHER, THIRD = Step(1, 1, "as it is", False), Step(2, 2, "as it is", False)
+CAST = Step(0, 2, "in double", True)
+CONSTANT = Step(None, END, "as it is", False)
+
+
+@pytest.mark.parametrize(
+    ("steps", "routes"),
+    [
+        ([NOW, OTHER, THIRD], True),
+        ([LATER, OTHER, THIRD], False),
+        ([CAST, OTHER, THIRD], False),
+        ([AFTER, OTHER, THIRD], False),
+        ([NOW, OTHER, THIRD, CONSTANT], False),
+        ([NOW, OTHER, THIRD, LATER], False),
+    ],
+)
+def test_only_what_is_written_when_it_comes_is_replayed(
+    monkeypatch: pytest.MonkeyPatch, steps: list[Step], routes: bool
+) -> None:
+    """The first weight is kept back while the second is written."""
+    model = cold([[step] for step in steps], checkpoint(1, 3))
+    for many in (load_module._MANY, 0):
+        monkeypatch.setattr(load_module, "_MANY", many)
+        infos = [TensorInfo(f"w{number}", (SIZE,), torch.float32) for number in range(3)]
+        plan = make_plan(model, infos, "a folder")
+        assert (plan.routes is not None) is routes
+        assert bool(plan.names_of_group) is routes
+
+
+@pytest.mark.parametrize("dry", [False, True])
+def test_what_is_gone_is_not_remembered(monkeypatch: pytest.MonkeyPatch, dry: bool) -> None:
+    """Of weights that were loaded, and of those that the loader had no use for."""
+    most: list[int] = []
+    monkeypatch.setattr(load_module, "_MANY", 10)
+    monkeypatch.setattr("reload_plugin.plan._AT_A_TIME", 10)
+    begin = load_module.LoadTrace.begin
+
+    def noting(trace: load_module.LoadTrace, *args: object) -> None:
+        begin(trace, *args)
+        most.append(len(trace._noted))
+        assert trace._noted.keys() == trace._sources.keys()
+
+    monkeypatch.setattr(load_module.LoadTrace, "begin", noting)
+    count = 600
+    used = [Step(number, number, "negated", False) for number in range(count // 2)]
+    model = cold([used], checkpoint(1, count))
+    infos = [TensorInfo(f"w{number}", (SIZE,), torch.float32) for number in range(count)]
+    if dry:
+        make_plan(model, infos, "a folder")
+    else:
+        with ReloadSession(model) as session:
+            session.load((name, tensor.clone()) for name, tensor in checkpoint(2, count).items())
+    assert len(most) == count
+    assert max(most) < 100
