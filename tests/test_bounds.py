@@ -2,6 +2,7 @@
 `host`. The budget is made small here, so that a small model breaks through it.
 """
 
+import gc
 import random
 import weakref
 from collections.abc import Iterator
@@ -152,6 +153,26 @@ def test_without_the_budget_these_streams_do_hold_more(engine: Engine, meter: Me
         report = engine.push(one_of_each_first(list(read_tensors(engine.folders["B"]).items())), "host")
     assert report.spilled_bytes == 0
     assert meter.open > 2 * (engine.largest + BUDGET)
+    engine.assert_is_b()
+
+
+@pytest.mark.parametrize("policy", ["auto", "host"])
+def test_no_garbage_is_searched_for_while_a_folder_is_read(
+    policy: str, engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    searched: list[bool] = []
+    process = session.process_stage
+
+    def noting(*args: object) -> None:
+        searched.append(gc.isenabled())
+        process(*args)
+
+    monkeypatch.setattr(session, "process_stage", noting)
+    options = {"weights_path": str(engine.folders["B"]), "policy": policy}
+    engine.llm.collective_rpc("reload_weights", kwargs=options)
+    assert searched
+    assert not any(searched)
+    assert gc.isenabled()
     engine.assert_is_b()
 
 

@@ -1,0 +1,187 @@
+"""More of vLLM's models, without an engine around them: a reload leaves every tensor as a cold start does.
+
+Of kinds that `zoo` has none of: encoders, classifiers, models of several parts, and loaders that keep weights
+back or write what nobody sent.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from reload_plugin import reload_weights
+from tests import checkpoints, oracle
+from tests.checkpoints import Config, read_tensors
+from tests.zoo import EXPERTS, GQA, SIZES, Case
+
+POOLING = {"runner": "pooling"}
+VISION = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "image_size": 28,
+    "patch_size": 14,
+}
+BERT = SIZES | {"num_labels": 1}
+ROBERTA = BERT | {"max_position_embeddings": 130, "pad_token_id": 1}
+MODERNBERT = BERT | {
+    "pad_token_id": 0,
+    "cls_token_id": 1,
+    "sep_token_id": 2,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+CLASSIFIER = GQA | {"num_labels": 2, "pad_token_id": 0}
+SLIDING = {"sliding_window": 16, "layer_types": ["sliding_attention", "full_attention"]}
+SOME_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
+ROUTED_EXPERTS = {
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "n_shared_experts": 1,
+    "moe_intermediate_size": 64,
+    "first_k_dense_replace": 1,
+    "n_group": 1,
+    "topk_group": 1,
+    "head_dim": 32,
+}
+JAMBA = GQA | {
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "attn_layer_period": 2,
+    "attn_layer_offset": 1,
+    "expert_layer_period": 2,
+    "expert_layer_offset": 1,
+    "mamba_d_state": 16,
+    "mamba_dt_rank": 8,
+    "use_mamba_kernels": False,
+    "pad_token_id": 0,
+}
+WHISPER = {
+    "vocab_size": 256,
+    "d_model": 128,
+    "encoder_layers": 2,
+    "decoder_layers": 2,
+    "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4,
+    "encoder_ffn_dim": 128,
+    "decoder_ffn_dim": 128,
+    "max_target_positions": 128,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "decoder_start_token_id": 3,
+    "suppress_tokens": [],
+    "begin_suppress_tokens": [],
+}
+GEMMA4 = GQA | SLIDING | {"head_dim": 32, "global_head_dim": 32, "num_kv_shared_layers": 0}
+GEMMA4_EXPERTS = {
+    "hidden_size_per_layer_input": 0,
+    "enable_moe_block": True,
+    "num_experts": 4,
+    "top_k_experts": 2,
+    "moe_intermediate_size": 64,
+}
+IDEFICS3 = {
+    "text_config": GQA | {"model_type": "llama", "pad_token_id": 0},
+    "vision_config": VISION,
+    "image_token_id": 200,
+    "scale_factor": 1,
+    "pad_token_id": 0,
+}
+LLAMA4 = GQA | {
+    "intermediate_size_mlp": 256,
+    "num_local_experts": 4,
+    "num_experts_per_tok": 1,
+    "head_dim": 32,
+    "moe_layers": [1],
+    "interleave_moe_layer_step": 2,
+    "no_rope_layers": [1, 0],
+    "attention_chunk_size": 64,
+    "pad_token_id": 0,
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """A model of transformers', and whether its loader can be replayed."""
+
+    model_type: str
+    cls: str
+    config: Config
+    options: Mapping[str, object] | None = None
+    replayed: bool = True
+
+    def write(self, folder: Path, config: Config, seed: int) -> None:
+        import transformers
+
+        hf_config = transformers.AutoConfig.for_model(self.model_type, **config)
+        torch.manual_seed(0)
+        cls: Any = getattr(transformers, self.cls)
+        model = cls(hf_config).to(torch.bfloat16)
+        checkpoints.randomize(model, seed)
+        model.save_pretrained(folder)
+        checkpoints.edit_config(folder, dtype="bfloat16")
+
+    @property
+    def case(self) -> Case:
+        return Case(self.cls, self.config, self.write, engine_kwargs=self.options or {})
+
+
+ROWS = (
+    Row("bert", "BertModel", BERT, POOLING, replayed=False),  # its loader collects all weights first
+    Row("bert", "BertForSequenceClassification", BERT, POOLING),
+    Row("xlm-roberta", "XLMRobertaForSequenceClassification", ROBERTA, POOLING),
+    # Keeps the weights of its head back.
+    Row("modernbert", "ModernBertForSequenceClassification", MODERNBERT, POOLING, replayed=False),
+    Row("modernbert", "ModernBertForTokenClassification", MODERNBERT, POOLING),
+    Row("qwen3", "Qwen3ForSequenceClassification", CLASSIFIER | {"head_dim": 32}, POOLING),
+    Row("llama", "LlamaModel", GQA, POOLING),
+    # Writes zeros for biases that no checkpoint has, when all else has come.
+    Row("whisper", "WhisperForConditionalGeneration", WHISPER, replayed=False),
+    Row("idefics3", "Idefics3ForConditionalGeneration", IDEFICS3),
+    Row("jamba", "JambaForCausalLM", JAMBA),
+    Row("llama4_text", "Llama4ForCausalLM", LLAMA4),
+    Row("gemma4_text", "Gemma4ForCausalLM", GEMMA4 | GEMMA4_EXPERTS),
+    Row("glm4_moe", "Glm4MoeForCausalLM", GQA | ROUTED_EXPERTS),  # a router in float32
+    Row("cohere2_moe", "Cohere2MoeForCausalLM", GQA | SLIDING | SOME_EXPERTS | {"head_dim": 32}),
+    # By vLLM's Transformers backend: a router's bias belongs to three layers.
+    Row("dots1", "Dots1ForCausalLM", GQA | ROUTED_EXPERTS),
+    Row("flex_olmo", "FlexOlmoForCausalLM", EXPERTS | {"pad_token_id": 0, "eos_token_id": 1}),
+    # Its loader makes a parameter when a weight comes, so there is no plan.
+    Row("phi", "PhiForCausalLM", SIZES, replayed=False),
+)
+
+
+def tensors(model: torch.nn.Module) -> dict[str, str]:
+    return {path: live.digest for path, live in oracle.live_tensors(model).items()}
+
+
+def places(model: torch.nn.Module) -> dict[str, tuple[int, int]]:
+    found = oracle.live_tensors(model).items()
+    return {path: (live.object_id, live.address) for path, live in found if "apply(identity)" not in path}
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.cls)
+def test_a_reload_leaves_every_tensor_as_a_cold_start_does(row: Row, tmp_path: Path) -> None:
+    folders = oracle.write(row.case, tmp_path)
+    with oracle.built(row.case, folders["B"]) as model:
+        of_b = tensors(model)
+    with oracle.built(row.case, folders["A"]) as model:
+        expected, before = {"A": tensors(model), "B": of_b}, places(model)
+        assert expected["A"] != expected["B"]
+        for letter, streams in (("B", False), ("A", True), ("B", True), ("A", False), ("B", False)):
+            if streams:
+                report = reload_weights(model, iter(read_tensors(folders[letter]).items()))
+            else:
+                report = reload_weights(model, weights_path=str(folders[letter]))
+            now = tensors(model)
+            differing = {
+                path for path in now.keys() | of_b.keys() if now.get(path) != expected[letter].get(path)
+            }
+            assert differing == set()
+            assert places(model) == before
+        assert (report.replayed > 0) is row.replayed
