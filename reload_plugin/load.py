@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import re
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -27,6 +27,8 @@ from .staging import StagedStorage
 from .tensors import storage_id
 
 _SCALE = re.compile(r"scale|zero|alpha|shape")
+_ANOTHER = ("",)
+"""Instead of the name of a weight: whichever were written to the parameter that a value is taken from."""
 _MANY = 4000
 """Storages of weights that a dry run remembers before it looks which of them are gone."""
 _LIMIT = 10_000
@@ -109,16 +111,11 @@ class Loaded:
         return bool(self.landed) and any(name in landed.shapes for landed in self.landed)
 
 
-def _written_arguments(func: Any, cache: dict[Any, tuple[int, ...]] = {}) -> tuple[int, ...]:  # noqa: B006
-    """Positions of the arguments that an operator writes to."""
-    found = cache.get(func)
-    if found is None:
-        arguments = func._schema.arguments
-        found = tuple(
-            i for i, a in enumerate(arguments) if a.alias_info is not None and a.alias_info.is_write
-        )
-        cache[func] = found
-    return found
+@functools.cache
+def _written_arguments(func: Any) -> tuple[tuple[int, str], ...]:
+    """Positions and names of the arguments that an operator writes to."""
+    arguments = enumerate(func._schema.arguments)
+    return tuple((i, a.name) for i, a in arguments if a.alias_info is not None and a.alias_info.is_write)
 
 
 def _key(tensor: torch.Tensor) -> int:
@@ -177,7 +174,8 @@ class LoadTrace(TorchDispatchMode):
         than to staging.
         """
         self.current = ""
-        self._sources: dict[int, str] = {}
+        self._sources: dict[int, tuple[str, ...]] = {}
+        """Storage -> the weights whose values are in it, or come into it."""
         self._noted: dict[int, StorageWeakRef] = {}
         """Storages that ``_sources`` names: none that comes later gets the identity of one that is gone."""
         self._of_current: list[int] = []
@@ -219,7 +217,7 @@ class LoadTrace(TorchDispatchMode):
         and whose memory nobody else has.
         """
         if not self._late and self.current in self.loaded.written:
-            self._forget([key for key in self._of_current if self._sources.get(key) == self.current])
+            self._forget([key for key in self._of_current if self._sources.get(key) == (self.current,)])
         elif len(self._noted) > self._many:
             self._forget([key for key, storage in self._noted.items() if storage.expired()])
             self._many = 2 * len(self._noted) + _MANY
@@ -227,7 +225,7 @@ class LoadTrace(TorchDispatchMode):
         self._late = late
         self.current = name
         self.note_arrival(name, tensor)
-        self._note_source(tensor, name)
+        self._note_source(tensor, (name,))
         self._incoming = tensor
 
     def note_arrival(self, name: str, tensor: torch.Tensor, shape: tuple[int, ...] | None = None) -> None:
@@ -270,25 +268,36 @@ class LoadTrace(TorchDispatchMode):
         if self.dry and func in _VIEWS:
             self._touch(args[0])
             return func(*args, **kwargs)
-        source = ""
-        inputs = list(_tensors(args, kwargs))
-        for tensor in inputs:
+        written = [args[i] if i < len(args) else kwargs.get(name) for i, name in _written_arguments(func)]
+        targets = list(_tensors(written, {})) if written else []
+        sources: tuple[str, ...] = ()
+        for tensor in _tensors(args, kwargs):
             key = self._touch(tensor)
-            source = source or self._sources.get(key, "")
-        if written := _written_arguments(func):
-            for index in written:
-                if index < len(args) and isinstance(args[index], torch.Tensor):
-                    self._note_write(func, args[index], args, source or self.current)
-            if self.dry and any(_key(args[i]) in self.storages for i in written if i < len(args)):
-                return args[written[0]]
-        elif self.dry and kwargs.get("device") is not None and any(t.is_meta for t in inputs):
+            found = self._sources.get(key)
+            if found is None and self._reads(func, tensor, key, targets):
+                found = _ANOTHER
+            if found is not None and found != sources:
+                sources = tuple(dict.fromkeys((*sources, *found)))
+        for target in targets:
+            self._note_write(func, target, args, sources)
+        if self.dry and any(_key(target) in self.storages for target in targets):
+            return written[0] if func._schema.returns else None
+        elsewhere = self.dry and not written and kwargs.get("device") is not None
+        if elsewhere and any(tensor.is_meta for tensor in _tensors(args, kwargs)):
             kwargs = {**kwargs, "device": torch.device("meta")}
         if func is torch.ops.aten._local_scalar_dense.default:
             self._looked = True
         out = func(*args, **kwargs)
-        if source and not written:
-            self._follow(out, source)
+        if sources and not written:
+            self._follow(out, sources)
         return out
+
+    def _reads(self, func: Any, tensor: torch.Tensor, key: int, targets: list[torch.Tensor]) -> bool:
+        """Whether an operator takes values from a parameter, which other weights may have written."""
+        storage = self.storages.get(key)
+        if storage is None or not storage.primary.is_parameter or func in _VIEWS:
+            return False
+        return not any(tensor is target for target in targets)
 
     def _touch(self, tensor: torch.Tensor) -> int:
         """Give a placeholder memory. Returns the identity of the tensor's storage."""
@@ -308,15 +317,17 @@ class LoadTrace(TorchDispatchMode):
         if not read_only:  # loaders ask tables where a weight goes, so these have values in a dry run too
             self._touched.append(storage)
 
-    def _follow(self, out: Any, source: str) -> None:
-        """What is computed from a weight still belongs to that weight."""
+    def _follow(self, out: Any, sources: tuple[str, ...]) -> None:
+        """What is computed from weights still belongs to those weights."""
         for tensor in out if isinstance(out, (list, tuple)) else (out,):
-            if isinstance(tensor, torch.Tensor) and _key(tensor) not in self._sources:
-                self._note_source(tensor, source)
+            if isinstance(tensor, torch.Tensor):
+                key = _key(tensor)
+                if key not in self._sources and key not in self.storages:
+                    self._note_source(tensor, sources)
 
-    def _note_source(self, tensor: torch.Tensor, name: str) -> None:
+    def _note_source(self, tensor: torch.Tensor, names: tuple[str, ...]) -> None:
         if key := _key(tensor):
-            self._sources[key] = name
+            self._sources[key] = names
             self._noted[key] = StorageWeakRef(tensor.untyped_storage())
             self._of_current.append(key)
 
@@ -325,27 +336,32 @@ class LoadTrace(TorchDispatchMode):
             self._noted.pop(key, None)
             self._sources.pop(key, None)
 
-    def _note_write(self, func: Any, target: torch.Tensor, args: tuple[Any, ...], name: str) -> None:
+    def _note_write(
+        self, func: Any, target: torch.Tensor, args: tuple[Any, ...], sources: tuple[str, ...]
+    ) -> None:
         key = _key(target)
         storage = self.storages.get(key)
         if storage is None:
             if key in self._protected:
                 raise self.late(self._protected[key])
+            if sources:  # memory of the loader's own, where it may be putting several together
+                self._note_source(target, tuple(dict.fromkeys((*self._sources.get(key, ()), *sources))))
             return
         if storage.closed:
             raise self.late(storage.primary.name)
+        name = sources[0] if sources and sources[0] else self.current
         if func is torch.ops.aten.copy_.default and (reason := self._misfit(name, target, args[1], storage)):
             storage.coverage.add(_in_elements_of(target, storage))  # it came: not missing as well
             self.reject(name, reason)
         if target.numel() == 0:
             return  # padding of which there is none
-        if name != self.current or self._incoming is None:
+        if self._incoming is None or (sources and sources != (self.current,)):
             self.loaded.repeatable = False
         self._writes.append(self._write_of(func, target, args, storage))
-        name = name or storage.primary.name
         self._recent.add(key)
         storage.coverage.add(_in_elements_of(target, storage))
-        self.loaded.note_written(name, storage.primary.name)
+        for name in sources or (self.current,):
+            self.loaded.note_written(name or self.current or storage.primary.name, storage.primary.name)
 
     def _misfit(
         self, name: str, target: torch.Tensor, source: torch.Tensor, storage: StagedStorage
@@ -406,7 +422,7 @@ class LoadTrace(TorchDispatchMode):
         )
 
 
-def _tensors(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[torch.Tensor]:
+def _tensors(args: Sequence[Any], kwargs: dict[str, Any]) -> Iterator[torch.Tensor]:
     for value in args:
         if isinstance(value, torch.Tensor):
             yield value

@@ -121,12 +121,14 @@ def _plan(
         first[info.name] = min(indices, default=-1)
         for index in indices:
             members.setdefault(index, set()).add(info.name)
-    order = sorted(first, key=first.__getitem__)
+    repeatable = session.loaded.repeatable
+    # Layer by layer; but a loader that keeps weights back may be one that minds what comes after what.
+    order = sorted(first, key=first.__getitem__) if repeatable else list(first)
     known = {record.groups[index].name: frozenset(members.pop(index)) for index in list(members)}
     return Plan(
         infos={info.name: info for info in infos},
         order=tuple(order),
-        names_of_group=known if session.loaded.repeatable else {},
+        names_of_group=known if repeatable else {},
         coverage=coverage,
         routes=session.routes(),
         placement=placement(record),

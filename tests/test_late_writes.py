@@ -1,6 +1,7 @@
 """Loaders that write a weight when others have come since, or more than came: that is not replayed."""
 
-from collections.abc import Callable, Iterable, Iterator
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import pytest
@@ -12,6 +13,7 @@ from vllm.model_executor.model_loader import utils
 
 from reload_plugin import ReloadSession, reload_weights
 from reload_plugin import load as load_module
+from reload_plugin import record as record_module
 from reload_plugin.ledger import Expected
 from reload_plugin.plan import make_plan
 from reload_plugin.record import ConstructionTrace, record_constructed
@@ -31,6 +33,25 @@ CHANGES: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 }
 
 
+def _in_a_buffer(slot: torch.Tensor, one: torch.Tensor, two: torch.Tensor) -> None:
+    room = one.new_empty(SIZE, dtype=torch.float32)
+    room[:1].copy_(one[:1])
+    room[1:].copy_(two[1:])
+    slot.copy_(room)
+
+
+def _by_a_list(slot: torch.Tensor, one: torch.Tensor, two: torch.Tensor) -> None:
+    torch._foreach_copy_([slot[:1], slot[1:]], [one[:1].float(), two[1:]])
+
+
+TOGETHER: dict[str, Callable[[torch.Tensor, torch.Tensor, torch.Tensor], object]] = {
+    "a sum": lambda slot, one, two: slot.copy_(one + two),
+    "out": lambda slot, one, two: torch.add(one.float(), two, out=slot),
+    "a buffer": _in_a_buffer,
+    "a list": _by_a_list,
+}
+
+
 @dataclass(frozen=True)
 class Step:
     """One slot: which weight it takes (None: a constant), when (after so many weights), and how."""
@@ -40,6 +61,9 @@ class Step:
     change: str
     early: bool
     """Whether the change is made when the weight comes."""
+    other: int | None = None
+    """Another weight that it is put together with, if that has come."""
+    how: str = "a sum"
 
 
 class Layer(nn.Module):
@@ -57,48 +81,55 @@ class Model(nn.Module):
         self.layers = nn.ModuleList(Layer(len(steps)) for steps in layers)
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
-        held: dict[int, torch.Tensor | dict[str, torch.Tensor]] = {}
+        held: dict[tuple[int, str], torch.Tensor] = {}
         for name, tensor in weights:
             number = int(name.removeprefix("w"))
-            wanted = [s for steps in self.steps for s in steps if s.weight == number and s.when >= number]
+            wanted = [step for step in self._all if number in (step.weight, step.other)]
+            held |= {(number, s.change): CHANGES[s.change](tensor) for s in wanted if s.early}
             if wanted:
-                early = {s.change: CHANGES[s.change](tensor) for s in wanted if s.early}
-                late = {s.change: tensor for s in wanted if not s.early}
-                held[number] = early | {f"late {change}": value for change, value in late.items()}
+                held[number, "raw"] = tensor
             del tensor
             self._write(number, held)
-            for done in [n for n in held if self._last(n) <= number]:
-                del held[done]
+            self._drop(number, held)
         self._write(END, held)
 
-    def _last(self, weight: int) -> int:
-        return max(s.when for steps in self.steps for s in steps if s.weight == weight)
+    @property
+    def _all(self) -> list[Step]:
+        return [step for steps in self.steps for step in steps]
 
-    def _write(self, now: int, held: dict[int, dict[str, torch.Tensor]]) -> None:
+    def _drop(self, now: int, held: dict[tuple[int, str], torch.Tensor]) -> None:
+        """Hold nothing that no step after this one wants."""
+        for weight, change in list(held):
+            wanting = [step for step in self._all if weight in (step.weight, step.other)]
+            if all(step.when == now for step in wanting):
+                del held[weight, change]
+
+    def _write(self, now: int, held: dict[tuple[int, str], torch.Tensor]) -> None:
         for layer, steps in zip(self.layers, self.steps, strict=True):
             for slot, step in zip(layer.weight.data, steps, strict=True):
                 if step.when != now:
                     continue
                 if step.weight is None:
                     slot.copy_(torch.full((SIZE,), 5.0))
-                elif step.weight in held:
-                    parts = held[step.weight]
-                    value = (
-                        parts[step.change]
-                        if step.early
-                        else CHANGES[step.change](parts[f"late {step.change}"])
-                    )
-                    slot.copy_(value)
+                elif (step.weight, "raw") in held:
+                    early = held.get((step.weight, step.change)) if step.early else None
+                    value = CHANGES[step.change](held[step.weight, "raw"]) if early is None else early
+                    more = None if step.other is None else held.get((step.other, "raw"))
+                    if more is None:
+                        slot.copy_(value)
+                    else:
+                        TOGETHER[step.how](slot, value, more)
 
 
-def checkpoint(seed: int, count: int) -> Weights:
+def checkpoint(seed: int, count: int, order: Sequence[int] | None = None) -> Weights:
     generator = torch.Generator().manual_seed(seed)
-    return {f"w{number}": torch.randn(SIZE, generator=generator) for number in range(count)}
+    weights = {f"w{number}": torch.randn(SIZE, generator=generator) for number in range(count)}
+    return {name: weights[name] for name in map("w{}".format, range(count) if order is None else order)}
 
 
-def cold(layers: list[list[Step]], weights: Weights) -> Model:
+def cold(layers: list[list[Step]], weights: Weights, kind: type[Model] = Model) -> Model:
     with (trace := ConstructionTrace()):
-        model = Model(layers)
+        model = kind(layers)
     record_constructed(model, trace, None)
     model.load_weights(weights.items())
     utils.process_weights_after_loading(model, CONFIG, CPU)
@@ -113,6 +144,7 @@ def planned(model: Model, weights: Weights) -> None:
     """As a folder is loaded: planned first, and by routes where there are any."""
     infos = [TensorInfo(name, tuple(t.shape), t.dtype) for name, t in weights.items()]
     plan = make_plan(model, infos, "a folder")
+    assert not plan.problems
     known = Expected(plan.names_of_group, True, plan.routes)
     with ReloadSession(model, policy="streaming", expected=known) as session:
         session.load_last((name, tensor.clone()) for name, tensor in weights.items())
@@ -136,25 +168,39 @@ def in_one_buffer(model: Model, weights: Weights) -> None:
     reload_weights(model, stream())
 
 
+Case = tuple[list[list[Step]], list[int]]
+
+
 @st.composite
-def loaders(draw: st.DrawFn) -> tuple[list[list[Step]], int]:
-    """The slots of some layers, and a number of weights, each of which goes to one at least."""
+def loaders(draw: st.DrawFn) -> Case:
+    """The slots of some layers, and the order of some weights, each of which goes to one slot at least."""
     count = draw(st.integers(1, 6))
+    order = draw(st.just(list(range(count))) | st.permutations(range(count)))
     layers: list[list[Step]] = [[] for _ in range(draw(st.integers(1, 3)))]
     more = draw(st.lists(st.none() | st.integers(0, count - 1), max_size=4))
     for number, weight in enumerate(draw(st.permutations([*range(count), *more]))):
-        first = weight or 0
-        when = draw(st.just(first) | st.integers(first, count - 1) | st.just(END))
-        step = Step(weight, when, draw(st.sampled_from(sorted(CHANGES))), draw(st.booleans()))
+        position = 0 if weight is None else order.index(weight)
+        later = st.sampled_from([*order[position:], END])
+        when = draw(st.just(order[position]) | later)
+        come = st.sampled_from(order[: order.index(when) + 1] if when != END else order)
+        other = draw(st.none() | come) if weight is not None else None
+        step = Step(
+            weight,
+            when,
+            draw(st.sampled_from(sorted(CHANGES))),
+            draw(st.booleans()),
+            other,
+            draw(st.sampled_from(sorted(TOGETHER))),
+        )
         layers[number % len(layers)].append(step)
-    return [steps for steps in layers if steps], count
+    return [steps for steps in layers if steps], order
 
 
-@settings(deadline=None, database=None, max_examples=150)
+@settings(deadline=None, database=None, max_examples=100)
 @given(loaders())
-def test_whatever_a_loader_does_a_reload_is_a_cold_start(case: tuple[list[list[Step]], int]) -> None:
-    layers, count = case
-    checkpoints = [checkpoint(seed, count) for seed in (1, 2, 3)]
+def test_whatever_a_loader_does_a_reload_is_a_cold_start(case: Case) -> None:
+    layers, order = case
+    checkpoints = [checkpoint(seed, len(order), order) for seed in (1, 2, 3)]
     expected = [values(cold(layers, weights)) for weights in checkpoints]
     for reload in (planned, streamed, in_one_buffer):
         model = cold(layers, checkpoints[0])
@@ -182,6 +228,7 @@ CONSTANT = Step(None, END, "as it is", False)
         ([AFTER, OTHER, THIRD], False),
         ([NOW, OTHER, THIRD, CONSTANT], False),
         ([NOW, OTHER, THIRD, LATER], False),
+        *(([NOW, dataclasses.replace(OTHER, other=0, how=how), THIRD], False) for how in TOGETHER),
     ],
 )
 def test_only_what_is_written_when_it_comes_is_replayed(
@@ -195,6 +242,39 @@ def test_only_what_is_written_when_it_comes_is_replayed(
         plan = make_plan(model, infos, "a folder")
         assert (plan.routes is not None) is routes
         assert bool(plan.names_of_group) is routes
+
+
+class Copying(Model):
+    """Its loader takes what another weight left in a parameter."""
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
+        first, second = (layer.weight.data[0] for layer in self.layers)
+        for name, tensor in weights:
+            (first if name == "w0" else second).copy_(tensor)
+            if name == "w1":
+                second.add_(2 * first)
+
+
+def test_nor_is_what_comes_of_another_weights_parameter() -> None:
+    layers = [[NOW], [OTHER]]
+    model = cold(layers, checkpoint(1, 2), Copying)
+    for seed in (2, 3):
+        planned(model, checkpoint(seed, 2))
+        assert values(model) == values(cold(layers, checkpoint(seed, 2), Copying))
+    infos = [TensorInfo(f"w{number}", (SIZE,), torch.float32) for number in range(2)]
+    assert make_plan(model, infos, "a folder").routes is None
+
+
+@pytest.mark.parametrize(("late", "order"), [(False, ["w0", "w2", "w1"]), (True, ["w0", "w1", "w2"])])
+def test_a_loader_that_keeps_weights_back_gets_them_in_their_own_order(
+    monkeypatch: pytest.MonkeyPatch, late: bool, order: list[str]
+) -> None:
+    """Others get them layer by layer."""
+    monkeypatch.setattr(record_module, "SMALL_GROUP", -1)
+    first = [NOW, dataclasses.replace(THIRD, when=END if late else 2)]
+    model = cold([first, [OTHER]], checkpoint(1, 3))
+    infos = [TensorInfo(f"w{number}", (SIZE,), torch.float32) for number in range(3)]
+    assert list(make_plan(model, infos, "a folder").order) == order
 
 
 @pytest.mark.parametrize("dry", [False, True])
