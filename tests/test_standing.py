@@ -84,7 +84,7 @@ A, B = weights(1), weights(2)
 BOTH = weights(3, "norm.scale")
 
 
-def cold(checkpoint: Weights, kind: type[Model] = Model) -> Model:
+def cold(checkpoint: Weights, kind: Callable[[], Model] = Model) -> Model:
     with (trace := ConstructionTrace()):
         model = kind()
     record_constructed(model, trace, None)
@@ -116,6 +116,24 @@ def reload(model: nn.Module, checkpoint: Weights) -> None:
     with planned(model, checkpoint) as session:
         session.load_last(checkpoint.items())
         session.finish()
+
+
+class Sharing(Model):
+    """A layer that holds a buffer of another one's."""
+
+    def __init__(self, persistent: bool) -> None:
+        super().__init__()
+        self.router = nn.Module()
+        self.router.register_buffer("bias", torch.ones(5), persistent=persistent)
+        self.linear.register_buffer("bias", self.router.bias, persistent=persistent)
+
+
+@pytest.mark.parametrize("saved", [False, True])
+def test_layers_are_loaded_together_for_a_buffer_that_a_checkpoint_may_have(saved: bool) -> None:
+    """Not for one that is computed, as the tables of rotary embeddings are."""
+    groups = record_of(cold(A, lambda: Sharing(saved))).groups
+    together = [group for group in groups if {"linear", "router"} <= {layer.name for layer in group.layers}]
+    assert bool(together) is saved
 
 
 # --- while weights are loaded ---
@@ -173,13 +191,15 @@ def test_what_the_caller_makes_after_such_a_layer_is_not_noted(monkeypatch: pyte
         for name in ("norm.weight", "norm.scale", "linear.weight"):
             yield name, BOTH[name]
             Library.make(torch.ones(3))
+            noted.append(dict(record_of(model).handles))
 
+    noted: list[object] = []
     monkeypatch.setattr(_vllm, "native_constructors", lambda: [(Library, "make", None)])
     model = cold(A)
     with planned(model, BOTH) as session:
         session.load_last(making())
         session.finish()
-    assert record_of(model).handles == {}
+    assert noted == [{}] * 3
 
 
 class Counting(Model):
