@@ -8,6 +8,7 @@ first touch, completeness by identity, and a guard over the served tensors in on
 from __future__ import annotations
 
 import functools
+import math
 import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -144,6 +145,25 @@ _VIEWS = frozenset(
 """Operators that only look at memory from another side: nearly all that a loader does beside copies."""
 
 
+@dataclass(slots=True)
+class _Incoming:
+    """The weight that is being loaded, as it came: its loader may give the tensor other memory."""
+
+    key: int
+    """Identity of its storage."""
+    offset: int
+    contiguous: bool
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    changed: bool = False
+    """Its values are others than those that came."""
+
+    @property
+    def as_it_came(self) -> bool:
+        """Whether a copy of a part of its memory is a copy of a part of the weight."""
+        return self.contiguous and not self.changed
+
+
 class LoadTrace(TorchDispatchMode):
     """Watches loaders while active: allocates staging, notes slots, protects served tensors.
 
@@ -186,7 +206,7 @@ class LoadTrace(TorchDispatchMode):
         """So many of them are looked through for those that are gone."""
         self._touched: list[StagedStorage] = []
         self._recent: set[int] = set()
-        self._incoming: torch.Tensor | None = None
+        self._incoming: _Incoming | None = None
         self._writes: list[Write | None] = []
         self._looked = False
         """The loader read a value, so what it writes next may depend on it."""
@@ -226,7 +246,8 @@ class LoadTrace(TorchDispatchMode):
         self.current = name
         self.note_arrival(name, tensor)
         self._note_source(tensor, (name,))
-        self._incoming = tensor
+        offset, shape = int(tensor.storage_offset()), self.loaded.shapes[name]
+        self._incoming = _Incoming(_key(tensor), offset, tensor.is_contiguous(), shape, tensor.dtype)
 
     def note_arrival(self, name: str, tensor: torch.Tensor, shape: tuple[int, ...] | None = None) -> None:
         """Account for a weight, however it is loaded. ``shape``: of it, if that is at hand."""
@@ -244,13 +265,12 @@ class LoadTrace(TorchDispatchMode):
 
         What a dry run touched is given back.
         """
-        if self._incoming is not None:
+        if (incoming := self._incoming) is not None:
             computed = any(write is None for write in self._writes)
             writes = None if computed else tuple(write for write in self._writes if write is not None)
-            shape, dtype = shared(tuple(self._incoming.shape)), self._incoming.dtype
-            if writes and not self._sharded and self._known.get(self.current) != shape:
-                self._check_used_up(self._incoming, writes)
-            self.loaded.routes[self.current] = Route(shape, dtype, writes)
+            if writes and not self._sharded and self._known.get(self.current) != incoming.shape:
+                self._check_used_up(incoming, writes)
+            self.loaded.routes[self.current] = Route(incoming.shape, incoming.dtype, writes)
         self._incoming = None
         self._writes = []
         self._looked = False
@@ -344,6 +364,8 @@ class LoadTrace(TorchDispatchMode):
         if storage is None:
             if key in self._protected:
                 raise self.late(self._protected[key])
+            if self._incoming is not None and key == self._incoming.key:
+                self._incoming.changed = True
             if sources:  # memory of the loader's own, where it may be putting several together
                 self._note_source(target, tuple(dict.fromkeys((*self._sources.get(key, ()), *sources))))
             return
@@ -379,10 +401,10 @@ class LoadTrace(TorchDispatchMode):
             return f"{source.dtype} cannot be loaded into {target.dtype} of {parameter}"
         return None
 
-    def _check_used_up(self, incoming: torch.Tensor, writes: tuple[Write, ...]) -> None:
+    def _check_used_up(self, incoming: _Incoming, writes: tuple[Write, ...]) -> None:
         """A weight of which the loader takes only a part is too large for the place it goes to."""
         used = sum(write.source.numel for write in writes if write.source is not None)
-        if 0 < used < incoming.numel():
+        if 0 < used < math.prod(incoming.shape):
             self.problems.misshapen[self.current] = (
                 f"shape {list(incoming.shape)}, of which {writes[0].parameter} takes {used} elements only"
             )
@@ -400,10 +422,10 @@ class LoadTrace(TorchDispatchMode):
         if func is not torch.ops.aten.copy_.default or incoming is None:
             return None
         source = args[1]
-        same = _key(source) == _key(incoming) and source.element_size() == incoming.element_size()
-        if not same or not incoming.is_contiguous() or _key(source) == 0 or source.shape != target.shape:
+        same = _key(source) == incoming.key and source.element_size() == incoming.dtype.itemsize
+        if not same or not incoming.as_it_came or _key(source) == 0 or source.shape != target.shape:
             return None
-        start = source.storage_offset() - incoming.storage_offset()
+        start = source.storage_offset() - incoming.offset
         view = Geometry(start, where.size, shared(tuple(source.stride())))
         plain = Geometry.contiguous(where.size)  # nearly always, and then the same object
         return Write(parameter, where, target.dtype, plain if view == plain else view, source.dtype)

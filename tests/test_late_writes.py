@@ -25,10 +25,29 @@ SIZE = 4
 """Elements of a weight, and of a slot."""
 END = 99
 """A moment after the last weight."""
+
+
+def _with_other_data(weight: torch.Tensor) -> torch.Tensor:
+    weight.data = (weight.data * 2).flip(0)
+    return weight
+
+
+def _with_part_of_its_data(weight: torch.Tensor) -> torch.Tensor:
+    whole = weight.data
+    weight.data = whole[1:]
+    part = weight.repeat(2)[:SIZE]
+    weight.data = whole
+    return part
+
+
 CHANGES: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "as it is": lambda weight: weight,
     "negated": lambda weight: -weight,
     "in double": lambda weight: weight.double(),
+    "in place": lambda weight: weight.add_(1),
+    "in part": lambda weight: weight[1:].neg_()._base,
+    "other data": _with_other_data,
+    "a part": _with_part_of_its_data,
     "a view": lambda weight: weight.view(2, -1).view(-1),
 }
 
@@ -131,7 +150,7 @@ def cold(layers: list[list[Step]], weights: Weights, kind: type[Model] = Model) 
     with (trace := ConstructionTrace()):
         model = kind(layers)
     record_constructed(model, trace, None)
-    model.load_weights(weights.items())
+    model.load_weights((name, tensor.clone()) for name, tensor in weights.items())
     utils.process_weights_after_loading(model, CONFIG, CPU)
     return model
 
