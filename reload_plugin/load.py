@@ -28,8 +28,6 @@ from .staging import StagedStorage
 from .tensors import storage_id
 
 _SCALE = re.compile(r"scale|zero|alpha|shape")
-_ANOTHER = ("",)
-"""Instead of the name of a weight: whichever were written to the parameter that a value is taken from."""
 _MANY = 4000
 """Storages of weights that a dry run remembers before it looks which of them are gone."""
 _LIMIT = 10_000
@@ -195,7 +193,7 @@ class LoadTrace(TorchDispatchMode):
         """
         self.current = ""
         self._sources: dict[int, tuple[str, ...]] = {}
-        """Storage -> the weights whose values are in it, or come into it."""
+        """Storage -> the weights whose values are in it, or come into it; "" for what is not known."""
         self._noted: dict[int, StorageWeakRef] = {}
         """Storages that ``_sources`` names: none that comes later gets the identity of one that is gone."""
         self._of_current: list[int] = []
@@ -204,6 +202,8 @@ class LoadTrace(TorchDispatchMode):
         """Whether that one may be written when others have come; else nothing more is expected of it then."""
         self._many = _MANY
         """So many of them are looked through for those that are gone."""
+        self._writers: dict[int, str] = {}
+        """Storage of a parameter -> the one weight that was written to it so far, or "" for several."""
         self._touched: list[StagedStorage] = []
         self._recent: set[int] = set()
         self._incoming: _Incoming | None = None
@@ -295,7 +295,7 @@ class LoadTrace(TorchDispatchMode):
             key = self._touch(tensor)
             found = self._sources.get(key)
             if found is None and self._reads(func, tensor, key, targets):
-                found = _ANOTHER
+                found = (self._writers.get(key, ""),)
             if found is not None and found != sources:
                 sources = tuple(dict.fromkeys((*sources, *found)))
         for target in targets:
@@ -313,7 +313,7 @@ class LoadTrace(TorchDispatchMode):
         return out
 
     def _reads(self, func: Any, tensor: torch.Tensor, key: int, targets: list[torch.Tensor]) -> bool:
-        """Whether an operator takes values from a parameter, which other weights may have written."""
+        """Whether an operator takes values from a parameter."""
         storage = self.storages.get(key)
         if storage is None or not storage.primary.is_parameter or func in _VIEWS:
             return False
@@ -381,6 +381,7 @@ class LoadTrace(TorchDispatchMode):
             self.loaded.repeatable = False
         self._writes.append(self._write_of(func, target, args, storage))
         self._recent.add(key)
+        self._writers[key] = self.current if self._writers.get(key, self.current) == self.current else ""
         storage.coverage.add(_in_elements_of(target, storage))
         for name in sources or (self.current,):
             self.loaded.note_written(name or self.current or storage.primary.name, storage.primary.name)

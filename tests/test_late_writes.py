@@ -274,14 +274,45 @@ class Copying(Model):
                 second.add_(2 * first)
 
 
-def test_nor_is_what_comes_of_another_weights_parameter() -> None:
-    layers = [[NOW], [OTHER]]
-    model = cold(layers, checkpoint(1, 2), Copying)
-    for seed in (2, 3):
-        planned(model, checkpoint(seed, 2))
-        assert values(model) == values(cold(layers, checkpoint(seed, 2), Copying))
+class Exponential(Model):
+    """Its loader takes what it has just left in the parameter itself, as that of Mamba's A does."""
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
+        for name, tensor in weights:
+            parameter = self.layers[int(name.removeprefix("w"))].weight
+            parameter.data.copy_(tensor)
+            parameter.data.copy_(-torch.exp(parameter.float()))
+
+
+class Growing(Model):
+    """Its loader does that with what all weights of the parameter have left there so far."""
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
+        parameter = self.layers[0].weight
+        parameter.data.zero_()
+        for name, tensor in weights:
+            parameter.data[int(name.removeprefix("w"))].copy_(tensor)
+            parameter.data.copy_(parameter * 2)
+
+
+@pytest.mark.parametrize(
+    ("kind", "layers", "routes"),
+    [
+        (Copying, [[NOW], [OTHER]], False),
+        (Exponential, [[NOW], [OTHER]], True),
+        (Growing, [[NOW, OTHER]], False),
+    ],
+)
+def test_nor_is_what_comes_of_another_weights_parameter(
+    kind: type[Model], layers: list[list[Step]], routes: bool
+) -> None:
+    model = cold(layers, checkpoint(1, 2), kind)
+    for reload in (planned, streamed, in_one_buffer):
+        for seed in (2, 3):
+            reload(model, checkpoint(seed, 2))
+            assert values(model) == values(cold(layers, checkpoint(seed, 2), kind))
     infos = [TensorInfo(f"w{number}", (SIZE,), torch.float32) for number in range(2)]
-    assert make_plan(model, infos, "a folder").routes is None
+    assert (make_plan(model, infos, "a folder").routes is not None) is routes
 
 
 @pytest.mark.parametrize(("late", "order"), [(False, ["w0", "w2", "w1"]), (True, ["w0", "w1", "w2"])])
