@@ -29,7 +29,7 @@ from .tensors import storage_id
 
 _SCALE = re.compile(r"scale|zero|alpha|shape")
 _MANY = 4000
-"""Storages of weights that a dry run remembers before it looks which of them are gone."""
+"""Storages of weights that may be written late, before those that are gone are looked for among them."""
 _LIMIT = 10_000
 """Offenders after which a stream is not read any further."""
 
@@ -367,7 +367,7 @@ class LoadTrace(TorchDispatchMode):
             if self._incoming is not None and key == self._incoming.key:
                 self._incoming.changed = True
             if sources:  # memory of the loader's own, where it may be putting several together
-                self._note_source(target, tuple(dict.fromkeys((*self._sources.get(key, ()), *sources))))
+                self._note_source(target, sources)
             return
         if storage.closed:
             raise self.late(storage.primary.name)

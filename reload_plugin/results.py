@@ -46,7 +46,7 @@ class Places:
             elsewhere has to be copied before anything is written there.
 
         """
-        self._served, self._free, self._given = served if self._wanted else None, None, set()
+        self._served, self._given = served if self._wanted else None, set()
         try:
             yield self._given
         finally:

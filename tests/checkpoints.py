@@ -49,14 +49,22 @@ def randomize(model: torch.nn.Module, seed: int) -> None:
             tensor.data.copy_(random_like(name, tensor.data, seed))
 
 
-def write_transformers(folder: Path, config: Config, seed: int, dtype: torch.dtype = torch.bfloat16) -> None:
-    """A checkpoint as transformers saves it; `config` holds `model_type` and the fields that make it tiny."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+def write_transformers(
+    folder: Path, config: Config, seed: int, dtype: torch.dtype = torch.bfloat16, cls: str | None = None
+) -> None:
+    """A checkpoint as transformers saves it; `config` holds `model_type` and the fields that make it tiny.
+
+    Of the class of transformers' that is named, or of the one that generates text.
+    """
+    import transformers
 
     fields = dict(config)
-    hf_config = AutoConfig.for_model(fields.pop("model_type"), dtype=dtype, **fields)
+    hf_config = transformers.AutoConfig.for_model(fields.pop("model_type"), dtype=dtype, **fields)
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(hf_config, dtype=dtype)
+    if cls is None:
+        model = transformers.AutoModelForCausalLM.from_config(hf_config, dtype=dtype)
+    else:
+        model = getattr(transformers, cls)(hf_config).to(dtype)
     randomize(model, seed)
     model.save_pretrained(folder)
 

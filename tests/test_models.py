@@ -4,10 +4,10 @@ Of kinds that `zoo` has none of: encoders, classifiers, models of several parts,
 back or write what nobody sent.
 """
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -115,20 +115,11 @@ class Row:
     options: Mapping[str, object] | None = None
     replayed: bool = True
 
-    def write(self, folder: Path, config: Config, seed: int) -> None:
-        import transformers
-
-        hf_config = transformers.AutoConfig.for_model(self.model_type, **config)
-        torch.manual_seed(0)
-        cls: Any = getattr(transformers, self.cls)
-        model = cls(hf_config).to(torch.bfloat16)
-        checkpoints.randomize(model, seed)
-        model.save_pretrained(folder)
-        checkpoints.edit_config(folder, dtype="bfloat16")
-
     @property
     def case(self) -> Case:
-        return Case(self.cls, self.config, self.write, engine_kwargs=self.options or {})
+        config = {"model_type": self.model_type, **self.config}
+        write = functools.partial(checkpoints.write_transformers, cls=self.cls)
+        return Case(self.cls, config, write, engine_kwargs=self.options or {})
 
 
 ROWS = (
