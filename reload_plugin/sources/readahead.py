@@ -152,7 +152,7 @@ class ReadAhead:
 
     def __init__(self) -> None:
         self.cache = PageCache()
-        self._wanted = min(READERS, _cores() - torch.get_num_threads())
+        self._wanted = spare_readers()
         self.threaded = self._wanted > 0
         self._batches: queue.SimpleQueue[Batch | None] = queue.SimpleQueue()
         self._stop = False
@@ -184,6 +184,11 @@ class ReadAhead:
     def _work(self) -> None:
         while (batch := self._batches.get()) is not None and not self._stop:
             batch.read()
+
+
+def spare_readers() -> int:
+    """Threads that may read beside those of the kernels; none or fewer if there are no cores for any."""
+    return min(READERS, _cores() - torch.get_num_threads())
 
 
 def _cores() -> int:
