@@ -259,6 +259,16 @@ def test_several_readers_bring_what_one_does(tmp_path: Path, spare_cores: list[s
     assert not [thread for thread in threading.enumerate() if "reader" in thread.name]
 
 
+def test_threads_that_only_read_have_half_as_much_each_as_a_team(monkeypatch: pytest.MonkeyPatch) -> None:
+    places = [
+        reading_module.Place(TensorInfo(str(n), (25,), torch.float32), "file", 100 * n, 100) for n in range(6)
+    ]
+    monkeypatch.setattr(readahead, "_cores", torch.get_num_threads)
+    assert [len(parcel.places) for parcel in reading_module.parcels_of(places)] == [3, 3]
+    monkeypatch.setattr(readahead, "_cores", lambda: torch.get_num_threads() + 8)
+    assert [len(parcel.places) for parcel in reading_module.parcels_of(places)] == [2, 2, 2]
+
+
 def test_what_one_of_the_readers_meets_is_raised_and_all_of_them_end(
     tmp_path: Path, spare_cores: list[str]
 ) -> None:
