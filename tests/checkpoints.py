@@ -187,19 +187,79 @@ def write_w4a16(folder: Path, config: Config, seed: int) -> None:
     to_w4a16(folder)
 
 
-def to_w4a16(folder: Path, group: int = 32) -> None:
-    """compressed-tensors pack-quantized INT4, one scale for each `group` inputs."""
+def to_w4a16(folder: Path, group: int = 32, zeros_of: int | None = None, ignored: str = "") -> None:
+    """compressed-tensors pack-quantized INT4, one scale for each `group` inputs.
+
+    With `zeros_of`, a seed, there are zero points as well. Layers of the name `ignored` stay as they are.
+    """
 
     def quantize(prefix: str, weight: torch.Tensor) -> Tensors:
+        if ignored and prefix.endswith(f".{ignored}."):
+            return {prefix + "weight": weight}
         values, scale = grouped_uint4(weight, group)
-        return {
+        result = {
             prefix + "weight_packed": pack_words(values),
             prefix + "weight_scale": scale,
             prefix + "weight_shape": torch.tensor(weight.shape),
         }
+        if zeros_of is not None:
+            drawn = generator_for(prefix + "zero", zeros_of)
+            zeros = torch.randint(5, 11, scale.t().shape, generator=drawn)
+            result[prefix + "weight_zero_point"] = pack_words(zeros).t()
+        return result
 
-    weights = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": group}
-    rewrite(folder, quantize, compressed_tensors_config("pack-quantized", weights, None))
+    weights = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": group}
+    weights["symmetric"] = zeros_of is None
+    config = compressed_tensors_config("pack-quantized", weights, None)
+    if ignored:
+        config["ignore"] = ["lm_head", f"re:.*{ignored}"]
+    rewrite(folder, quantize, config)
+
+
+def write_w4a16_asymmetric(folder: Path, config: Config, seed: int) -> None:
+    """As `write_w4a16`, with a zero point for each group."""
+    write_transformers(folder, config, seed)
+    to_w4a16(folder, zeros_of=seed)
+
+
+def write_w4a16_in_part(folder: Path, config: Config, seed: int) -> None:
+    """As `write_w4a16`, with some layers left as they are."""
+    write_transformers(folder, config, seed)
+    to_w4a16(folder, ignored="down_proj")
+
+
+def write_quark_int8(folder: Path, config: Config, seed: int) -> None:
+    """Quark's INT8: a scale per output channel, activations quantized per token while serving."""
+
+    def quantize(prefix: str, weight: torch.Tensor) -> Tensors:
+        values, scale = channel_int8(weight)
+        return {prefix + "weight": values, prefix + "weight_scale": scale.squeeze(1)}
+
+    spec = {"dtype": "int8", "qscheme": "per_channel", "symmetric": True, "group_size": None}
+    weights, inputs = ({"is_dynamic": False, "ch_axis": 0}, {"is_dynamic": True, "ch_axis": 1})
+    quantization = {
+        "quant_method": "quark",
+        "quant_mode": "eager_mode",
+        "global_quant_config": {
+            "weight": spec | weights,
+            "input_tensors": spec | inputs,
+            "output_tensors": None,
+            "bias": None,
+        },
+        "layer_quant_config": {},
+        "layer_type_quant_config": {},
+        "exclude": ["lm_head"],
+        "export": {"kv_cache_group": [], "pack_method": "reorder", "weight_format": "real_quantized"},
+    }
+    write_transformers(folder, config, seed)
+    rewrite(folder, quantize, quantization)
+
+
+def write_autoround(folder: Path, config: Config, seed: int) -> None:
+    """AutoRound's own spelling of a GPTQ checkpoint."""
+    write_gptq(folder, config, seed)
+    quantization = {"quant_method": "auto-round", "packing_format": "auto_round:auto_gptq"}
+    edit_config(folder, quantization_config=quantization | {"bits": 4, "group_size": 32, "sym": True})
 
 
 def write_gptq(folder: Path, config: Config, seed: int, group: int = 32) -> None:

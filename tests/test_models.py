@@ -1,10 +1,11 @@
 """More of vLLM's models, without an engine around them: a reload leaves every tensor as a cold start does.
 
-Of kinds that `zoo` has none of: encoders, classifiers, models of several parts, and loaders that keep weights
-back or write what nobody sent.
+Of kinds that `zoo` has none of: encoders, classifiers, models of several parts, loaders that keep weights
+back or write what nobody sent, and more quantizations.
 """
 
 import functools
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,8 @@ import torch
 from reload_plugin import reload_weights
 from tests import checkpoints, oracle
 from tests.checkpoints import Config, read_tensors
-from tests.zoo import EXPERTS, GQA, SIZES, Case
+from tests.processor import has_operator
+from tests.zoo import EXPERTS, GQA, INT4, LLAMA, LLAMA_TIED, QWEN3_MOE, SIZES, Case
 
 POOLING = {"runner": "pooling"}
 VISION = {
@@ -156,12 +158,41 @@ def places(model: torch.nn.Module) -> dict[str, tuple[int, int]]:
     return {path: (live.object_id, live.address) for path, live in found if "apply(identity)" not in path}
 
 
+def torchao(name: str) -> dict[str, object]:
+    """The options of an engine that quantizes by a configuration of torchao's while it loads."""
+    spelled = json.dumps({"_type": name, "_version": 2, "_data": {}})
+    return {"quantization": "torchao", "hf_overrides": {"quantization_config_dict_json": spelled}}
+
+
+QUANTIZED = (
+    Case("w4a16, zero points", LLAMA, checkpoints.write_w4a16_asymmetric, needs=INT4),
+    Case("w4a16, in part", LLAMA, checkpoints.write_w4a16_in_part, needs=INT4),
+    Case("auto-round", LLAMA, checkpoints.write_autoround, needs=INT4),
+    Case("quark int8", LLAMA, checkpoints.write_quark_int8),
+    Case("torchao int8 dynamic", LLAMA, engine_kwargs=torchao("Int8DynamicActivationInt8WeightConfig")),
+    Case("torchao fp8", LLAMA_TIED, engine_kwargs=torchao("Float8WeightOnlyConfig")),
+    Case("torchao intx", QWEN3_MOE, engine_kwargs=torchao("IntxWeightOnlyConfig")),
+)
+
+
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row.cls)
 def test_a_reload_leaves_every_tensor_as_a_cold_start_does(row: Row, tmp_path: Path) -> None:
-    folders = oracle.write(row.case, tmp_path)
-    with oracle.built(row.case, folders["B"]) as model:
+    assert (replayed_after_reloads(row.case, tmp_path) > 0) is row.replayed
+
+
+@pytest.mark.parametrize("case", QUANTIZED, ids=lambda case: case.name)
+def test_a_reload_quantizes_as_a_cold_start_does(case: Case, tmp_path: Path) -> None:
+    if not has_operator(case.needs):
+        pytest.skip(f"vLLM's kernels for this processor have no {case.needs}")
+    assert replayed_after_reloads(case, tmp_path) > 0
+
+
+def replayed_after_reloads(case: Case, root: Path) -> int:
+    """Reload back and forth from folders and streams. Returns how many weights were replayed at the end."""
+    folders = oracle.write(case, root)
+    with oracle.built(case, folders["B"]) as model:
         of_b = tensors(model)
-    with oracle.built(row.case, folders["A"]) as model:
+    with oracle.built(case, folders["A"]) as model:
         expected, before = {"A": tensors(model), "B": of_b}, places(model)
         assert expected["A"] != expected["B"]
         for letter, streams in (("B", False), ("A", True), ("B", True), ("A", False), ("B", False)):
@@ -175,4 +206,4 @@ def test_a_reload_leaves_every_tensor_as_a_cold_start_does(row: Row, tmp_path: P
             }
             assert differing == set()
             assert places(model) == before
-        assert (report.replayed > 0) is row.replayed
+    return report.replayed
