@@ -15,6 +15,14 @@ def has_operator(name: str) -> bool:
     return hasattr(torch.ops._C, name)
 
 
+def skip_without(operator: str) -> None:
+    """Skip the test at hand where vLLM's kernels lack an operator that it needs."""
+    if not has_operator(operator):
+        import pytest  # benchmarks use this file too, without it
+
+        pytest.skip(f"vLLM's kernels for this processor have no {operator}")
+
+
 @functools.cache
 def packs_bf16() -> bool:
     """Whether oneDNN takes bf16 weights. Where the processor does not multiply them, vLLM leaves them as they

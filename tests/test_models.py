@@ -16,7 +16,7 @@ import torch
 from reload_plugin import reload_weights
 from tests import checkpoints, oracle
 from tests.checkpoints import Config, read_tensors
-from tests.processor import has_operator
+from tests.processor import skip_without
 from tests.zoo import EXPERTS, GQA, INT4, LLAMA, LLAMA_TIED, QWEN3_MOE, SIZES, Case
 
 POOLING = {"runner": "pooling"}
@@ -182,8 +182,7 @@ def test_a_reload_leaves_every_tensor_as_a_cold_start_does(row: Row, tmp_path: P
 
 @pytest.mark.parametrize("case", QUANTIZED, ids=lambda case: case.name)
 def test_a_reload_quantizes_as_a_cold_start_does(case: Case, tmp_path: Path) -> None:
-    if not has_operator(case.needs):
-        pytest.skip(f"vLLM's kernels for this processor have no {case.needs}")
+    skip_without(case.needs)
     assert replayed_after_reloads(case, tmp_path) > 0
 
 

@@ -13,7 +13,7 @@ import torch
 
 from tests import oracle
 from tests.oracle import Result
-from tests.processor import has_operator, packs_bf16
+from tests.processor import packs_bf16, skip_without
 from tests.zoo import CASES, DIES, RIGHT, Case, case_named
 
 # Enough of vLLM's own failures to show that each kind of difference is seen; `--table` runs them all.
@@ -71,8 +71,7 @@ def runs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_warm_equals_cold(runs: Runs, case: Case) -> None:
     """Reloaded through A, B, A, B it is the engine of a cold start on B, and nothing has moved."""
-    if not has_operator(case.needs):
-        pytest.skip(f"vLLM's kernels for this processor have no {case.needs}")
+    skip_without(case.needs)
     result = runs.futures[case.name, True].result(PATIENCE)
     assert result.verdict == RIGHT, result.summary(limit=40)
     assert result.tensors > 0

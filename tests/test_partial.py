@@ -16,7 +16,7 @@ from reload_plugin.record import record_of
 from reload_plugin.reload import before_serving
 from tests import oracle
 from tests.checkpoints import read_tensors
-from tests.processor import has_operator
+from tests.processor import skip_without
 from tests.test_session import A, B, Hooked, Method, Model, Packing, cold, identities, values
 from tests.zoo import case_named
 
@@ -170,10 +170,7 @@ def test_what_a_failed_update_did_to_other_layers_is_undone() -> None:
 @pytest.mark.parametrize("name", ["qwen3_moe", "deepseek_v2", "nemotron_h", "w4a16", "meta_experts"])
 def test_some_weights_at_a_time_come_to_what_all_at_once_do(name: str, tmp_path: Path) -> None:
     case = case_named(name)
-    if not has_operator(case.needs):
-        pytest.skip(
-            f"the values of {name} cannot be read without {case.needs}, which this processor's build lacks"
-        )
+    skip_without(case.needs)
     folders = oracle.write(case, tmp_path)
     ours, theirs = read_tensors(folders["A"]), read_tensors(folders["B"])
     drawn = random.Random(name)
