@@ -73,11 +73,11 @@ def _stages(report: dict[str, Any]) -> str:
     for model, way, found in ways_of(report):
         stages = found["ours"]["stages"]["later"]
         if "read" in stages:  # told from loading since then
-            digest, total = stages.get("digest", 0.0), stages["total"]
-            parts = [stages["read"], stages["load"], stages["process"], stages["commit"] - digest, digest]
+            total, digest = stages["total"], stages["digest, asked for"]
+            parts = [stages[part] for part in ("read", "load", "process", "commit")]
             name = ", ".join(part for part in (model["name"], way) if part)
-            rows.append([name, *(f"{one:.3f}" for one in (*parts, total - sum(parts), total))])
-    columns = ("later reload, seconds", "read", "load", "process", "commit", "digest", "rest", "total")
+            rows.append([name, *(f"{one:.3f}" for one in (*parts, total - sum(parts), total, digest))])
+    columns = ("later reload, seconds", "read", "load", "process", "commit", "rest", "total", "digest")
     return table(columns, rows)
 
 

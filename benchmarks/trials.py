@@ -163,12 +163,16 @@ def is_ours() -> bool:
 
 
 def account_of(llm: Any) -> dict[str, Any]:
-    """Where the last reload's time went, as its report says, and what became of the old weights."""
+    """Where the last reload's time went, as its report says, what became of the old weights, and what it
+    takes to get the digest of the new ones.
+    """
     if not is_ours():
         return {"stages": {}}
+    began = time.perf_counter()
     report = llm.collective_rpc("reload_status")[0]["report"]
+    asked = time.perf_counter() - began
     return {
-        "stages": report["seconds"],
+        "stages": report["seconds"] | {"digest, asked for": asked},
         "old_generation": report["old_generation"],
         "spilled": report["spilled_bytes"],
         "replayed": report["replayed"],

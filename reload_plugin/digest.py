@@ -1,27 +1,79 @@
-"""One short text for everything that a model's kernels read."""
+"""One short text for everything that a model's kernels read, made when somebody asks for it.
+
+All weights have to be read for it, so a reload whose report nobody gets leaves it to who asks for the status.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import logging
+import threading
 from collections.abc import Collection
+from typing import Literal, Protocol
 
 import torch
 
 from .hashing import Hash, form_of
 from .holders import ABSENT, holds_nothing, owns_native, reachable, tables_of, values_of
+from .native import handle_in
 from .record import HolderRecord, ModelRecord, TensorRecord
 from .tensors import storage_id
 
 logger = logging.getLogger("vllm.reload_plugin")
 
+making = threading.RLock()
+"""Held while a digest is made: no reload begins meanwhile."""
 
-def digest_of(record: ModelRecord) -> str | None:
+
+Wanted = bool | Literal["later"]
+"""True hashes in the reload, for its report; ``later`` leaves all to who asks for the status but what native
+handles are made of; False hashes nothing.
+"""
+
+
+class Change(Protocol):
+    """A reload, while the served weights may not be in their places."""
+
+    def step_aside(self) -> bool:
+        """Show what is served, all of it, until the reload goes on. Says whether that could be done."""
+
+
+def served_digest(record: ModelRecord) -> str | None:
+    """The digest of what a model serves, made now unless it was before, and remembered with the generation.
+
+    None, beside the cases of ``digest_of``, where a reload is at work that cannot step aside. Not to be asked
+    of a broken model, which serves nothing.
+    """
+    with making:
+        serving = record.serving
+        if serving.digest is None and all(change.step_aside() for change in list(record.changes)):
+            made = digest_of(record, forget=not record.changes)
+            serving = record.serving = dataclasses.replace(serving, digest=made)
+        return serving.digest
+
+
+def before_change(record: ModelRecord, change: Change) -> None:
+    """Called before anything that is served may be elsewhere, until ``after_change``."""
+    with making:
+        record.changes.add(change)
+
+
+def after_change(record: ModelRecord, change: Change) -> None:
+    """What is served is in its places again. Harmless where ``before_change`` was not called."""
+    record.changes.discard(change)
+
+
+def digest_of(record: ModelRecord, forget: bool = True) -> str | None:
     """XXH3-128 (hex) over all that was recorded of a model's layers, as it is now.
 
     That is: parameters and buffers, what processing put beside them (packed weights, scales as numbers,
     closures, helper objects), and for native handles what they were made of. Not in it: what is bound after
     the start (KV caches, adapters). Two engines on one kind of device that serve the same weights have the
     same digest.
+
+    Args:
+        record: of the model.
+        forget: whether what is known of native handles that no layer holds may be forgotten.
 
     Returns:
         None when native handles were made unseen, or without being hashed (``digest=False``), and when
@@ -37,7 +89,7 @@ def digest_of(record: ModelRecord) -> str | None:
             own = {id(held) for _, held in alive}
             for holder, held in alive:
                 book.add_holder(f"{layer.name}.{holder.path}", holder, held, own)
-        return book.close()
+        return book.close(forget)
     except Exception as error:  # noqa: BLE001 - tensors of any kind; no digest is worth a failed reload
         logger.warning("What is served has no digest: %s: %s", type(error).__name__, error)
         return None
@@ -54,9 +106,9 @@ class _Book:
         """No native handle so far whose contents are not known."""
         self._seen: dict[tuple[object, ...], str] = {}
 
-    def close(self) -> str | None:
-        """The digest; forgets handles that the model no longer holds."""
-        for gone in self._handles.keys() - self._found:
+    def close(self, forget: bool) -> str | None:
+        """The digest."""
+        for gone in self._handles.keys() - self._found if forget else ():
             del self._handles[gone]
         return self._total.digest().hex() if self._known else None
 
@@ -91,12 +143,10 @@ class _Book:
                 self._known &= any(self._is_handle(tensor) for tensor in held)
 
     def _is_handle(self, tensor: torch.Tensor) -> bool:
-        """vLLM keeps a handle as a number in a tensor, so that compiled code does not inline it."""
-        if tensor.dtype != torch.int64 or tensor.numel() != 1 or tensor.device.type != "cpu":
+        handle = handle_in(tensor)
+        if handle is None or handle not in self._handles:
             return False
-        made_of = self._handles.get(handle := int(tensor), b"")
-        if made_of == b"":
-            return False
+        made_of = self._handles[handle]
         self._found.add(handle)
         self._known &= made_of is not None
         self._total.add_digest(made_of or b"")

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
-from .digest import digest_of
+from .digest import making, served_digest
 from .errors import KernelFormatError, weights_error
 from .generation import replace_last_good
 from .holders import ABSENT, owns_native, tensors_in
@@ -49,10 +49,9 @@ def copy_kernel_format(
     if record.vote is not None:
         record.vote(None)
     nbytes, names = sum(tensor.nbytes for tensor in staged.values()), list(staged)
-    with torch.inference_mode(False), torch.no_grad():
+    with making, torch.inference_mode(False), torch.no_grad():
         _copy_all(staged, served)
-    digest = digest_of(record) if chosen.digest else None
-    record.serving = Serving(record.serving.version + 1, chosen.weight_version, source, digest)
+        record.serving = Serving(record.serving.version + 1, chosen.weight_version, source)
     replace_last_good(record, None)
     return ReloadReport(
         source=source,
@@ -65,7 +64,7 @@ def copy_kernel_format(
         seconds={"total": time.perf_counter() - started},
         version=record.serving.version,
         weight_version=chosen.weight_version,
-        digest=digest,
+        digest=served_digest(record) if chosen.digest is True else None,
     )
 
 

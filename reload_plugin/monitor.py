@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 from collections.abc import Callable, Iterable
 from typing import Any, Literal, get_args
@@ -10,7 +9,7 @@ from typing import Any, Literal, get_args
 from pydantic import BaseModel, ConfigDict
 from torch import nn
 
-from .digest import digest_of
+from .digest import served_digest
 from .errors import ReloadError
 from .session import complete_record_of
 from .verify import ReloadReport
@@ -28,7 +27,7 @@ class ReloadStatus(BaseModel):
     weight_version: str | None
     """The caller's name for the served weights."""
     digest: str | None
-    """Of what the kernels read (``digest.digest_of``); None when it is not known."""
+    """Of what the kernels read (``digest.digest_of``); None when nobody asked, or it cannot be known."""
     source: str
     """Where the served weights came from."""
     since: float
@@ -47,8 +46,8 @@ def status_of(model: nn.Module, digest: bool = True, rank: int = 0) -> ReloadSta
 
     Args:
         model: a recorded model.
-        digest: where the commit has not hashed what the kernels read (the start does not), do it now and
-            remember it. Reads all weights once; not done while an update is open.
+        digest: where nobody asked for the digest of these weights before, make it and remember it. Reads all
+            weights once; not done inside a block of ``restore_for_reloading``.
         rank: what to put into the answer.
 
     Raises:
@@ -56,23 +55,22 @@ def status_of(model: nn.Module, digest: bool = True, rank: int = 0) -> ReloadSta
 
     """
     record = complete_record_of(model)
-    serving, session = record.serving, record.session
+    known = served_digest(record) if digest and record.broken is None else record.serving.digest
+    serving, session, report = record.serving, record.session, record.last_report
     update = None
     if session is not None:
         update = f"{session.source}, {session.holder}, {session.loaded.count} weights so far"
         update += f", failed: {session.failed}" if session.failed else ""
-    if digest and serving.digest is None and session is None:
-        serving = record.serving = dataclasses.replace(serving, digest=digest_of(record))
     return ReloadStatus(
         state="broken" if record.broken is not None else "updating" if update else "serving",
         version=serving.version,
         weight_version=serving.weight_version,
-        digest=None if record.broken is not None else serving.digest,
+        digest=None if record.broken is not None else known,
         source=serving.source,
         since=serving.since,
         update=update,
         last_error=record.broken or record.last_error,
-        report=record.last_report,
+        report=None if report is None else report.model_copy(update={"digest": known}),
         rank=rank,
     )
 
@@ -82,7 +80,7 @@ def status(engine: Any, digest: bool = True) -> list[ReloadStatus]:
 
     Args:
         engine: a ``vllm.LLM`` (or anything else with ``collective_rpc``), or a model in this process.
-        digest: hash what the kernels read now, if the commit has not.
+        digest: hash what the kernels read, if nobody asked for that before.
 
     """
     if isinstance(engine, nn.Module):

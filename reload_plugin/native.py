@@ -16,6 +16,7 @@ import torch
 
 from . import _vllm
 from .hashing import Hash
+from .holders import values_of
 
 Handles = dict[int, bytes | None]
 """Handle -> digest of all that its constructor was given; None where that was not hashed."""
@@ -77,6 +78,21 @@ def watching_native(device: torch.device | None, handles: Handles, hashed: bool 
     finally:
         for library, name, constructor in replaced:
             setattr(library, name, constructor)
+
+
+def handle_in(tensor: torch.Tensor) -> int | None:
+    """The native handle that a tensor may hold: vLLM keeps one as a number in a tensor, so that compiled code
+    does not inline it.
+    """
+    may_hold = tensor.dtype == torch.int64 and tensor.numel() == 1 and tensor.device.type == "cpu"
+    return int(tensor) if may_hold else None
+
+
+def forget_handles(owner: object, handles: Handles) -> None:
+    """An owner of native handles is about to release them: what was made of them is of no use any more."""
+    for value in values_of(owner):
+        if isinstance(value, torch.Tensor) and (handle := handle_in(value)) is not None:
+            handles.pop(handle, None)
 
 
 def _digest_of(arguments: tuple[Any, ...]) -> bytes:

@@ -8,6 +8,7 @@ from typing import Literal, get_args
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from .digest import Wanted
 from .errors import ReloadError
 
 ReloadPolicy = Literal["auto", "host", "spill", "reread", "streaming"]
@@ -40,7 +41,7 @@ class ReloadOptions(BaseModel):
     weight_version: str | None = None
     keep_load_format: Literal["host", "spill"] | None = None
     spill_dir: str | None = None
-    digest: bool = True
+    digest: Wanted = True
     require_marker: str | None = None
     progress: bool | None = None
 

@@ -202,9 +202,10 @@ def _refuse(record: ModelRecord, top: Source, unfit: Iterable[str]) -> None:
             names = learnt.get(group.name) or {t.name for t in group.tensors if t.is_parameter}
             companions += sorted(names - sent)
     shown = ", ".join(companions[:12]) + (f" and {len(companions) - 12} more" if len(companions) > 12 else "")
+    further = f"Send these as well: {shown}. Or reload" if companions else "Reload"
     raise PartialUpdateError(
         f"{top.description} changes layers that are packed or quantized, and their other weights are not in "
-        f"memory in the form they came in. {SERVES_OLD} Send these as well: {shown}. Or reload once in full "
+        f"memory in the form they came in. {SERVES_OLD} {further} once in full "
         "with keep_load_format='host' or 'spill', or from a folder that stays where it is.",
         companions,
     )

@@ -180,6 +180,7 @@ def _patch_workers() -> None:
     module, cls = _vllm.WORKER
     _replace_method(module, cls, "execute_model", _guarding)
     _replace_method(module, cls, "update_weights", _ending)
+    _replace_method(module, cls, "sleep", _hashing_first)
     worker = getattr(sys.modules.get(module), cls, None)
     if worker is not None:
         _add_worker_calls(worker)
@@ -265,6 +266,22 @@ def _ending(original: Callable[..., Any]) -> Callable[..., Any]:
     return update_weights
 
 
+def _hashing_first(original: Callable[..., Any]) -> Callable[..., Any]:
+    """The worker's ``sleep``, which gives the memory of the weights away: their digest is made before it."""
+    from .digest import served_digest
+    from .record import record_of
+
+    def sleep(self: Any, *args: Any, **kwargs: Any) -> Any:
+        draft = getattr(self, "get_draft_model", lambda: None)()
+        for model in (self.model_runner.get_model(), draft):
+            record = record_of(model) if model is not None else None
+            if record is not None and record.complete and record.broken is None:
+                served_digest(record)
+        return original(self, *args, **kwargs)
+
+    return sleep
+
+
 def _guarding(original: Callable[..., Any]) -> Callable[..., Any]:
     """The worker's forward pass, which never runs on half-loaded weights."""
     from .generation import before_serving
@@ -293,7 +310,8 @@ def _reloading(original: Callable[..., None]) -> Callable[..., None]:
             logger.warning("%s was built before reload_plugin; vLLM's own reload runs.", type(model).__name__)
             original(vllm_config, model, weights_iterator, weights_path, is_checkpoint_format)
             return
-        report = ours(model, weights_iterator, weights_path, is_checkpoint_format, **(_asked.get() or {}))
+        how = {"digest": "later"} | (_asked.get() or {})  # nobody gets the report
+        report = ours(model, weights_iterator, weights_path, is_checkpoint_format, **how)
         logger.info("Reloaded: %s", report.model_dump_json(exclude={"ignored", "kept"}))
 
     return reload_weights

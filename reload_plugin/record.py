@@ -252,8 +252,10 @@ class ModelRecord:
     complete: bool = False
     serving: Serving = field(default_factory=Serving)
     """The generation of weights that the model answers with."""
+    changes: weakref.WeakSet[Any] = field(default_factory=weakref.WeakSet)
+    """Reloads that have begun and are not over; see ``digest.Change``."""
     last_report: Any = None
-    """ReloadReport of the last good reload."""
+    """ReloadReport of the last good reload, without its long lists."""
     last_error: str | None = None
     """What the last reload that failed said; None once one succeeded."""
     handles: dict[int, bytes | None] = field(default_factory=dict)

@@ -97,7 +97,9 @@ def reload_weights(
             * ``spill_dir``: folder for temporary files.
             * ``weight_version``: a name for these weights, for ``status``.
             * ``require_marker``: name of a file that the trainer writes last; a folder without it is refused.
-            * ``digest``: hash what the kernels read, in the step that commits; on unless it is False.
+            * ``digest``: hash what the kernels read. True, the default here: now, for the report; ``later``,
+              the default of vLLM's runners, which return no report: when ``status`` is asked for it; False:
+              not, nor what native handles are made of, so that the status cannot tell it either.
             * ``progress``: whether a bar on stderr counts the bytes of a reload from disk. None: on rank 0
               where stderr is a terminal.
             * ``whole_model``: load everything before anything is processed; for models whose loader comes

@@ -16,6 +16,6 @@ class Serving:
     """The caller's name for these weights."""
     source: str = "the engine's start"
     digest: str | None = None
-    """Of what the kernels read; see ``digest.digest_of``."""
+    """Of what the kernels read, once somebody asked; see ``digest.served_digest``."""
     since: float = field(default_factory=time.time)
     """Unix time (s) of the commit."""

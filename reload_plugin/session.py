@@ -27,14 +27,14 @@ from . import _vllm
 from .admission import Admission
 from .bystanders import Bystanders
 from .commit import Commit, plan_commit
-from .digest import digest_of
+from .digest import Wanted, after_change, before_change, served_digest
 from .errors import NotRecordedError, SessionError, SourceError, weights_error
 from .garbage import no_collections, no_full_collections
 from .interrupts import call_between, call_out, deliver, held
 from .ledger import Expected, Ledger
 from .load import Feed, Fetching, Loaded, LoadTrace, Problems, load_all, load_by_routes
 from .memory import Gauge, growth, keep_within
-from .native import Noted, watching_native
+from .native import Noted, forget_handles, watching_native
 from .overflow import OPEN_BUDGET, OPEN_STREAMING, Overflow
 from .placement import placement
 from .process import ProcessWeights, process_stage, process_tail
@@ -142,8 +142,8 @@ class ReloadSession:
         self.report: ReloadReport | None = None
         self.failed: str | None = None
         """What the last ``load`` or ``finish`` that raised said."""
-        self.digest = True
-        """Whether to hash what the kernels read, at the commit."""
+        self.digest: Wanted = True
+        """Whether to hash what the kernels read; see ``digest.Wanted``."""
         self.holder = f"opened by thread {threading.current_thread().name} of process {os.getpid()}"
         self.weight_version: str | None = None
         """What to call these weights from the commit on."""
@@ -339,6 +339,8 @@ class ReloadSession:
         """Put the model into load format. It cannot serve until ``hide``."""
         if self._shown:
             return
+        if not self._entered:
+            before_change(self._record, self)
         self._shown = True
         self._tree = unwrap_tree(self._record)
         if self._entered:
@@ -379,6 +381,14 @@ class ReloadSession:
         self._tree = []
         self._shown = False
 
+    def step_aside(self) -> bool:
+        """Show all that is served until the next call, if it is served still and this is not in a call."""
+        whole = self.state is State.OPEN and not self.committed
+        if whole:
+            with held():
+                self.hide()
+        return whole
+
     def finish(self, check: bool = True) -> ReloadReport:
         """Check that everything came, process what is left, and commit.
 
@@ -414,7 +424,9 @@ class ReloadSession:
                 for _, commit in self._staged:
                     self._apply(commit)
                 self.state = State.COMMITTED
-                self._record.serving = self._next_generation()
+                self._record.serving = Serving(
+                    self._record.serving.version + 1, self.weight_version, self.source
+                )
                 # Only now: results may be views of one another's memory (W_UV of kv_b_proj's weight).
                 for stage, commit in self._staged:
                     stage.release(commit.kept_storages(applied=True))
@@ -423,6 +435,10 @@ class ReloadSession:
             if self.state is State.PROCESSING:
                 self.state = State.OPEN
         self._seconds["finish"] = time.perf_counter() - started
+        after_change(self._record, self)
+        if self.digest is True:
+            with self._timed("digest"):
+                served_digest(self._record)
         self.report = self._make_report(kept, ignored)
         self._drop()
         return self.report
@@ -526,6 +542,7 @@ class ReloadSession:
         self._trace.storages = {}
         self._trace.find_protected = dict
         self._bystanders = None
+        after_change(self._record, self)
         self._record.pool.settle()
 
     # -- process and commit -----------------------------------------------------------------------
@@ -575,7 +592,7 @@ class ReloadSession:
         """What watches processing, begun by the first layer: to begin takes longer than some layers do."""
         if self._watched_by is None:
             device = self._record.target_device
-            noted = watching_native(device, self._record.handles, self.digest)
+            noted = watching_native(device, self._record.handles, self.digest is not False)
             in_place = self.policy == "streaming" and device.type == "cpu"
             self._watching.callback(setattr, self, "_watched_by", None)
             watch = self._watching.enter_context
@@ -635,6 +652,8 @@ class ReloadSession:
             if commit.begun:
                 self.committed.add(commit.name)
         self._record.native[commit.name] = commit.native
+        for _, replaced in commit.trades:
+            forget_handles(replaced, self._record.handles)
 
     def _process_rest(self) -> None:
         for stage in list(self._open_stages.values()):
@@ -682,11 +701,6 @@ class ReloadSession:
             self.failed = f"{type(error).__name__}: {error}"
             raise
         self.failed = None
-
-    def _next_generation(self) -> Serving:
-        with self._timed("digest"):
-            digest = digest_of(self._record) if self.digest else None
-        return Serving(self._record.serving.version + 1, self.weight_version, self.source, digest)
 
     # -- small things -----------------------------------------------------------------------------
 

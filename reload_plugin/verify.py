@@ -46,8 +46,7 @@ class ReloadReport(BaseModel):
     """Largest amount of load-format and uncommitted kernel-format memory held at one time."""
     seconds: dict[str, float]
     """Wall seconds by stage: plan, read (files, or the iterator that was passed), load (bringing layers into
-    load format, and loaders), process, agree (waiting for other ranks), commit and, as a part of it, digest;
-    finish; total.
+    load format, and loaders), process, agree (waiting for other ranks), commit; finish; digest; total.
 
     What is served changes during ``commit`` and at no other time, unless the policy is ``streaming``.
     ``finish`` is the whole call that ends an update, the one that wants a pause: what was not known to be
@@ -59,7 +58,7 @@ class ReloadReport(BaseModel):
     weight_version: str | None = None
     """The caller's name for the weights served now."""
     digest: str | None = None
-    """Of what the kernels read now; see ``digest.digest_of``. None with ``digest=False``."""
+    """Of what the kernels read now; see ``digest.digest_of``. None with ``digest=False`` and ``later``."""
     spilled_bytes: int = 0
     """Bytes that went through a file because they came in an order that staging had no room for."""
     partial: bool = False

@@ -791,9 +791,11 @@ def test_status_tells_version_digest_source_and_the_last_error(on_a: Engine) -> 
     on_a.push(iter(one_changed), digest=False)
     assert reload_plugin.status(on_a.llm, digest=False)[0].digest is None
     on_a.push(iter(one_changed))
+    assert reload_plugin.status(on_a.llm, digest=False)[0].digest is None, "nobody asked for it"
+    asked = reload_plugin.status(on_a.llm)[0]
     served = reload_plugin.status(on_a.llm, digest=False)[0]
     assert served.digest not in (None, before.digest)
-    assert served.report.digest == served.digest
+    assert served.report.digest == served.digest == asked.digest
     on_a.reload(str(on_a.folders["A"]))
     assert reload_plugin.status(on_a.llm)[0].digest == before.digest
     with pytest.raises(reload_plugin.ReloadError, match="No cache is called prefixes"):

@@ -21,6 +21,7 @@ import reload_plugin
 from reload_plugin import _vllm, abort_weight_update, plugin, transfer
 from reload_plugin.commit import Commit
 from reload_plugin.errors import MissingWeightsError, SessionError, SourceError
+from reload_plugin.record import record_of
 from tests import oracle
 from tests.checkpoints import read_tensors
 from tests.test_faces import environment, wait_until_healthy, write_tokenizer
@@ -240,7 +241,7 @@ def test_the_pause_is_the_finish_and_the_report_gives_it(
         done.append("a commit")
         apply(commit)
 
-    on_b = answers(llm)
+    on_b, digest = answers(llm), reload_plugin.status(model)[0].digest
     monkeypatch.setattr(_vllm, "process_layers", processing)
     monkeypatch.setattr(Commit, "apply", applying)
     llm.start_weight_update()
@@ -255,9 +256,44 @@ def test_the_pause_is_the_finish_and_the_report_gives_it(
     assert set(finishing[finishing.index("a commit") :]) == {"a commit"}, "processed during the commit"
     assert not [name for name in finishing if name.endswith("_proj")]
     seconds = reload_plugin.status(model)[0].report.seconds
-    assert 0 < seconds["digest"] < seconds["commit"] < seconds["finish"] < seconds["total"]
+    assert 0 < seconds["commit"] < seconds["finish"] < seconds["total"]
     update(llm, folders["B"], chunks)
     assert answers(llm) == on_b
+    assert reload_plugin.status(model)[0].digest == digest
+
+
+def test_the_digest_of_what_is_served_can_be_asked_for_in_an_open_update(
+    llm: object, model: torch.nn.Module, folders: dict[str, Path], chunks: list[list[str]]
+) -> None:
+    """What is known of native handles is kept: of those that are served, and of those that will be."""
+    found = []
+    for letter in "AB":
+        update(llm, folders[letter], chunks)
+        found.append(reload_plugin.status(llm)[0].digest)
+    update(llm, folders["A"], chunks)  # and nobody asks
+    llm.start_weight_update()
+    for names in chunks[:-1]:
+        send(llm, folders["B"], names)
+    assert reload_plugin.status(llm, digest=False)[0].digest is None
+    found.append(reload_plugin.status(llm)[0].digest)
+    send(llm, folders["B"], chunks[-1])
+    llm.finish_weight_update()
+    assert reload_plugin.status(llm, digest=False)[0].digest is None
+    found.append(reload_plugin.status(llm)[0].digest)
+    assert found[:2] == found[2:]
+    assert None not in found
+
+
+def test_native_handles_that_are_gone_are_forgotten_though_nobody_asks(
+    llm: object, model: torch.nn.Module, folders: dict[str, Path], chunks: list[list[str]]
+) -> None:
+    handles = record_of(model).handles
+    assert reload_plugin.status(llm)[0].digest
+    before = len(handles)
+    for letter in "ABAB":
+        update(llm, folders[letter], chunks)
+        llm.collective_rpc("reload_weights", kwargs={"weights_path": str(folders[letter])})
+        assert len(handles) == before
 
 
 @pytest.mark.usefixtures("model")

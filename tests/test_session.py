@@ -1202,7 +1202,8 @@ def test_the_report_accounts_for_what_came() -> None:
 
 def test_waiting_for_the_weights_is_told_from_loading_them(monkeypatch: pytest.MonkeyPatch) -> None:
     asleep = 0.05
-    monkeypatch.setattr(session_module, "digest_of", lambda _: time.sleep(4 * asleep))
+    apply = Commit.apply
+    monkeypatch.setattr(Commit, "apply", lambda commit: (apply(commit), time.sleep(2 * asleep)))
 
     def slowly() -> Iterator[tuple[str, torch.Tensor]]:
         for item in B.items():
