@@ -153,7 +153,8 @@ def test_a_model_that_is_broken_has_none_and_one_that_is_healed_has() -> None:
     reload_weights(model, iter(B.items()), digest="later")
     with pytest.raises(EngineBrokenError):
         reload_weights(model, iter([("first.weight", A["first.weight"])]), policy="streaming")
-    assert status(model)[0].digest is None
+    broken = status(model)[0]
+    assert (broken.state, broken.digest, broken.report.digest) == ("broken", None, None)
     assert reload(model, A).digest == digest_of(A) == status(model)[0].digest
 
 
