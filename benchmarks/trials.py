@@ -132,12 +132,16 @@ def reload_in_worker(worker: Any, options: dict[str, Any], weights: Any) -> None
 
 
 def load_in_worker(worker: Any, weights: Any) -> None:
-    """The same by the model's own loader: nothing has learnt routes where only this was called before."""
-    from reload_plugin import restore_for_reloading
+    """The same by the model's own loader: a session that knows of no routes."""
+    from reload_plugin import ReloadSession
+    from reload_plugin.generation import note_report
+    from reload_plugin.record import record_of
 
     model = worker.get_model()
-    with restore_for_reloading(model):
-        model.load_weights(weights)
+    with ReloadSession(model) as session:
+        session.digest = "later"  # as in all others
+        session.load(weights)
+        note_report(record_of(model), session.finish())
 
 
 def stream(folder: str, shuffled: bool, seed: int) -> Iterator[tuple[str, Any]]:

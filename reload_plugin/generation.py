@@ -9,7 +9,9 @@ from __future__ import annotations
 import contextlib
 import errno
 import logging
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -26,6 +28,7 @@ from .record import ModelRecord
 from .routes import Routes
 from .session import SERVES_OLD, Policy, ReloadSession, State, complete_record_of
 from .sources import Source, TensorInfo, give_back, kept_open, layers_of, open_folder
+from .sources.safetensors_files import SafetensorsSource
 from .verify import ReloadReport
 
 logger = logging.getLogger("vllm.reload_plugin")
@@ -89,7 +92,7 @@ def _order(model: nn.Module, record: ModelRecord, infos: list[TensorInfo]) -> li
 
 
 def learn_routes(model: nn.Module, record: ModelRecord) -> None:
-    """Before a reload from an iterator: learn its routes, from the last one or from the engine's own
+    """Before weights that nobody lists: learn their routes, from the last ones or from the engine's own
     checkpoint. Costs one pass of the model's loader over meta tensors, once for each placement.
     """
     here = placement(record)
@@ -153,12 +156,31 @@ def _start_source(model: nn.Module, record: ModelRecord) -> Source | None:
 
 
 def _start_shapes(model: nn.Module, record: ModelRecord) -> dict[str, tuple[int, ...]]:
-    """Name -> shape in the engine's own checkpoint; empty when it cannot be listed."""
+    """Name -> shape in the engine's own checkpoint, in the order in which a cold start loads it; empty when
+    it cannot be listed.
+    """
     if record.start_shapes is None:
         source = _start_source(model, record)
-        infos = (source.infos() if source is not None else None) or ()
-        record.start_shapes = {info.name: info.shape for info in infos}
+        record.start_shapes = {info.name: info.shape for info in _as_loaded(source)}
     return record.start_shapes
+
+
+def _as_loaded(source: Source | None) -> Sequence[TensorInfo]:
+    """What a source lists, in the order in which vLLM loads it at a start: file by file, and of safetensors
+    by name in each (``safetensors_weights_iterator``, ``safe_open.keys``).
+    """
+    infos = (source.infos() if source is not None else None) or ()
+    if not isinstance(source, SafetensorsSource):
+        return infos
+    file_of = source.file_of
+    files = {path: place for place, path in enumerate(sorted(set(file_of.values()), key=_with_numbers))}
+    return sorted(infos, key=lambda info: (files[file_of[info.name]], info.name))
+
+
+def _with_numbers(path: str) -> list[tuple[int, str]]:
+    """To sort files by: numbers in their names count as numbers."""
+    parts = re.split(r"(\d+)", Path(path).name)
+    return [(int(part), "") if part.isdigit() else (0, part) for part in parts]
 
 
 def _was_written(model: nn.Module, record: ModelRecord) -> Callable[[str], str | None]:

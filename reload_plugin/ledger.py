@@ -37,10 +37,22 @@ class Expected:
     """How completely the checkpoint the engine started with writes a parameter (``whole``, ``part``,
     ``none``, or None when nothing is known)."""
     start_shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
-    """Name -> shape in the checkpoint the engine started with; what a cold start passes over or takes in
-    part there is no surprise here."""
+    """Name -> shape in the checkpoint the engine started with, in the order in which a cold start loads them;
+    what it passes over or takes in part there is no surprise here."""
     groups: frozenset[str] | None = None
     """Names of the groups that change, for a partial update; None for all."""
+
+    @functools.cached_property
+    def _places(self) -> Mapping[str, int]:
+        return {name: place for place, name in enumerate(self.start_shapes)}
+
+    def is_later(self, name: str, than: str) -> bool:
+        """Whether a cold start loads one weight after another: in the order of the engine's own checkpoint,
+        if it has them, else in that of their names, as in a file of safetensors.
+        """
+        last = len(self._places)
+        ours, theirs = self._places.get(name, last), self._places.get(than, last)
+        return (ours, name) > (theirs, than)
 
     def only(self, groups: frozenset[str] | None) -> Expected:
         """The same of some groups; None for all."""
@@ -111,6 +123,22 @@ class Ledger:
         """The route of a weight, if it has one that fits and needs no loader."""
         route = self.routes.of.get(name) if self.routes is not None else None
         return route if route is not None and route.writes is not None and route.fits(tensor) else None
+
+    def unbeaten(self, name: str, route: Route) -> Route:
+        """A weight's route without the slots in which a cold start would overwrite it by one that came."""
+        assert self.routes is not None, "the route is one of these"
+        if name not in self.routes.contenders or route.writes is None:
+            return route
+        contested = self.routes.contested
+        left = [
+            write
+            for write in route.writes
+            if not any(
+                self._expected.is_later(other, name) and self.loaded.has(other)
+                for other in contested.get((write.parameter, write.target), ())
+            )
+        ]
+        return dataclasses.replace(route, writes=tuple(left))
 
     def note_routed(self, name: str, route: Route) -> None:
         """A weight was loaded by its route."""

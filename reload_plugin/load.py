@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
+import operator
 import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -22,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from .errors import ReloadError, SourceError
 from .formats import SMALL_BYTES, Geometry, shared
 from .interrupts import call_out
-from .routes import Route, Write
+from .routes import Route, Slot, Write
 from .sources import Landed
 from .staging import StagedStorage
 from .tensors import storage_id
@@ -88,6 +89,8 @@ class Loaded:
     routes: dict[str, Route] = field(default_factory=dict)
     """How to do the same with a weight that was handed over again, without the loader; those that the loader
     only passed over were not written anywhere."""
+    contested: dict[Slot, dict[str, None]] = field(default_factory=dict)
+    """Slots that the loader wrote several weights to, and those."""
     repeatable: bool = True
     """False when the loader kept a weight back and wrote it later, or wrote more after the last one."""
     nbytes: int = 0
@@ -174,14 +177,19 @@ class LoadTrace(TorchDispatchMode):
         dry: bool = False,
         known: Mapping[str, tuple[int, ...]] | None = None,
         sharded: bool = False,
+        later: Callable[[str, str], bool] = operator.gt,
     ) -> None:
         """Args beyond the class's: ``known`` shapes of the engine's own checkpoint, which a loader may
-        use in part as a cold start does; ``sharded`` when every rank uses its own part only.
+        use in part as a cold start does; ``sharded`` when every rank uses its own part only; ``later``,
+        whether a cold start loads the first of two weights after the second.
         """
         super().__init__()
         self.dry = dry
         self._known = {} if known is None else known
         self._sharded = sharded
+        self._later = later
+        self._written_by: dict[Slot, str] = {}
+        """The first weight that was written to a slot, of those that may be contested."""
         self.touching: Touching | None = None
         """Called where a loader finds the served tensor itself."""
         self.problems = problems
@@ -298,8 +306,11 @@ class LoadTrace(TorchDispatchMode):
                 found = (self._writers.get(key, ""),)
             if found is not None and found != sources:
                 sources = tuple(dict.fromkeys((*sources, *found)))
+        beaten = False
         for target in targets:
-            self._note_write(func, target, args, sources)
+            beaten |= self._note_write(func, target, args, sources)
+        if beaten:
+            return written[0]
         if self.dry and any(_key(target) in self.storages for target in targets):
             return written[0] if func._schema.returns else None
         elsewhere = self.dry and not written and kwargs.get("device") is not None
@@ -358,7 +369,8 @@ class LoadTrace(TorchDispatchMode):
 
     def _note_write(
         self, func: Any, target: torch.Tensor, args: tuple[Any, ...], sources: tuple[str, ...]
-    ) -> None:
+    ) -> bool:
+        """Account for a write. Says whether it may not be done, since a cold start would overwrite it."""
         key = _key(target)
         storage = self.storages.get(key)
         if storage is None:
@@ -368,7 +380,7 @@ class LoadTrace(TorchDispatchMode):
                 self._incoming.changed = True
             if sources:  # memory of the loader's own, where it may be putting several together
                 self._note_source(target, sources)
-            return
+            return False
         if storage.closed:
             raise self.late(storage.primary.name)
         name = sources[0] if sources and sources[0] else self.current
@@ -376,15 +388,32 @@ class LoadTrace(TorchDispatchMode):
             storage.coverage.add(_in_elements_of(target, storage))  # it came: not missing as well
             self.reject(name, reason)
         if target.numel() == 0:
-            return  # padding of which there is none
+            return False  # padding of which there is none
         if self._incoming is None or (sources and sources != (self.current,)):
             self.loaded.repeatable = False
-        self._writes.append(self._write_of(func, target, args, storage))
+        write = self._write_of(func, target, args, storage)
+        self._writes.append(write)
         self._recent.add(key)
         self._writers[key] = self.current if self._writers.get(key, self.current) == self.current else ""
         storage.coverage.add(_in_elements_of(target, storage))
         for name in sources or (self.current,):
             self.loaded.note_written(name or self.current or storage.primary.name, storage.primary.name)
+        return write is not None and write.source is not None and self._is_beaten(write)
+
+    def _is_beaten(self, write: Write) -> bool:
+        """Whether a weight that a cold start loads after the current one was written to the slot already.
+
+        Looked for among vectors and numbers: fused layers share scales, zero points and permutations.
+        """
+        if len(write.target.size) > 1:
+            return False
+        slot = write.parameter, write.target
+        first = self._written_by.setdefault(slot, self.current)
+        if first == self.current and slot not in self.loaded.contested:
+            return False
+        contenders = self.loaded.contested.setdefault(slot, {first: None})
+        contenders[self.current] = None
+        return any(self._later(name, self.current) for name in contenders)
 
     def _misfit(
         self, name: str, target: torch.Tensor, source: torch.Tensor, storage: StagedStorage

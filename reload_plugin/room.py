@@ -99,9 +99,11 @@ class StagingRoom:
         return self._given.pop(name, None) is tensor
 
     def _write_of(self, info: TensorInfo) -> Write | None:
-        """The one write of a weight that goes as it is to a layer which is still open."""
+        """The one write of a weight that goes as it is to a layer which is still open, and alone."""
         routes = self._ledger.routes
-        route = routes.of.get(info.name) if routes is not None else None
+        if routes is None or info.name in routes.contenders:
+            return None
+        route = routes.of.get(info.name)
         if route is None or route.dtype != info.dtype or route.shape != info.shape:
             return None
         write = route.plain

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from collections.abc import Callable, Mapping
+import itertools
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -64,6 +65,10 @@ class Route:
         return tensor.shape == self.shape and tensor.dtype == self.dtype
 
 
+Slot = tuple[str, Geometry]
+"""A parameter, and the elements of it that are written."""
+
+
 @dataclass(frozen=True)
 class Routes:
     """The routes of a whole checkpoint into one model."""
@@ -71,6 +76,13 @@ class Routes:
     key: object
     """Everything beside the weights themselves that the routes depend on (placement of experts)."""
     of: Mapping[str, Route]
+    contested: Mapping[Slot, Collection[str]] = field(default_factory=dict)
+    """Slots that several weights are written to, and those: layers that are fused share one input scale."""
+
+    @functools.cached_property
+    def contenders(self) -> frozenset[str]:
+        """The weights that share a slot with another."""
+        return frozenset(itertools.chain.from_iterable(self.contested.values()))
 
     @functools.cached_property
     def computed(self) -> int:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import enum
 import functools
+import itertools
 import os
 import threading
 import time
@@ -163,7 +164,8 @@ class ReloadSession:
         self._record = complete_record_of(model)
         self._resident = growth.begin(self._record.largest)
         shapes = self._expected.start_shapes
-        self._trace = LoadTrace(self.problems, dry, shapes, self._world_size() > 1)
+        sharded, is_later = self._world_size() > 1, self._expected.is_later
+        self._trace = LoadTrace(self.problems, dry, shapes, sharded, is_later)
         self.ledger = Ledger(self._trace.loaded, self.problems, self._expected)
         self._seconds: dict[str, float] = defaultdict(float)
         self._timing: list[str] = []
@@ -224,17 +226,22 @@ class ReloadSession:
     def load(
         self, weights: Iterable[tuple[str, torch.Tensor]], fetching: Fetching = call_out
     ) -> set[str] | None:
-        """Load some of the weights. Returns what the model's ``load_weights`` returned.
+        """Load some of the weights. Returns the names of the parameters they went to, as the model's
+        ``load_weights`` does; None if that took them and returns none.
 
         ``fetching`` asks for the next weight; as it is, Ctrl-C gets through to an iterator.
         """
-        return self._load(weights, fetching, last=False)
+        before = len(self.loaded.routes)
+        returned = self._load(weights, fetching, last=False)
+        if self.ledger.routes is None:
+            return returned
+        routes = itertools.islice(self.loaded.routes.values(), before, None)
+        written = {write.parameter for route in routes for write in route.writes or ()}
+        return written if returned is None else written | returned
 
-    def load_last(
-        self, weights: Iterable[tuple[str, torch.Tensor]], fetching: Fetching = call_out
-    ) -> set[str] | None:
+    def load_last(self, weights: Iterable[tuple[str, torch.Tensor]], fetching: Fetching = call_out) -> None:
         """The same where ``finish`` comes right after it, and until then nobody wants the model to serve."""
-        return self._load(weights, fetching, last=True)
+        self._load(weights, fetching, last=True)
 
     def _load(
         self, weights: Iterable[tuple[str, torch.Tensor]], fetching: Fetching, last: bool
@@ -302,7 +309,7 @@ class ReloadSession:
         self._trace.note_arrival(name, tensor, route.shape)
         self._trace.current = name
         if not self.room.took(name, tensor):
-            follow(route, tensor, self._memory)
+            follow(self.ledger.unbeaten(name, route), tensor, self._memory)
         self.ledger.note_routed(name, route)
         return True
 
@@ -491,7 +498,7 @@ class ReloadSession:
             return None
         if any(stage.loader_left_traces() for stage in self._stages):
             return None
-        return Routes(placement(self._record), dict(self.loaded.routes))
+        return Routes(placement(self._record), dict(self.loaded.routes), self.loaded.contested)
 
     @held()
     def abort(self) -> None:

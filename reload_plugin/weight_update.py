@@ -13,6 +13,7 @@ from .generation import (
     after_commit,
     as_reload_errors,
     expected,
+    learn_routes,
     needs_attention,
     note_report,
     noting_failures,
@@ -41,6 +42,7 @@ def restore_for_reloading(model: nn.Module) -> Iterator[ReloadSession]:
 
     """
     with noting_failures(model) as record:
+        learn_routes(model, record)
         session = session_for(model, record, "model.load_weights", "staged", expected(model, record))
         with whole_or_broken(model, record, session), session:
             session.take_over()
@@ -62,6 +64,7 @@ def open_layerwise(model: nn.Module) -> None:
     """
     record = complete_record_of(model)
     refuse_while_open(record)
+    learn_routes(model, record)
     session = session_for(model, record, "a weight update", "staged", expected(model, record))
     session.digest = "later"  # who finishes it does not give its report to anybody
     session.open()

@@ -6,18 +6,21 @@ back or write what nobody sent, and more quantizations.
 
 import functools
 import json
+import random
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 
-from reload_plugin import reload_weights
+from reload_plugin import ReloadSession, reload_weights, restore_for_reloading
+from reload_plugin.weight_update import finish_layerwise, open_layerwise
 from tests import checkpoints, oracle
 from tests.checkpoints import Config, read_tensors
 from tests.processor import skip_without
-from tests.zoo import EXPERTS, GQA, INT4, LLAMA, LLAMA_TIED, QWEN3_MOE, SIZES, Case
+from tests.zoo import EXPERTS, GQA, INT4, LLAMA, LLAMA_TIED, QWEN3_MOE, SIZES, Case, case_named
 
 POOLING = {"runner": "pooling"}
 VISION = {
@@ -206,3 +209,101 @@ def replayed_after_reloads(case: Case, root: Path) -> int:
             assert differing == set()
             assert places(model) == before
     return report.replayed
+
+
+# --- weights that share a slot ---
+
+
+def layerwise(model: torch.nn.Module, weights: list[tuple[str, torch.Tensor]]) -> None:
+    open_layerwise(model)
+    for part in range(3):
+        model.load_weights(iter(weights[part::3]))
+    finish_layerwise(model)
+
+
+def in_a_block(model: torch.nn.Module, weights: list[tuple[str, torch.Tensor]]) -> None:
+    with restore_for_reloading(model):
+        model.load_weights(iter(weights))
+
+
+WAYS = {
+    "layerwise": layerwise,
+    "block": in_a_block,
+    "host": lambda model, weights: reload_weights(model, iter(weights), policy="host"),
+    "streaming": lambda model, weights: reload_weights(model, iter(weights), policy="streaming"),
+    "whole": lambda model, weights: reload_weights(model, iter(weights), whole_model=True),
+}
+
+
+GEMMA4_ROW = next(row for row in ROWS if row.cls == "Gemma4ForCausalLM")
+IN_ANY_ORDER = (
+    *map(case_named, ("w8a8_static", "w8a8_asymmetric", "w4a16")),
+    GEMMA4_ROW.case,  # has weights for buffers, beside parameters that are whole without them
+)
+
+
+@pytest.mark.parametrize("case", IN_ANY_ORDER, ids=lambda case: case.name)
+def test_the_order_in_which_weights_come_decides_nothing(case: Case, tmp_path: Path) -> None:
+    """The parts of a fused layer write their input scales, zero points or shapes to the same place."""
+    skip_without(case.needs)
+    folders = oracle.write(case, tmp_path)
+    weights = {letter: list(read_tensors(folder).items()) for letter, folder in folders.items()}
+    with oracle.built(case, folders["B"]) as model:
+        of_b = tensors(model)
+    with oracle.built(case, folders["A"]) as model:
+        expected, rounds = {"A": tensors(model), "B": of_b}, random.Random(0)
+        for known in (False, True):
+            for number, (way, reload) in enumerate(WAYS.items()):
+                letter = "BA"[number % 2]
+                rounds.shuffle(weights[letter])
+                reload(model, weights[letter])
+                assert tensors(model) == expected[letter], (way, known)
+            reload_weights(model, weights_path=str(folders["A"]))
+            assert tensors(model) == expected["A"]
+
+
+def test_a_file_in_an_order_of_its_own_is_loaded_as_a_cold_start_does(tmp_path: Path) -> None:
+    """vLLM asks a file of safetensors for its names, and gets them sorted, however they lie in it."""
+    case = case_named("w8a8_static")
+    folders = oracle.write(case, tmp_path)
+    for folder in folders.values():
+        write_reversed(folder / checkpoints.WEIGHTS)
+    with oracle.built(case, folders["B"]) as model:
+        of_b = tensors(model)
+    with oracle.built(case, folders["A"]) as model:
+        of_a = tensors(model)
+        for letter, expected in (("B", of_b), ("A", of_a), ("B", of_b)):
+            reload_weights(model, weights_path=str(folders[letter]))
+            assert tensors(model) == expected
+        reload_weights(model, iter(read_tensors(folders["A"]).items()))
+        assert tensors(model) == of_a
+
+
+def test_weights_by_routes_are_answered_like_weights_by_the_models_loader(tmp_path: Path) -> None:
+    """Frameworks look at what ``load_weights`` returns."""
+    case = case_named("qwen2")
+    weights = read_tensors(oracle.write(case, tmp_path)["A"])
+    parts = [dict(list(weights.items())[part::2]) for part in range(2)]
+    with oracle.built(case, tmp_path / case.name / "A") as model:
+        with ReloadSession(model) as session:
+            by_loader = [session.load(iter(part.items())) for part in parts]
+        with restore_for_reloading(model) as session:
+            by_routes = [model.load_weights(iter(part.items())) for part in parts]
+        assert session.report.replayed == len(weights)
+        assert by_routes == by_loader
+        assert all(by_loader)
+
+
+def write_reversed(path: Path) -> None:
+    """Write a file of safetensors anew, the last name first, in its header as in its data."""
+    with safe_open(path, "pt") as file:
+        weights = {name: file.get_tensor(name) for name in reversed(list(file.keys()))}
+    header, data = {}, b""
+    for name, tensor in weights.items():
+        values = bytes(tensor.contiguous().flatten().view(torch.uint8).numpy())
+        kind = {torch.bfloat16: "BF16", torch.float32: "F32", torch.int8: "I8"}[tensor.dtype]
+        offsets = [len(data), len(data) + len(values)]
+        header[name] = {"dtype": kind, "shape": list(tensor.shape), "data_offsets": offsets}
+        data += values
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + data)
