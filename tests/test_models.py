@@ -262,12 +262,14 @@ def test_the_order_in_which_weights_come_decides_nothing(case: Case, tmp_path: P
             assert tensors(model) == expected["A"]
 
 
-def test_a_file_in_an_order_of_its_own_is_loaded_as_a_cold_start_does(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["w8a8_static", "w4a16"])
+def test_a_file_in_an_order_of_its_own_is_loaded_as_a_cold_start_does(name: str, tmp_path: Path) -> None:
     """vLLM asks a file of safetensors for its names, and gets them sorted, however they lie in it."""
-    case = case_named("w8a8_static")
+    case = case_named(name)
+    skip_without(case.needs)
     folders = oracle.write(case, tmp_path)
     for folder in folders.values():
-        write_reversed(folder / checkpoints.WEIGHTS)
+        write_queries_last(folder / checkpoints.WEIGHTS)
     with oracle.built(case, folders["B"]) as model:
         of_b = tensors(model)
     with oracle.built(case, folders["A"]) as model:
@@ -294,14 +296,25 @@ def test_weights_by_routes_are_answered_like_weights_by_the_models_loader(tmp_pa
         assert all(by_loader)
 
 
-def write_reversed(path: Path) -> None:
-    """Write a file of safetensors anew, the last name first, in its header as in its data."""
+KINDS = {
+    torch.bfloat16: "BF16",
+    torch.float32: "F32",
+    torch.int8: "I8",
+    torch.int32: "I32",
+    torch.int64: "I64",
+}
+"""What safetensors calls a dtype."""
+
+
+def write_queries_last(path: Path) -> None:
+    """Write a file of safetensors anew with queries behind keys and values, in its header as in its data."""
     with safe_open(path, "pt") as file:
-        weights = {name: file.get_tensor(name) for name in reversed(list(file.keys()))}
+        names = sorted(file.keys(), key=lambda name: ("q_proj" in name, name))
+        weights = {name: file.get_tensor(name) for name in names}
     header, data = {}, b""
     for name, tensor in weights.items():
         values = bytes(tensor.contiguous().flatten().view(torch.uint8).numpy())
-        kind = {torch.bfloat16: "BF16", torch.float32: "F32", torch.int8: "I8"}[tensor.dtype]
+        kind = KINDS[tensor.dtype]
         offsets = [len(data), len(data) + len(values)]
         header[name] = {"dtype": kind, "shape": list(tensor.shape), "data_offsets": offsets}
         data += values
