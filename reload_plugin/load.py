@@ -89,6 +89,8 @@ class Loaded:
     routes: dict[str, Route] = field(default_factory=dict)
     """How to do the same with a weight that was handed over again, without the loader; those that the loader
     only passed over were not written anywhere."""
+    in_new_parameters: set[str] = field(default_factory=set)
+    """Weights for which the loader made parameters."""
     contested: dict[Slot, dict[str, None]] = field(default_factory=dict)
     """Slots that the loader wrote several weights to, and those."""
     repeatable: bool = True
@@ -237,6 +239,10 @@ class LoadTrace(TorchDispatchMode):
 
     def watch(self, storages: Iterable[StagedStorage]) -> None:
         self.storages.update({storage.key: storage for storage in storages})
+
+    def weights_in(self, tensor: torch.Tensor) -> tuple[str, ...]:
+        """The weights whose values are in memory of the loader's own, as far as that is known."""
+        return self._sources.get(_key(tensor), ())
 
     # -- one weight at a time ---------------------------------------------------------------------
 

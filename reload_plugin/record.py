@@ -179,6 +179,8 @@ class LayerRecord:
     """The tail of PWAL changes it once more, so its result is taken only after the tail."""
     passed_over: bool = False
     """PWAL has nothing to call for it."""
+    grown: bool = False
+    """A loader gave it a parameter that its constructor had not made."""
 
     @property
     def effect(self) -> bool:
@@ -221,6 +223,11 @@ class Group:
     @functools.cached_property
     def late(self) -> bool:
         return any(layer.late for layer in self.layers)
+
+    @functools.cached_property
+    def grown(self) -> bool:
+        """Whether a weight may come for it of which nothing in its load format tells."""
+        return any(layer.grown for layer in self.layers)
 
     @functools.cached_property
     def effect(self) -> bool:
@@ -485,6 +492,7 @@ def finish_record(
     for index, (layer, holder) in enumerate(flat):
         holder.undo = _difference(holder.constructed, after[index])
         if not layer.online:
+            layer.grown |= _has_grown(holder.constructed, loaded[index])
             holder.by_loader = _settled(holder.undo, loaded[index], after[index])
         if before_tail is not None and not layer.deferred and _changed(before_tail[index], after[index]):
             layer.late = True
@@ -523,6 +531,16 @@ def _difference(constructed: Contents, after: Contents) -> Contents:
         if key not in constructed:
             undo[key] = ABSENT
     return undo
+
+
+def _has_grown(constructed: Contents, loaded: Contents) -> bool:
+    """Whether a parameter is there that was none when the layer was constructed."""
+    return any(
+        key[0] == "_parameters"
+        and isinstance(value, Seen)
+        and not isinstance(constructed.get(key), TensorRecord)
+        for key, value in loaded.items()
+    )
 
 
 def _settled(undo: Contents, loaded: Contents, after: Contents) -> frozenset[Key]:

@@ -179,6 +179,8 @@ class ReloadSession:
         self._shown = False
         self._staged: list[tuple[Stage, Commit]] = []
         self._late: list[Stage] = []
+        self._closed: list[tuple[str, nn.Module, dict[str, nn.Parameter | None]]] = []
+        """Layers that were complete while the model's loader ran, and the parameters they had then."""
         self._tree: WrappedTree = []
         self._gauge = Gauge()
         self._watching = contextlib.ExitStack()
@@ -257,6 +259,8 @@ class ReloadSession:
         with held(), no_full_collections(), self._noting_failure(), self._timed("load"), self.loading(last):
             if self.ledger.routes is None:
                 load_all(loader, feed, self._trace)
+                if late := self._put_back_parameters():
+                    raise self._trace.late(late[0])
             else:
                 with self._untraced():
                     load_by_routes(loader, feed, self._trace, self)
@@ -472,6 +476,9 @@ class ReloadSession:
         self.problems.missing.clear()
         self.ledger.settle()
         stages = [stage for stage in self._stages if not stage.processed]
+        if self.ledger.routes is None and self._entered:
+            made = (tensor for stage in self._open_stages.values() for tensor in stage.new_parameters())
+            self.loaded.in_new_parameters.update(name for one in made for name in self._trace.weights_in(one))
         return check_slots(stages, self.loaded, self.problems, self._rule_of, self._expected.was_written)
 
     def rehearse(self) -> list[str]:
@@ -509,6 +516,7 @@ class ReloadSession:
             return
         if self._bystanders is not None:
             self._bystanders.put_back()
+        self._put_back_parameters()
         self.hide()
         self._drop()
         if self._overflow is not None:
@@ -546,6 +554,7 @@ class ReloadSession:
         for stage in self._stages:
             stage.drop()
         self._stages, self._open_stages, self._late, self._staged = [], {}, [], []
+        self._closed = []
         self._trace.storages = {}
         self._trace.find_protected = dict
         self._bystanders = None
@@ -564,7 +573,7 @@ class ReloadSession:
         if not complete or self.whole_model or self.problems:
             return
         for stage in complete:
-            if id(stage) in self._open_stages and not stage.group.deferred:
+            if id(stage) in self._open_stages and not stage.group.deferred and not stage.group.grown:
                 self._close(stage)
 
     def _close(self, stage: Stage) -> None:
@@ -582,7 +591,23 @@ class ReloadSession:
                 return
             stage.take_result()
             del self._open_stages[id(stage)]
+            layers = stage.layers if self.ledger.routes is None else []
             self._keep(stage)
+            self._closed += [(name, layer, dict(layer._parameters)) for name, layer in layers]
+
+    def _put_back_parameters(self) -> list[str]:
+        """Give layers that were complete the parameters they had, should a loader have given them others.
+
+        Returns the names of those layers.
+        """
+        changed = []
+        for name, layer, parameters in self._closed:
+            now = layer._parameters
+            if now.keys() != parameters.keys() or any(now[key] is not parameters[key] for key in now):
+                now.clear()
+                now.update(parameters)
+                changed.append(name)
+        return changed
 
     def _process(self, stage: Stage) -> None:
         self._spoiled = f"processing {stage.group.name or 'the model'} did not end well"

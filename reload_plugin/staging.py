@@ -384,6 +384,14 @@ class Stage:
                 return True
         return False
 
+    def new_parameters(self) -> Iterator[torch.Tensor]:
+        """The data of parameters that the layers have after loading and not in load format."""
+        state = self._shelf if self._shelf is not None else self.capture()
+        for _, contents in state.contents:
+            for (kind, _), value in contents.items():
+                if kind == "_parameters" and value is not None and id(value) not in state.tensors:
+                    yield state.data_of(value)
+
     def _alive_holders(self) -> list[tuple[HolderRecord, object]]:
         found = []
         for layer in self.group.layers:

@@ -141,7 +141,11 @@ def check_slots(
                 _check_parameter(stage, storage, problems, kept, was_written)
     rejected = problems.unexpected.keys() | problems.misshapen.keys()
     # What landed was read to where it is used.
-    used = loaded.written.keys() | {name for name, route in loaded.routes.items() if route.writes != ()}
+    used = (
+        loaded.written.keys()
+        | loaded.in_new_parameters
+        | {name for name, route in loaded.routes.items() if route.writes != ()}
+    )
     for name, shape in loaded.shapes.items():
         if name not in used and name not in rejected:
             rule = rule_of(name, shape)

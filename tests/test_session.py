@@ -1,5 +1,6 @@
 """The whole line on small models, with vLLM's own processing and without an engine."""
 
+import contextlib
 import gc
 import itertools
 import os
@@ -298,6 +299,21 @@ class Meddling(Model):
         return super().load_weights(meddling())
 
 
+class Growing(Model):
+    """Its loader makes a bias for the first layer when one comes, as vLLM's Transformers backend does."""
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
+        def growing() -> Iterator[tuple[str, torch.Tensor]]:
+            for name, tensor in weights:
+                if name != "first.bias":
+                    yield name, tensor
+                    continue
+                self.first.bias = nn.Parameter(torch.empty(4), requires_grad=False)
+                self.first.bias.data.copy_(tensor)
+
+        return super().load_weights(growing())
+
+
 A, B = weights(1), weights(2)
 Make = Callable[[], nn.Module]
 
@@ -322,6 +338,42 @@ def cold(make: Make, checkpoint: Weights, trace: bool = False) -> nn.Module:
 
 def start(kind: type[Model] = Model, *arguments: object) -> nn.Module:
     return cold(lambda: kind(*arguments), A)
+
+
+@pytest.mark.parametrize("policy", ["staged", "streaming"])
+@pytest.mark.parametrize("order", list(itertools.permutations(range(3))))
+def test_a_parameter_that_a_loader_makes_may_come_at_any_time(order: tuple[int, ...], policy: str) -> None:
+    a, b = A | {"first.bias": torch.ones(4)}, B | {"first.bias": torch.arange(4.0)}
+    model, expected = cold(Growing, a), values(cold(Growing, b))
+    ids = identities(model)
+    with ReloadSession(model, policy=policy) as session:
+        for number in order:
+            session.load([list(b.items())[number]])
+        session.finish()
+    assert values(model) == expected
+    assert {path: ids[path] for path in ids if "bias" in path} == {
+        path: found for path, found in identities(model).items() if "bias" in path
+    }
+
+
+@pytest.mark.parametrize("at_once", [True, False])
+def test_a_parameter_that_is_made_for_a_layer_that_is_complete_is_refused(at_once: bool) -> None:
+    """The start had none, so nobody could know that one would come."""
+    model = start(Growing)
+    before, ids = values(model), identities(model)
+    late = [*B.items(), ("first.bias", torch.ones(4))]
+    with ReloadSession(model) as session:
+        for part in [late] if at_once else [[item] for item in late[:-1]]:
+            with contextlib.nullcontext() if not at_once else pytest.raises(LateWriteError, match="first"):
+                session.load(part)
+        if not at_once:
+            with pytest.raises(LateWriteError, match="wrote to first, which is complete"):
+                session.load(late[-1:])
+        assert values(model) == before
+    assert (values(model), identities(model)) == (before, ids)
+    whole = reload_weights(model, iter(late), whole_model=True)
+    assert whole.tensors == 3
+    assert torch.equal(model.first.bias, torch.ones(4))
 
 
 # --- what a model is ---
