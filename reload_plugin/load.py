@@ -401,25 +401,38 @@ class LoadTrace(TorchDispatchMode):
         self._writes.append(write)
         self._recent.add(key)
         self._writers[key] = self.current if self._writers.get(key, self.current) == self.current else ""
+        covered = storage.coverage.volume
         storage.coverage.add(_in_elements_of(target, storage))
         for name in sources or (self.current,):
             self.loaded.note_written(name or self.current or storage.primary.name, storage.primary.name)
-        return write is not None and write.source is not None and self._is_beaten(write)
+        again = storage.coverage.volume == covered
+        return write is not None and write.source is not None and self._is_beaten(write, again)
 
-    def _is_beaten(self, write: Write) -> bool:
+    def _is_beaten(self, write: Write, again: bool) -> bool:
         """Whether a weight that a cold start loads after the current one was written to the slot already.
 
-        Looked for among vectors and numbers: fused layers share scales, zero points and permutations.
+        ``again``: its elements had been written before. Matrices are looked up only then, which is rare; that
+        fused layers share vectors and numbers (scales, zero points, permutations) is not.
         """
-        if len(write.target.size) > 1:
-            return False
         slot = write.parameter, write.target
-        first = self._written_by.setdefault(slot, self.current)
+        if len(write.target.size) < 2:
+            first = self._written_by.setdefault(slot, self.current)
+        elif again:
+            first = self._first_at(slot)
+        else:
+            return False
         if first == self.current and slot not in self.loaded.contested:
             return False
         contenders = self.loaded.contested.setdefault(slot, {first: None})
         contenders[self.current] = None
         return any(self._later(name, self.current) for name in contenders)
+
+    def _first_at(self, slot: Slot) -> str:
+        """The first weight that was written to a slot; the current one if no other was."""
+        for name, route in self.loaded.routes.items():
+            if any((write.parameter, write.target) == slot for write in route.writes or ()):
+                return name
+        return self.current
 
     def _misfit(
         self, name: str, target: torch.Tensor, source: torch.Tensor, storage: StagedStorage

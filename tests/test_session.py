@@ -299,6 +299,13 @@ class Meddling(Model):
         return super().load_weights(meddling())
 
 
+class Twice(Model):
+    """Two names for one matrix, as of an embedding and a head that are tied."""
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
+        return super().load_weights((name.replace("old_head", "lm_head"), tensor) for name, tensor in weights)
+
+
 class Growing(Model):
     """Its loader makes a bias for the first layer when one comes, as vLLM's Transformers backend does."""
 
@@ -338,6 +345,24 @@ def cold(make: Make, checkpoint: Weights, trace: bool = False) -> nn.Module:
 
 def start(kind: type[Model] = Model, *arguments: object) -> nn.Module:
     return cold(lambda: kind(*arguments), A)
+
+
+@pytest.mark.parametrize("known", [False, True])
+@pytest.mark.parametrize("order", list(itertools.permutations(range(3))))
+def test_of_two_weights_for_one_place_the_last_of_a_cold_start_is_there(
+    order: tuple[int, ...], known: bool
+) -> None:
+    both = {"first.weight": B["first.weight"], "lm_head.weight": A["lm_head.weight"]}
+    both["old_head.weight"] = B["lm_head.weight"]
+    model, expected = start(Twice, Method), values(cold(lambda: Twice(Method), both))
+    if known:
+        reload_weights(model, iter(both.items()), whole_model=True)
+        reload_weights(model, iter(both.items()), digest=False)
+        reload(model, A)
+        reload(model, A)
+    shuffled = iter([list(both.items())[number] for number in order])
+    reload_weights(model, shuffled, whole_model=not known)
+    assert values(model) == expected
 
 
 @pytest.mark.parametrize("policy", ["staged", "streaming"])
