@@ -62,7 +62,8 @@ class Runs:
 @pytest.fixture(scope="module")
 def runs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Runs:
     """The engines of exactly those tests of this file that were selected, started all at once."""
-    parameters = [item.callspec.params for item in request.session.items if hasattr(item, "callspec")]
+    items = [item for item in request.session.items if item.path == request.node.path]
+    parameters = [item.callspec.params for item in items if hasattr(item, "callspec")]
     warm = [(found["case"].name, True) for found in parameters if isinstance(found.get("case"), Case)]
     own = [(found["own_failure"], False) for found in parameters if "own_failure" in found]
     return Runs(warm + own, tmp_path_factory.mktemp("zoo"))
