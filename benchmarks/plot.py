@@ -117,12 +117,15 @@ def _draw_sequence(axes: Any, ways: list[Any]) -> None:
 
 
 def together(reports: list[dict[str, Any]]) -> dict[str, Any]:
-    """Several runs of one table as one; models of a run with another allocator say so."""
+    """Several runs of one table as one; models of a run with another allocator say so, and all of them where
+    they ran.
+    """
     models = {}
     for report in reports:
         malloc = report["machine"]["malloc"]
         other = "" if malloc == reports[0]["machine"]["malloc"] else f", {malloc}"
-        models |= {name + other: model for name, model in report["models"].items()}
+        machine = {"machine": report["machine"]}
+        models |= {name + other: machine | model for name, model in report["models"].items()}
     return reports[0] | {"models": models}
 
 

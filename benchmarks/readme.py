@@ -73,8 +73,9 @@ def _stages(report: dict[str, Any]) -> str:
     for model, way, found in ways_of(report):
         stages = found["ours"]["stages"]["later"]
         if "read" in stages:  # told from loading since then
-            total, digest = stages["total"], stages["digest, asked for"]
-            parts = [stages[part] for part in ("read", "load", "process", "commit")]
+            inside = stages.get("digest", 0.0)  # a part of the commit, where nobody had to ask for it
+            parts = [stages["read"], stages["load"], stages["process"], stages["commit"] - inside]
+            total, digest = stages["total"] - inside, stages.get("digest, asked for", inside)
             name = ", ".join(part for part in (model["name"], way) if part)
             rows.append([name, *(f"{one:.3f}" for one in (*parts, total - sum(parts), total, digest))])
     columns = ("later reload, seconds", "read", "load", "process", "commit", "rest", "total", "digest")
