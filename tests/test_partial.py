@@ -204,3 +204,13 @@ def test_a_weight_that_nobody_uses_is_no_companion(tmp_path: Path) -> None:
         companions = report.tensors - len(some)
         assert report.companions == companions >= 0
         assert unused in report.ignored
+
+
+def test_a_refusal_that_knows_of_no_companions_asks_for_none() -> None:
+    """Nothing was reloaded before, and the start left no files: all that is known of the layers came."""
+    model = cold(Model, A)
+    before = values(model)
+    with pytest.raises(reload_plugin.PartialUpdateError, match="Reload once in full with keep") as refused:
+        reload_plugin.reload_weights(model, iter(B.items()), partial=True)
+    assert "Send these as well" not in str(refused.value)
+    assert values(model) == before
