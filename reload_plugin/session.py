@@ -446,12 +446,11 @@ class ReloadSession:
             if self.state is State.PROCESSING:
                 self.state = State.OPEN
         self._seconds["finish"] = time.perf_counter() - started
-        after_change(self._record, self)
+        self._drop()
         if self.digest is True:
             with self._timed("digest"):
                 served_digest(self._record)
         self.report = self._make_report(kept, ignored)
-        self._drop()
         return self.report
 
     def _wait_for_all_ranks(self) -> None:

@@ -182,6 +182,15 @@ def test_an_update_that_vllm_opened_steps_aside_for_it() -> None:
     assert status(model)[0].digest == digest_of(B)
 
 
+def test_an_update_that_was_aborted_is_in_nobodys_way() -> None:
+    model = start()
+    session = ReloadSession(model)
+    session.open()
+    session.load([("first.weight", B["first.weight"])])
+    session.abort()
+    assert status(model)[0].digest == digest_of(A)
+
+
 def test_an_open_update_that_has_changed_what_is_served_does_not() -> None:
     model = start()
     with ReloadSession(model, policy="streaming") as session:
