@@ -33,7 +33,7 @@ from .errors import NotRecordedError, SessionError, SourceError, weights_error
 from .garbage import no_collections, no_full_collections
 from .interrupts import call_between, call_out, deliver, held
 from .ledger import Expected, Ledger
-from .load import Feed, Fetching, Loaded, LoadTrace, Problems, load_all, load_by_routes
+from .load import Feed, Fetching, LateWriteError, Loaded, LoadTrace, Problems, load_all, load_by_routes
 from .memory import Gauge, growth, keep_within
 from .native import Noted, forget_handles, watching_native
 from .overflow import OPEN_BUDGET, OPEN_STREAMING, Overflow
@@ -730,6 +730,8 @@ class ReloadSession:
             yield
         except BaseException as error:
             self.failed = f"{type(error).__name__}: {error}"
+            if isinstance(error, LateWriteError):
+                self._spoiled = "a weight came too late and was not loaded"
             raise
         self.failed = None
 

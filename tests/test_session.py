@@ -392,6 +392,8 @@ def test_a_parameter_that_is_made_for_a_layer_that_is_complete_is_refused(before
         with pytest.raises(LateWriteError, match="wrote to first, which is complete"):
             session.load(late[before:])
         assert values(model) == served
+        with pytest.raises(SessionError, match="came too late and was not loaded"):
+            session.finish()
     assert (values(model), identities(model)) == (served, ids)
     whole = reload_weights(model, iter(late), whole_model=True)
     assert whole.tensors == 3
