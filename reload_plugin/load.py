@@ -43,8 +43,16 @@ Touching = Callable[[StagedStorage], None]
 """Told of staging that lies in served memory before somebody may write there."""
 
 
-class LateWriteError(ReloadError):
-    """A loader wrote to a layer that was complete already, or to a served tensor."""
+class LateLoaderError(ReloadError):
+    """A loader came back to a layer that was complete already."""
+
+
+class LateWriteError(LateLoaderError):
+    """It wrote there, or to a served tensor."""
+
+
+class LateReadError(LateLoaderError):
+    """It looked there for what had been loaded, and that is not there any more."""
 
 
 class RejectedWeightError(Exception):
@@ -91,6 +99,8 @@ class Loaded:
     only passed over were not written anywhere."""
     in_new_parameters: set[str] = field(default_factory=set)
     """Weights for which the loader made parameters."""
+    revisited: set[str] = field(default_factory=set)
+    """Parameters that the loader took values from when other weights had come, and those it wrote these to."""
     contested: dict[Slot, dict[str, None]] = field(default_factory=dict)
     """Slots that the loader wrote several weights to, and those."""
     repeatable: bool = True
@@ -201,9 +211,13 @@ class LoadTrace(TorchDispatchMode):
         """Storages that no loader may write to, and what to call them; asked once, if one writes elsewhere
         than to staging.
         """
+        self.complete: dict[int, str] = {}
+        """Storage -> parameter of a layer that is complete: what is there now is not what was loaded."""
         self.current = ""
         self._sources: dict[int, tuple[str, ...]] = {}
         """Storage -> the weights whose values are in it, or come into it; "" for what is not known."""
+        self._revisiting: set[int] = set()
+        """Those of them with values of parameters that the loader came back to."""
         self._noted: dict[int, StorageWeakRef] = {}
         """Storages that ``_sources`` names: none that comes later gets the identity of one that is gone."""
         self._of_current: list[int] = []
@@ -305,13 +319,20 @@ class LoadTrace(TorchDispatchMode):
         written = [args[i] if i < len(args) else kwargs.get(name) for i, name in _written_arguments(func)]
         targets = list(_tensors(written, {})) if written else []
         sources: tuple[str, ...] = ()
+        revisits = False
         for tensor in _tensors(args, kwargs):
             key = self._touch(tensor)
             found = self._sources.get(key)
+            revisits |= key in self._revisiting
             if found is None and self._reads(func, tensor, key, targets):
                 found = (self._writers.get(key, ""),)
+                revisits |= self._revisits(self.storages[key].primary.name)
             if found is not None and found != sources:
                 sources = tuple(dict.fromkeys((*sources, *found)))
+        if revisits:
+            self.loaded.revisited.update(
+                storage.primary.name for target in targets if (storage := self.storages.get(_key(target)))
+            )
         beaten = False
         for target in targets:
             beaten |= self._note_write(func, target, args, sources)
@@ -326,15 +347,25 @@ class LoadTrace(TorchDispatchMode):
             self._looked = True
         out = func(*args, **kwargs)
         if sources and not written:
-            self._follow(out, sources)
+            self._follow(out, sources, revisits)
         return out
 
     def _reads(self, func: Any, tensor: torch.Tensor, key: int, targets: list[torch.Tensor]) -> bool:
-        """Whether an operator takes values from a parameter."""
+        """Whether an operator takes values from a parameter that is being loaded."""
         storage = self.storages.get(key)
-        if storage is None or not storage.primary.is_parameter or func in _VIEWS:
+        known = key in self.complete if storage is None else storage.primary.is_parameter
+        if not known or func in _VIEWS or any(tensor is target for target in targets):
             return False
-        return not any(tensor is target for target in targets)
+        if storage is None:
+            raise self.late_read(self.complete[key])
+        return True
+
+    def _revisits(self, parameter: str) -> bool:
+        """Note that the loader takes values from a parameter. Whether they are those of other weights."""
+        own = self._incoming is not None and parameter in self.loaded.written.get(self.current, ())
+        if not own:
+            self.loaded.revisited.add(parameter)
+        return not own
 
     def _touch(self, tensor: torch.Tensor) -> int:
         """Give a placeholder memory. Returns the identity of the tensor's storage."""
@@ -354,13 +385,17 @@ class LoadTrace(TorchDispatchMode):
         if not read_only:  # loaders ask tables where a weight goes, so these have values in a dry run too
             self._touched.append(storage)
 
-    def _follow(self, out: Any, sources: tuple[str, ...]) -> None:
-        """What is computed from weights still belongs to those weights."""
+    def _follow(self, out: Any, sources: tuple[str, ...], revisits: bool) -> None:
+        """What is computed from weights still belongs to those weights, and what is computed from parameters
+        that the loader came back to, to these.
+        """
         for tensor in out if isinstance(out, (list, tuple)) else (out,):
             if isinstance(tensor, torch.Tensor):
                 key = _key(tensor)
                 if key not in self._sources and key not in self.storages:
                     self._note_source(tensor, sources)
+                    if revisits and key:
+                        self._revisiting.add(key)
 
     def _note_source(self, tensor: torch.Tensor, names: tuple[str, ...]) -> None:
         if key := _key(tensor):
@@ -372,6 +407,7 @@ class LoadTrace(TorchDispatchMode):
         for key in keys:
             self._noted.pop(key, None)
             self._sources.pop(key, None)
+            self._revisiting.discard(key)
 
     def _note_write(
         self, func: Any, target: torch.Tensor, args: tuple[Any, ...], sources: tuple[str, ...]
@@ -490,6 +526,15 @@ class LoadTrace(TorchDispatchMode):
             f"While {self.current!r} was loaded, the model's loader wrote to {target}, which is complete or "
             "served already. The engine serves what it served before. Send each weight once; if this model's "
             "loader revisits layers on purpose, reload it with whole_model=True."
+        )
+
+    def late_read(self, parameter: str) -> LateReadError:
+        """The error for a look at what is complete already. The layer is open to the end from now on."""
+        self.loaded.revisited.add(parameter)
+        return LateReadError(
+            f"While {self.current!r} was loaded, the model's loader looked at {parameter}, which is complete "
+            "already, so that its new values are not there. The engine serves what it served before. Reload "
+            "again: from now on that layer waits for the end. Or reload with whole_model=True."
         )
 
 

@@ -37,8 +37,9 @@ def base_of(model: nn.Module, record: ModelRecord) -> Source | None:
 
 def laid_over(
     model: nn.Module, record: ModelRecord, base: Source, top: Source
-) -> tuple[Overlay, frozenset[str]]:
-    """``base`` with the weights of ``top``, all of which the model has a use for, and the groups they change.
+) -> tuple[Overlay, frozenset[str] | None]:
+    """``base`` with the weights of ``top``, all of which the model has a use for, and the groups they change;
+    None if that is not known, since the model's loader keeps weights back or puts several together.
 
     Raises:
         WeightsError: some of ``top`` do not fit.
@@ -46,7 +47,7 @@ def laid_over(
     """
     changed = _known_groups(record, top)
     if changed is None:
-        changed = frozenset(_plan_of(model, record, top).names_of_group)
+        changed = frozenset(_plan_of(model, record, top).names_of_group) or None
     return Overlay(base, top), changed
 
 
@@ -129,6 +130,11 @@ def update_in_place(
     """
     plan = _plan_of(model, record, top)
     touched = frozenset(plan.names_of_group)
+    if not touched:
+        raise PartialUpdateError(
+            "This model's loader keeps weights back or puts several together, so it is not known which layers "
+            f"some of them change, and the others cannot be read again. {SERVES_OLD} Send all weights."
+        )
     tail = _tail(record)
     unfit = _changed_by_processing(record, touched)
     if not unfit:
@@ -188,7 +194,7 @@ def _plan_of(model: nn.Module, record: ModelRecord, top: Source) -> Plan:
     found = {kind: names for kind, names in vars(plan.problems).items() if kind != "missing" and names}
     if found:
         raise weights_error(top.description, SERVES_OLD, **found)
-    if not plan.names_of_group:
+    if all(written == "none" for written in plan.coverage.values()):
         raise SourceError(f"{top.description} holds no weight that the model uses. {SERVES_OLD}")
     return plan
 

@@ -225,11 +225,6 @@ class Group:
         return any(layer.late for layer in self.layers)
 
     @functools.cached_property
-    def grown(self) -> bool:
-        """Whether a weight may come for it of which nothing in its load format tells."""
-        return any(layer.grown for layer in self.layers)
-
-    @functools.cached_property
     def effect(self) -> bool:
         """Whether processing changes anything in its layers."""
         return any(layer.effect for layer in self.layers)
@@ -257,6 +252,9 @@ class ModelRecord:
     group_of: dict[str, int] = field(default_factory=dict)
     """Load-format tensor -> number of its group in ``groups``, which keep the model's order."""
     complete: bool = False
+    revisited: set[str] = field(default_factory=set)
+    """Names of groups that are open until all weights have come: a loader made a parameter for one, of which
+    its load format tells nothing, or comes back to its parameters when others have come."""
     serving: Serving = field(default_factory=Serving)
     """The generation of weights that the model answers with."""
     changes: weakref.WeakSet[Any] = field(default_factory=weakref.WeakSet)
@@ -310,6 +308,10 @@ class ModelRecord:
     def group_with(self, tensor: str) -> Group:
         """The group of a load-format tensor."""
         return self.groups[self.group_of[tensor]]
+
+    def note_revisited(self, parameters: Iterable[str]) -> None:
+        """A loader came back to these parameters: keep their groups open to the end from now on."""
+        self.revisited.update(self.group_with(parameter).name for parameter in parameters)
 
 
 def record_of(model: nn.Module) -> ModelRecord | None:
@@ -511,6 +513,7 @@ def finish_record(
     record.target_device = target_device
     record.groups = _group(record.layers)
     record.group_of = {t.name: number for number, group in enumerate(record.groups) for t in group.tensors}
+    record.revisited = {group.name for group in record.groups if any(layer.grown for layer in group.layers)}
     record.complete = True
 
 

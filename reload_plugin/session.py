@@ -33,7 +33,7 @@ from .errors import NotRecordedError, SessionError, SourceError, weights_error
 from .garbage import no_collections, no_full_collections
 from .interrupts import call_between, call_out, deliver, held
 from .ledger import Expected, Ledger
-from .load import Feed, Fetching, LateWriteError, Loaded, LoadTrace, Problems, load_all, load_by_routes
+from .load import Feed, Fetching, LateLoaderError, Loaded, LoadTrace, Problems, load_all, load_by_routes
 from .memory import Gauge, growth, keep_within
 from .native import Noted, forget_handles, watching_native
 from .overflow import OPEN_BUDGET, OPEN_STREAMING, Overflow
@@ -258,7 +258,10 @@ class ReloadSession:
         feed = Feed(weights, self._trace, self.close_complete, self._put_aside, fetching, used_late)
         with held(), no_full_collections(), self._noting_failure(), self._timed("load"), self.loading(last):
             if self.ledger.routes is None:
-                load_all(loader, feed, self._trace)
+                try:
+                    load_all(loader, feed, self._trace)
+                finally:
+                    self._record.note_revisited(self.loaded.revisited)
                 if late := self._put_back_parameters():
                     raise self._trace.late(late[0])
             else:
@@ -554,7 +557,7 @@ class ReloadSession:
             stage.drop()
         self._stages, self._open_stages, self._late, self._staged = [], {}, [], []
         self._closed = []
-        self._trace.storages = {}
+        self._trace.storages, self._trace.complete = {}, {}
         self._trace.find_protected = dict
         self._bystanders = None
         after_change(self._record, self)
@@ -572,7 +575,8 @@ class ReloadSession:
         if not complete or self.whole_model or self.problems:
             return
         for stage in complete:
-            if id(stage) in self._open_stages and not stage.group.deferred and not stage.group.grown:
+            waits = stage.group.deferred or stage.group.name in self._record.revisited
+            if id(stage) in self._open_stages and not waits:
                 self._close(stage)
 
     def _close(self, stage: Stage) -> None:
@@ -587,12 +591,23 @@ class ReloadSession:
             if stage.group.late:
                 self._late.append(stage)
                 del self._open_stages[id(stage)]
+                self._note_complete(stage)
                 return
             stage.take_result()
             del self._open_stages[id(stage)]
             layers = stage.layers if self.ledger.routes is None else []
+            self._note_complete(stage)
             self._keep(stage)
             self._closed += [(name, layer, dict(layer._parameters)) for name, layer in layers]
+
+    def _note_complete(self, stage: Stage) -> None:
+        """Keep the model's loader from what a layer that is complete holds now, if that is not what was loaded."""
+        if self.ledger.routes is not None or (self.policy == "streaming" and stage.group.plain):
+            return
+        for name, layer in stage.layers:
+            for key, parameter in layer._parameters.items():
+                if parameter is not None and (storage := storage_id(parameter)):
+                    self._trace.complete[storage] = f"{name}.{key}"
 
     def _put_back_parameters(self) -> list[str]:
         """Give layers that were complete the parameters they had, should a loader have given them others.
@@ -730,8 +745,8 @@ class ReloadSession:
             yield
         except BaseException as error:
             self.failed = f"{type(error).__name__}: {error}"
-            if isinstance(error, LateWriteError):
-                self._spoiled = "a weight came too late and was not loaded"
+            if isinstance(error, LateLoaderError):
+                self._spoiled = "the model's loader came back to a layer that was complete"
             raise
         self.failed = None
 

@@ -157,11 +157,14 @@ class StagedStorage:
         empty = torch.empty(0, dtype=fmt.dtype, device=device)
         return empty.set_(self.storage, geometry.offset, geometry.size, geometry.stride)
 
-    def materialise(self, initialise: bool = True, pool: HostPool | None = None) -> None:
+    def materialise(
+        self, initialise: bool = True, pool: HostPool | None = None, unwritten: bool = False
+    ) -> None:
         """Allocate, and write what the constructor would have left there.
 
         With a pool the tensors move to a block of it, or to where they are served if they may; views of them
-        that were taken before do not.
+        that were taken before do not. What is ``unwritten``, since nothing came for it, stays as it is served
+        where the constructor left it to chance.
         """
         if self.materialised:
             return
@@ -180,7 +183,7 @@ class StagedStorage:
         if os.environ.get(POISON):
             _poison(self.views[id(self.primary)])
         for record in self.records:
-            self._initialise(record)
+            self._initialise(record, unwritten)
 
     @property
     def has_values(self) -> bool:
@@ -226,8 +229,10 @@ class StagedStorage:
             if len(places) == 1:
                 self.final = next(iter(places.values())).untyped_storage()
 
-    def _initialise(self, record: TensorRecord) -> None:
+    def _initialise(self, record: TensorRecord, unwritten: bool) -> None:
         view, initial = self.views[id(record)], record.format.initial
+        if unwritten and isinstance(initial, Uninitialised):
+            initial = AsServed()
         if self.from_served:
             served = self.served.get(id(record))
             if served is not None and served.shape == view.shape and served.dtype == view.dtype:
@@ -544,7 +549,7 @@ class Stage:
         """Give every load-format tensor its memory and initial values."""
         for storage in self.storages:
             if not storage.has_values:
-                storage.materialise()
+                storage.materialise(unwritten=True)
 
     @property
     def touched(self) -> bool:

@@ -7,6 +7,7 @@ back or write what nobody sent, and more quantizations.
 import functools
 import json
 import random
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,8 +15,10 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import save_file
 
 from reload_plugin import ReloadSession, reload_weights, restore_for_reloading
+from reload_plugin.errors import PartialUpdateError
 from reload_plugin.weight_update import finish_layerwise, open_layerwise
 from tests import checkpoints, oracle
 from tests.checkpoints import Config, read_tensors
@@ -129,6 +132,8 @@ class Row:
 
 ROWS = (
     Row("bert", "BertModel", BERT, POOLING, replayed=False),  # its loader collects all weights first
+    # Fills its head from the embeddings, when all has come.
+    Row("bert", "BertForMaskedLM", BERT, POOLING, replayed=False),
     Row("bert", "BertForSequenceClassification", BERT, POOLING),
     Row("xlm-roberta", "XLMRobertaForSequenceClassification", ROBERTA, POOLING),
     # Keeps the weights of its head back.
@@ -247,6 +252,7 @@ IN_ANY_ORDER = (
     # Have weights for buffers, or for a parameter that the loader makes, in layers that are whole without.
     ROW_OF["Gemma4ForCausalLM"].case,
     ROW_OF["PhiForCausalLM"].case,
+    ROW_OF["BertForMaskedLM"].case,
 )
 
 
@@ -303,6 +309,26 @@ def test_weights_by_routes_are_answered_like_weights_by_the_models_loader(tmp_pa
         assert session.report.replayed == len(weights)
         assert by_routes == by_loader
         assert all(by_loader)
+
+
+def test_a_partial_update_changes_what_a_loader_fills_from_it(root: Path) -> None:
+    """Of this model nobody knows which weight goes where, so all are read again."""
+    case, name = ROW_OF["BertForMaskedLM"].case, "bert.embeddings.word_embeddings.weight"
+    folders = oracle.write(case, root)
+    sent = {name: read_tensors(folders["B"])[name]}
+    both = root / "both"
+    shutil.copytree(folders["A"], both)
+    save_file(read_tensors(folders["A"]) | sent, both / checkpoints.WEIGHTS)
+    with oracle.built(case, both) as model:
+        expected = tensors(model)
+    with oracle.built(case, folders["A"]) as model:
+        reload_weights(model, iter(sent.items()), partial=True)
+        assert tensors(model) == expected
+        reload_weights(model, iter(read_tensors(folders["A"]).items()))  # nobody can read them again
+        before = tensors(model)
+        with pytest.raises(PartialUpdateError, match="keeps weights back or puts several together"):
+            reload_weights(model, iter(sent.items()), partial=True)
+        assert tensors(model) == before
 
 
 KINDS = {

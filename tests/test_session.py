@@ -49,10 +49,13 @@ from reload_plugin.errors import (
     WeightsError,
 )
 from reload_plugin.holders import holders_of, read, tensors_in
-from reload_plugin.load import LateWriteError
+from reload_plugin.ledger import Expected
+from reload_plugin.load import LateReadError, LateWriteError
 from reload_plugin.memory import Gauge
+from reload_plugin.plan import make_plan
 from reload_plugin.record import ConstructionTrace, record_constructed, record_of
 from reload_plugin.reload import before_serving
+from reload_plugin.sources import TensorInfo
 from reload_plugin.staging import POISON, Stage
 from reload_plugin.tensors import storage_id
 
@@ -320,6 +323,21 @@ class Growing(Model):
         return super().load_weights(growing())
 
 
+class Deriving(Model):
+    """A third layer, whose weight the loader takes from the first one when all have come, as vLLM's
+    BertForMaskedLM takes its head from the embeddings.
+    """
+
+    def __init__(self, method: type[QuantizeMethodBase] = Packing) -> None:
+        super().__init__(method)
+        self.last = Layer(method())
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
+        loaded = super().load_weights(weights)
+        self.last.weight.data.copy_(self.first.weight.data[:4] * 2)
+        return loaded
+
+
 A, B = weights(1), weights(2)
 Make = Callable[[], nn.Module]
 
@@ -364,6 +382,60 @@ def test_of_two_weights_for_one_place_the_last_of_a_cold_start_is_there(
     assert values(model) == expected
 
 
+@pytest.mark.parametrize("calls", [1, 2])
+@pytest.mark.parametrize("planned", [False, True])
+@pytest.mark.parametrize("policy", ["staged", "streaming"])
+@pytest.mark.parametrize("method", [Method, Packing])
+def test_a_loader_that_comes_back_for_values_finds_those_that_were_loaded(
+    method: type[QuantizeMethodBase], policy: str, planned: bool, calls: int
+) -> None:
+    """Or nothing is loaded: where nobody knew before the first time, and then it is known for the next."""
+    model, expected = start(Deriving, method), values(cold(lambda: Deriving(method), B))
+    served, ids, brought = values(model), identities(model), list(B.items())
+    if planned:
+        make_plan(model, [TensorInfo(name, tuple(t.shape), t.dtype) for name, t in A.items()], "A")
+
+    def in_calls(session: ReloadSession) -> None:
+        for first in range(0, 2, 2 // calls):
+            session.load(brought[first : first + 2 // calls])
+
+    in_the_way = not planned and calls == 1 and method is Packing  # the layers of the other are one group
+    if in_the_way:
+        with ReloadSession(model, policy=policy) as session:
+            with pytest.raises(LateReadError, match="looked at first.weight, which is complete"):
+                in_calls(session)
+            with pytest.raises(SessionError, match="came back to a layer that was complete"):
+                session.finish()
+        if policy == "staged":
+            assert (values(model), identities(model)) == (served, ids)
+    with ReloadSession(model, policy=policy) as session:
+        in_calls(session)
+        session.finish()
+    assert values(model) == expected
+    if policy == "staged":
+        assert {path: found for path, found in identities(model).items() if path in ids} == ids
+
+
+@pytest.mark.parametrize("policy", ["staged", "streaming"])
+@pytest.mark.parametrize("method", [Method, Packing])
+def test_what_no_checkpoint_has_and_no_constructor_set_stays_as_it_is(
+    monkeypatch: pytest.MonkeyPatch, method: type[QuantizeMethodBase], policy: str
+) -> None:
+    """A head that a classifier inherits and does not use, as in vLLM's JambaForSequenceClassification."""
+    monkeypatch.setenv(POISON, "1")
+    sent = {"first.weight": B["first.weight"]}
+    model = cold(lambda: Model(method), A, trace=True)
+    expected = values(cold(lambda: Model(method), A | sent))
+    kept = Expected(was_written=lambda name: "none" if name == "lm_head.weight" else "whole")
+    with ReloadSession(model, policy=policy, expected=kept) as session:
+        session.load(sent.items())
+        assert list(session.finish().kept) == ["lm_head.weight"]
+    now = values(model)
+    if method is Packing:  # its weight is not there any more in the form it came in
+        now, expected = ({path: found[path] for path in found if "first" in path} for found in (now, expected))
+    assert now == expected
+
+
 @pytest.mark.parametrize("policy", ["staged", "streaming"])
 @pytest.mark.parametrize("order", list(itertools.permutations(range(3))))
 def test_a_parameter_that_a_loader_makes_may_come_at_any_time(order: tuple[int, ...], policy: str) -> None:
@@ -392,7 +464,7 @@ def test_a_parameter_that_is_made_for_a_layer_that_is_complete_is_refused(before
         with pytest.raises(LateWriteError, match="wrote to first, which is complete"):
             session.load(late[before:])
         assert values(model) == served
-        with pytest.raises(SessionError, match="came too late and was not loaded"):
+        with pytest.raises(SessionError, match="came back to a layer that was complete"):
             session.finish()
     assert (values(model), identities(model)) == (served, ids)
     whole = reload_weights(model, iter(late), whole_model=True)
