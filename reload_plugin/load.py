@@ -97,6 +97,9 @@ class Loaded:
     routes: dict[str, Route] = field(default_factory=dict)
     """How to do the same with a weight that was handed over again, without the loader; those that the loader
     only passed over were not written anywhere."""
+    computed: dict[str, tuple[Slot, ...]] = field(default_factory=dict)
+    """Where the loader wrote what it made of a weight, or what it had from elsewhere while the weight was the
+    last that had come."""
     in_new_parameters: set[str] = field(default_factory=set)
     """Weights for which the loader made parameters."""
     revisited: set[str] = field(default_factory=set)
@@ -232,6 +235,7 @@ class LoadTrace(TorchDispatchMode):
         self._recent: set[int] = set()
         self._incoming: _Incoming | None = None
         self._writes: list[Write | None] = []
+        self._computed: list[Slot] = []
         self._looked = False
         """The loader read a value, so what it writes next may depend on it."""
 
@@ -294,13 +298,14 @@ class LoadTrace(TorchDispatchMode):
         What a dry run touched is given back.
         """
         if (incoming := self._incoming) is not None:
-            computed = any(write is None for write in self._writes)
-            writes = None if computed else tuple(write for write in self._writes if write is not None)
+            writes = None if self._computed else tuple(write for write in self._writes if write is not None)
+            if self._computed:
+                self.loaded.computed[self.current] = tuple(self._computed)
             if writes and not self._sharded and self._known.get(self.current) != incoming.shape:
                 self._check_used_up(incoming, writes)
             self.loaded.routes[self.current] = Route(incoming.shape, incoming.dtype, writes)
         self._incoming = None
-        self._writes = []
+        self._writes, self._computed = [], []
         self._looked = False
         if self.dry:
             for storage in self._touched:
@@ -435,6 +440,8 @@ class LoadTrace(TorchDispatchMode):
             self.loaded.repeatable = False
         write = self._write_of(func, target, args, storage)
         self._writes.append(write)
+        if write is None:
+            self._computed.append((storage.primary.name, Geometry.of(target)))
         self._recent.add(key)
         self._writers[key] = self.current if self._writers.get(key, self.current) == self.current else ""
         covered = storage.coverage.volume

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from .errors import ReloadError, SourceError, weights_error
 from .garbage import no_collections
 from .ledger import Expected
-from .load import Problems
+from .load import Loaded, Problems
 from .placement import placement
 from .routes import Routes
 from .session import SERVES_OLD, ReloadSession, complete_record_of
@@ -85,16 +85,38 @@ def make_plan(
     listed: Sequence[TensorInfo] = list(infos)
     if not listed:
         raise SourceError(f"{source} holds no tensors. {SERVES_OLD}")
-    with no_collections(), ReloadSession(model, source=source, dry=True, expected=expected) as session:
-        try:
-            session.load(_without_values(listed))
-        except (NotImplementedError, ReloadError) as error:
-            raise PlanUnavailableError(str(error)) from error
-        if any("meta" in reason for reason in session.problems.misshapen.values()):
-            raise PlanUnavailableError(next(iter(session.problems.misshapen.values())))
-        kept, ignored = session.account()
-        coverage = session.ledger.coverage()
-        return _plan(model, listed, session, coverage, kept, ignored)
+    with no_collections():
+        with ReloadSession(model, source=source, dry=True, expected=expected) as session:
+            try:
+                session.load(_without_values(listed))
+            except (NotImplementedError, ReloadError) as error:
+                raise PlanUnavailableError(str(error)) from error
+            if any("meta" in reason for reason in session.problems.misshapen.values()):
+                raise PlanUnavailableError(next(iter(session.problems.misshapen.values())))
+            kept, ignored = session.account()
+            coverage, routes = session.ledger.coverage(), session.routes()
+        if routes is not None and not _does_the_same_alone(model, listed, session.loaded, expected):
+            session.loaded.repeatable, routes = False, None
+        return _plan(model, listed, session, coverage, routes, kept, ignored)
+
+
+def _does_the_same_alone(
+    model: nn.Module, infos: Sequence[TensorInfo], together: Loaded, expected: Expected | None
+) -> bool:
+    """Whether the loader, given nothing but one of the weights that take it at each reload, writes what it
+    wrote when that one came among all others: it may have had that from elsewhere, like the zeros for biases
+    that vLLM's GLM-ASR writes when a part of the model is over and the first weight of the next has come.
+    """
+    alone = [info for info in infos if info.name in together.computed]
+    if not alone:
+        return True
+    with ReloadSession(model, dry=True, expected=expected) as session:
+        for info in alone:
+            try:
+                session.load(_without_values([info]))
+            except (NotImplementedError, ReloadError):
+                return False
+        return session.loaded.computed == together.computed and not session.problems
 
 
 def _without_values(infos: Sequence[TensorInfo]) -> Iterator[tuple[str, torch.Tensor]]:
@@ -110,6 +132,7 @@ def _plan(
     infos: Sequence[TensorInfo],
     session: ReloadSession,
     coverage: dict[str, str],
+    routes: Routes | None,
     kept: dict[str, str],
     ignored: dict[str, str],
 ) -> Plan:
@@ -130,7 +153,7 @@ def _plan(
         order=tuple(order),
         names_of_group=known if repeatable else {},
         coverage=coverage,
-        routes=session.routes(),
+        routes=routes,
         placement=placement(record),
         problems=session.problems,
         kept=kept,
