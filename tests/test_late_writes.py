@@ -221,7 +221,7 @@ def loaders(draw: st.DrawFn) -> Case:
     return [steps for steps in layers if steps], order
 
 
-@settings(deadline=None, database=None, max_examples=100)
+@settings(deadline=None, database=None, max_examples=300)
 @given(loaders())
 @mock.patch.dict(os.environ, {POISON: "1"})
 def test_whatever_a_loader_does_a_reload_is_a_cold_start(case: Case) -> None:
