@@ -103,7 +103,7 @@ class Loaded:
     in_new_parameters: set[str] = field(default_factory=set)
     """Weights for which the loader made parameters."""
     revisited: set[str] = field(default_factory=set)
-    """Parameters that the loader took values from when other weights had come, and those it wrote these to."""
+    """Parameters that the loader took values from when other weights had come, and those it wrote them to."""
     contested: dict[Slot, dict[str, None]] = field(default_factory=dict)
     """Slots that the loader wrote several weights to, and those."""
     repeatable: bool = True
@@ -214,8 +214,9 @@ class LoadTrace(TorchDispatchMode):
         """Storages that no loader may write to, and what to call them; asked once, if one writes elsewhere
         than to staging.
         """
-        self.complete: dict[int, str] = {}
-        """Storage -> parameter of a layer that is complete: what is there now is not what was loaded."""
+        self.complete: dict[int, tuple[str, str]] = {}
+        """Storage -> parameter of a layer that is complete, where what is there now is not what was loaded; and
+        one of the tensors that its group has in load format."""
         self.current = ""
         self._sources: dict[int, tuple[str, ...]] = {}
         """Storage -> the weights whose values are in it, or come into it; "" for what is not known."""
@@ -362,7 +363,7 @@ class LoadTrace(TorchDispatchMode):
         if not known or func in _VIEWS or any(tensor is target for target in targets):
             return False
         if storage is None:
-            raise self.late_read(self.complete[key])
+            raise self.late_read(*self.complete[key])
         return True
 
     def _revisits(self, parameter: str) -> bool:
@@ -535,9 +536,9 @@ class LoadTrace(TorchDispatchMode):
             "loader revisits layers on purpose, reload it with whole_model=True."
         )
 
-    def late_read(self, parameter: str) -> LateReadError:
-        """The error for a look at what is complete already. The layer is open to the end from now on."""
-        self.loaded.revisited.add(parameter)
+    def late_read(self, parameter: str, of_group: str) -> LateReadError:
+        """The error for a look at what is complete already. Its group is open to the end from now on."""
+        self.loaded.revisited.add(of_group)
         return LateReadError(
             f"While {self.current!r} was loaded, the model's loader looked at {parameter}, which is complete "
             "already, so that its new values are not there. The engine serves what it served before. Reload "

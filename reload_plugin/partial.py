@@ -132,8 +132,8 @@ def update_in_place(
     touched = frozenset(plan.names_of_group)
     if not touched:
         raise PartialUpdateError(
-            "This model's loader keeps weights back or puts several together, so it is not known which layers "
-            f"some of them change, and the others cannot be read again. {SERVES_OLD} Send all weights."
+            "This model's loader keeps weights back or puts several together, so it is not known which "
+            f"layers some of them change, and the others cannot be read again. {SERVES_OLD} Send all weights."
         )
     tail = _tail(record)
     unfit = _changed_by_processing(record, touched)

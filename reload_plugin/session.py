@@ -601,13 +601,14 @@ class ReloadSession:
             self._closed += [(name, layer, dict(layer._parameters)) for name, layer in layers]
 
     def _note_complete(self, stage: Stage) -> None:
-        """Keep the model's loader from what a layer that is complete holds now, if that is not what was loaded."""
-        if self.ledger.routes is not None or (self.policy == "streaming" and stage.group.plain):
+        """Keep the model's loader from what a complete layer holds now, if that is not what was loaded."""
+        as_loaded = self.policy == "streaming" and stage.group.plain
+        if self.ledger.routes is not None or as_loaded or not stage.group.tensors:
             return
         for name, layer in stage.layers:
             for key, parameter in layer._parameters.items():
                 if parameter is not None and (storage := storage_id(parameter)):
-                    self._trace.complete[storage] = f"{name}.{key}"
+                    self._trace.complete[storage] = f"{name}.{key}", stage.group.tensors[0].name
 
     def _put_back_parameters(self) -> list[str]:
         """Give layers that were complete the parameters they had, should a loader have given them others.
