@@ -24,9 +24,8 @@ def filled(text: str) -> str:
 
 
 def _report(name: str) -> dict[str, Any]:
-    report: dict[str, Any] = json.loads(
-        (RESULTS / f"{'main' if name == 'stages' else name}.json").read_text()
-    )
+    file = "main" if name in ("stages", "processors") else name
+    report: dict[str, Any] = json.loads((RESULTS / f"{file}.json").read_text())
     return report
 
 
@@ -80,6 +79,20 @@ def _stages(report: dict[str, Any]) -> str:
             rows.append([name, *(f"{one:.3f}" for one in (*parts, total - sum(parts), total, digest))])
     columns = ("later reload, seconds", "read", "load", "process", "commit", "rest", "total", "digest")
     return table(columns, rows)
+
+
+def _processors(report: dict[str, Any]) -> str:
+    """Later reloads of the main table, and of another run of it on another processor."""
+    other = {(model["name"], way): found for model, way, found in ways_of(_report("main-xeon"))}
+    rows = []
+    for model, way, found in ways_of(report):
+        if (there := other.get((model["name"], way))) is not None:
+            name = ", ".join(part for part in (model["name"], way) if part)
+            rows.append(
+                [name, *(times(run[f"{ratio}, later"], 2) for ratio in RATIOS for run in (found, there))]
+            )
+    columns = [f"{ratio}, {processor}" for ratio in RATIOS.values() for processor in ("EPYC", "Xeon")]
+    return table(("later reload", *columns), rows)
 
 
 def _axis(report: dict[str, Any]) -> str:
@@ -144,6 +157,7 @@ def _repeated(report: dict[str, Any]) -> str:
 TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "main": _main,
     "stages": _stages,
+    "processors": _processors,
     "tensors": _axis,
     "bytes": _axis,
     "changed": _ways,
