@@ -14,6 +14,9 @@
     │   └── NonFiniteWeightsError  NaN or infinite values, where the caller asked for a check
     ├── PartialUpdateError         the weights beside the ones sent cannot be kept; lists what to send
     │   └── EntangledError         processing the layers sent changes others as well
+    ├── LateLoaderError            the model's loader came back to a layer that was complete already
+    │   ├── LateReadError          for what had been loaded there, which is not there any more
+    │   └── LateWriteError         to write there, or to a served tensor
     ├── ProcessingError            process_weights_after_loading raised on the new weights
     ├── KernelFormatError          weights in kernel format that do not match it exactly
     ├── RanksDisagreeError         another rank failed or did not answer, so no rank committed
@@ -43,6 +46,18 @@ class NotRecordedError(ReloadError):
 
 class SourceError(ReloadError):
     """The weights could not be read. The original exception, if any, is the ``__cause__``."""
+
+
+class LateLoaderError(ReloadError):
+    """The model's loader came back to a layer that was complete already; ``whole_model=True`` lets it."""
+
+
+class LateWriteError(LateLoaderError):
+    """It wrote there, or to a served tensor."""
+
+
+class LateReadError(LateLoaderError):
+    """It looked there for what had been loaded. The next reload keeps that layer open to the end."""
 
 
 class ProcessingError(ReloadError):

@@ -20,7 +20,7 @@ import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-from .errors import ReloadError, SourceError
+from .errors import LateReadError, LateWriteError, ReloadError, SourceError
 from .formats import SMALL_BYTES, Geometry, shared
 from .interrupts import call_out
 from .routes import Route, Slot, Write
@@ -41,18 +41,6 @@ Fetching = Callable[[Callable[[Iterator[Any]], Any], Iterator[Any]], Any]
 
 Touching = Callable[[StagedStorage], None]
 """Told of staging that lies in served memory before somebody may write there."""
-
-
-class LateLoaderError(ReloadError):
-    """A loader came back to a layer that was complete already."""
-
-
-class LateWriteError(LateLoaderError):
-    """It wrote there, or to a served tensor."""
-
-
-class LateReadError(LateLoaderError):
-    """It looked there for what had been loaded, and that is not there any more."""
 
 
 class RejectedWeightError(Exception):
@@ -215,8 +203,8 @@ class LoadTrace(TorchDispatchMode):
         than to staging.
         """
         self.complete: dict[int, tuple[str, str]] = {}
-        """Storage -> parameter of a layer that is complete, where what is there now is not what was loaded; and
-        one of the tensors that its group has in load format."""
+        """Storage -> parameter of a complete layer, where what is there now is not what was loaded, and one of
+        the tensors that its group has in load format."""
         self.current = ""
         self._sources: dict[int, tuple[str, ...]] = {}
         """Storage -> the weights whose values are in it, or come into it; "" for what is not known."""

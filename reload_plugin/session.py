@@ -29,11 +29,11 @@ from .admission import Admission
 from .bystanders import Bystanders
 from .commit import Commit, plan_commit
 from .digest import Wanted, after_change, before_change, served_digest
-from .errors import NotRecordedError, SessionError, SourceError, weights_error
+from .errors import LateLoaderError, NotRecordedError, SessionError, SourceError, weights_error
 from .garbage import no_collections, no_full_collections
 from .interrupts import call_between, call_out, deliver, held
 from .ledger import Expected, Ledger
-from .load import Feed, Fetching, LateLoaderError, Loaded, LoadTrace, Problems, load_all, load_by_routes
+from .load import Feed, Fetching, Loaded, LoadTrace, Problems, load_all, load_by_routes
 from .memory import Gauge, growth, keep_within
 from .native import Noted, forget_handles, watching_native
 from .overflow import OPEN_BUDGET, OPEN_STREAMING, Overflow

@@ -38,6 +38,8 @@ from reload_plugin.commit import Commit
 from reload_plugin.errors import (
     DuplicateWeightsError,
     EngineBrokenError,
+    LateReadError,
+    LateWriteError,
     MisshapenWeightsError,
     MissingWeightsError,
     NotRecordedError,
@@ -50,7 +52,6 @@ from reload_plugin.errors import (
 )
 from reload_plugin.holders import holders_of, read, tensors_in
 from reload_plugin.ledger import Expected
-from reload_plugin.load import LateReadError, LateWriteError
 from reload_plugin.memory import Gauge
 from reload_plugin.plan import make_plan
 from reload_plugin.record import ConstructionTrace, record_constructed, record_of
