@@ -203,8 +203,8 @@ class LoadTrace(TorchDispatchMode):
         than to staging.
         """
         self.complete: dict[int, tuple[str, str]] = {}
-        """Storage -> parameter of a complete layer, where what is there now is not what was loaded, and one of
-        the tensors that its group has in load format."""
+        """Storage -> parameter of a complete layer, where what is there now is not what was loaded, and one
+        of the tensors that its group has in load format."""
         self.current = ""
         self._sources: dict[int, tuple[str, ...]] = {}
         """Storage -> the weights whose values are in it, or come into it; "" for what is not known."""
