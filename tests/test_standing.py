@@ -248,8 +248,8 @@ def initialised(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     found: list[str] = []
     initialise = StagedStorage._initialise
 
-    def noting(storage: StagedStorage, record: TensorRecord) -> None:
-        initialise(storage, record)
+    def noting(storage: StagedStorage, record: TensorRecord, unwritten: bool) -> None:
+        initialise(storage, record, unwritten)
         found.append(record.name)
 
     monkeypatch.setattr(StagedStorage, "_initialise", noting)
@@ -301,7 +301,7 @@ def test_so_it_does_when_a_loader_gets_what_was_not_planned() -> None:
 
 
 def test_so_it_does_when_the_constructors_values_cannot_be_written(monkeypatch: pytest.MonkeyPatch) -> None:
-    def failing_to(storage: StagedStorage, record: TensorRecord) -> None:
+    def failing_to(storage: StagedStorage, record: TensorRecord, unwritten: bool) -> None:
         if record.name == "norm.scale":
             raise RuntimeError("no such kernel")
 
