@@ -214,16 +214,21 @@ def replayed_after_reloads(case: Case, root: Path) -> int:
     return report.replayed
 
 
-@pytest.mark.parametrize("first", ["folder", "stream"])
+GLM_ASR = case_of("GlmAsrForConditionalGeneration")
+"""Its loader writes zeros for biases that no checkpoint has, when a part of the model is over: by then the
+first weight of the next part has come."""
+
+
+@pytest.mark.parametrize("comes", ["folder", "stream"])
 def test_what_a_loader_writes_of_its_own_accord_is_written_at_each_reload(
-    monkeypatch: pytest.MonkeyPatch, first: str, root: Path
+    monkeypatch: pytest.MonkeyPatch, comes: str, root: Path
 ) -> None:
     monkeypatch.setenv(POISON, "1")
     folders = oracle.write(GLM_ASR, root)
     with oracle.built(GLM_ASR, folders["A"]) as model:
         expected = values(model)
         for _ in range(2):
-            if first == "folder":
+            if comes == "folder":
                 report = reload_weights(model, weights_path=str(folders["A"]), policy="host")
             else:
                 report = reload_weights(model, iter(read_tensors(folders["A"]).items()))
@@ -235,9 +240,6 @@ def test_what_a_loader_writes_of_its_own_accord_is_written_at_each_reload(
 
 
 ROW_OF = {row.cls: row for row in ROWS}
-GLM_ASR = case_of("GlmAsrForConditionalGeneration")
-"""Its loader writes zeros for biases that no checkpoint has, when a part of the model is over: by then the
-first weight of the next part has come."""
 IN_ANY_ORDER = (
     *map(case_named, ("w8a8_static", "w8a8_asymmetric", "w4a16")),
     # Have weights for buffers, or for a parameter that the loader makes, in layers that are whole without.
@@ -303,11 +305,17 @@ def test_weights_by_routes_are_answered_like_weights_by_the_models_loader(tmp_pa
         assert all(by_loader)
 
 
-def test_a_partial_update_changes_what_a_loader_fills_from_it(root: Path) -> None:
-    """Of this model nobody knows which weight goes where, so all are read again."""
+@pytest.mark.parametrize("head", [False, True], ids=["no head on disk", "a head on disk"])
+def test_a_partial_update_changes_what_a_loader_fills_from_it(head: bool, tmp_path: Path) -> None:
+    """Of some weights of this model nobody knows where they go, so all are read again, also where that is
+    known of all together: a head of its own is not filled from the embeddings.
+    """
     case, name = ROW_OF["BertForMaskedLM"].case, "bert.embeddings.word_embeddings.weight"
-    folders = oracle.write(case, root)
+    root, folders = tmp_path, oracle.write(case, tmp_path)
     sent = {name: read_tensors(folders["B"])[name]}
+    if head:
+        own = {"cls.predictions.decoder.weight": sent[name] * 2}
+        save_file(read_tensors(folders["A"]) | own, folders["A"] / checkpoints.WEIGHTS)
     both = root / "both"
     shutil.copytree(folders["A"], both)
     save_file(read_tensors(folders["A"]) | sent, both / checkpoints.WEIGHTS)
