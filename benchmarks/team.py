@@ -75,11 +75,11 @@ def measure(file: Path, pieces: int, trials: int) -> list[list[str]]:
     rows: list[list[str]] = [["read"], ["hash"]]
     for how in (alone, two_threads, share):
         target.zero_()
-        rows[0].append(f"{milliseconds(how, read, pieces, trials):.1f}")
+        rows[0].append(f"{milliseconds(how, read, pieces, trials):.2f}")
         if memory != content:
             raise SystemExit(f"{how.__name__} read something else")
         digests.clear()
-        rows[1].append(f"{milliseconds(how, digest, pieces, trials):.1f}")
+        rows[1].append(f"{milliseconds(how, digest, pieces, trials):.2f}")
         if digests != right:
             raise SystemExit(f"{how.__name__} hashed something else")
     os.close(handle)
