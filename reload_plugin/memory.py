@@ -28,12 +28,12 @@ ROOM = 64 << 20
 KEPT = 2 * ROOM
 """Bytes of a pool that stay with the process between reloads, at most: to get pages from the system once more
 takes as long as reading into them."""
-IDLE = 128 << 20
+IDLE = 256 << 20
 """Bytes that the C heap may keep unused between reloads: to get pages from the system once more takes longer
 than to write to them."""
-BLOCK = 64 << 20
-"""Bytes from which on a block of the C heap goes back to the system as soon as it is free, at most. Those as
-large as the largest layer do in any case, since hardly any other fits where they were."""
+BLOCK = 96 << 20
+"""Bytes from which on a block of the C heap goes back to the system as soon as it is free: half of them would
+be all that the heap may keep."""
 SPARE = 16 << 20
 """Bytes of a pool beyond its largest layer, at least: for layers that are not processed, and small ones that
 one request reads together."""
@@ -266,12 +266,12 @@ class Growth:
     least: int | None = None
     """Bytes in memory; None before there was a reload."""
 
-    def begin(self, largest: int) -> int:
-        """A reload begins, of a model whose largest layer has so many bytes. Returns those in memory now."""
+    def begin(self) -> int:
+        """A reload begins. Returns the bytes that are in memory now."""
         now = resident()
         found = allocator()
         if self.least is None and found is not None and found.keep is not None:
-            found.keep(IDLE, min(largest, BLOCK))
+            found.keep(IDLE, BLOCK)
         self.least = now if self.least is None else min(self.least, now)
         return now
 

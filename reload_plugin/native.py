@@ -8,7 +8,7 @@ does, and a digest of what it was made of stands for what it holds.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,7 +16,7 @@ import torch
 
 from . import _vllm
 from .hashing import Hash
-from .holders import values_of
+from .holders import owns_native, reachable, values_of
 
 Handles = dict[int, bytes | None]
 """Handle -> digest of all that its constructor was given; None where that was not hashed."""
@@ -86,6 +86,37 @@ def handle_in(tensor: torch.Tensor) -> int | None:
     """
     may_hold = tensor.dtype == torch.int64 and tensor.numel() == 1 and tensor.device.type == "cpu"
     return int(tensor) if may_hold else None
+
+
+def give_way(values: Iterable[object], handles: Handles) -> bool:
+    """Release the native memory that served values own, to make room for what takes its place.
+
+    An owner and its tensors stay the objects they are, with a null handle, until a new twin trades contents
+    with them. Whoever computes with one before that ends the process.
+
+    Args:
+        values: as they are served.
+        handles: those that are known; owners of others keep them.
+
+    Returns:
+        Whether anything was released.
+
+    """
+    seen: set[int] = set()
+    owners = [found for value in values for found in reachable(value, seen) if owns_native(found)]
+    return any([_empty(owner, handles) for owner in owners])
+
+
+def _empty(owner: Any, handles: Handles) -> bool:
+    held = {t: handle for t in values_of(owner) if isinstance(t, torch.Tensor) and (handle := handle_in(t))}
+    if not held.keys() or not handles.keys() >= set(held.values()):
+        return False
+    heir = object.__new__(type(owner))  # its class knows how to release what it holds
+    heir.__dict__ = {k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in vars(owner).items()}
+    for tensor, handle in held.items():
+        tensor.zero_()
+        handles.pop(handle, None)
+    return True
 
 
 def forget_handles(owner: object, handles: Handles) -> None:

@@ -35,7 +35,7 @@ from .interrupts import call_between, call_out, deliver, held
 from .ledger import Expected, Ledger
 from .load import Feed, Fetching, Loaded, LoadTrace, Problems, load_all, load_by_routes
 from .memory import Gauge, growth, keep_within
-from .native import Noted, forget_handles, watching_native
+from .native import Noted, forget_handles, give_way, watching_native
 from .overflow import OPEN_BUDGET, OPEN_STREAMING, Overflow
 from .placement import placement
 from .process import ProcessWeights, process_stage, process_tail
@@ -58,6 +58,10 @@ less than the 128 MiB that are promised."""
 PASSING = 64 << 20
 """Bytes of that for what a layer's processing needs only while it runs, which nobody knows before: four times
 the layer, at most so many."""
+
+BESIDE = 64 << 20
+"""Bytes of a layer up to which its served native memory stays until there is new one: more would not fit the
+budget, which also has the beginning of the next layer, and gives way before the layer is processed."""
 
 SEVERAL = 8 << 20
 """Bytes of layers that are processed between two looks at how large the process is."""
@@ -162,7 +166,7 @@ class ReloadSession:
         self.agree = agree
         self._spoiled: str | None = None
         self._record = complete_record_of(model)
-        self._resident = growth.begin(self._record.largest)
+        self._resident = growth.begin()
         shapes = self._expected.start_shapes
         sharded, is_later = self._world_size() > 1, self._expected.is_later
         self._trace = LoadTrace(self.problems, dry, shapes, sharded, is_later)
@@ -626,14 +630,22 @@ class ReloadSession:
 
     def _process(self, stage: Stage) -> None:
         self._spoiled = f"processing {stage.group.name or 'the model'} did not end well"
+        gave_way = False
         try:
             with self._timed("process"):
+                gave_way = self._give_way(stage)
                 original = original_process_weights()
                 process_stage(stage, self._record, original, *self._watch())
         finally:
-            if stage.overwritten or stage.final_storages():
+            if gave_way or stage.overwritten or stage.final_storages():
                 self.committed.add(stage.group.name)
         self._spoiled = None
+
+    def _give_way(self, stage: Stage) -> bool:
+        """Release the native memory of a layer that is too large for the budget twice, if it may be gone."""
+        if self.policy != "streaming" or stage.group.passed_over or stage.group.nbytes <= BESIDE:
+            return False
+        return give_way(stage.made_by_processing(), self._record.handles)
 
     def _watch(self) -> tuple[Noted, Places]:
         """What watches processing, begun by the first layer: to begin takes longer than some layers do."""

@@ -472,12 +472,15 @@ class Stage:
                 if name in record.format.attributes:
                     tensor.__dict__[name] = record.format.attributes[name]
 
+    def made_by_processing(self) -> list[object]:
+        """Served values that the load format does not show: processing makes them anew."""
+        holders = zip(self._alive_holders(), self.served.contents, strict=True)
+        return [contents.get(key) for (holder, _), (_, contents) in holders for key in holder.undo]
+
     def replaceable(self) -> list[torch.Tensor]:
         """Served tensors that the load format does not show: processing reads none of them."""
         shown = self.final_storages()
-        holders = zip(self._alive_holders(), self.served.contents, strict=True)
-        made = [contents.get(key) for (holder, _), (_, contents) in holders for key in holder.undo]
-        made = [tensor.data for tensor in made if isinstance(tensor, torch.Tensor)]
+        made = [value.data for value in self.made_by_processing() if isinstance(value, torch.Tensor)]
         restaged = [state.data for state in self.served.tensors.values()]
         found = {storage_id(tensor): tensor for tensor in (*made, *restaged)}
         return [tensor for key, tensor in found.items() if key not in shown]

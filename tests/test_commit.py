@@ -13,6 +13,7 @@ from torch import nn
 
 from reload_plugin.commit import Commit, plan_commit
 from reload_plugin.holders import read, tensors_in
+from reload_plugin.native import give_way
 from reload_plugin.staging import State, TensorState
 from reload_plugin.tensors import storage_id
 
@@ -391,6 +392,33 @@ def test_ten_reloads_release_ten_resources() -> None:
     gc.collect()
     assert pool.released == list(range(1, 11))
     assert served.handler.handle == 11
+
+
+class Handler:
+    """Owns a handle that is kept as a number in a tensor, which compiled code holds too."""
+
+    def __init__(self, released: list[int], handle: int) -> None:
+        self.released, self.handle = released, torch.tensor(handle)
+
+    def __del__(self) -> None:
+        self.released.append(int(self.handle))
+
+
+def test_native_memory_that_gives_way_is_released_once_and_its_owner_stays() -> None:
+    released: list[int] = []
+    handler, stranger = Handler(released, 7), Handler(released, 9)
+    number, handles = handler.handle, {7: b"digest", 8: None}
+    served = Helper(handler=handler, other=stranger)
+    assert give_way([served, "plain", handler], handles)
+    assert (released, handles, int(number)) == ([7], {8: None}, 0)
+    assert int(stranger.handle) == 9, "nobody knows what that number is"
+    assert not give_way([served], handles), "there is nothing more"
+    planned = commit(served, Helper(handler=Handler(released, 8), other=stranger))
+    del planned
+    gc.collect()
+    assert served.handler is handler
+    assert handler.handle is number
+    assert (released, int(number)) == ([7, 0], 8), "the twin has the null handle"
 
 
 def test_an_owner_whose_tensor_changed_its_layout_holds_the_new_one() -> None:

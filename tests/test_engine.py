@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import save_file
 
 import reload_plugin
-from reload_plugin import _vllm, errors, memory, staging
+from reload_plugin import _vllm, errors, memory, native, session, staging
 from reload_plugin.record import record_of
 from reload_plugin.reload import before_serving
 from reload_plugin.sources import reading, safetensors_files
@@ -845,6 +845,59 @@ def test_processing_that_raises_leaves_the_old_weights(on_a: Engine, monkeypatch
         on_a.reload(on_a.folders["B"])
     monkeypatch.undo()
     on_a.assert_is("A")
+
+
+@pytest.fixture
+def giving_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every layer counts as one whose old and new native memory do not fit the budget together."""
+    monkeypatch.setattr(session, "BESIDE", 0)
+
+
+def test_large_native_memory_gives_way_before_there_is_new_memory(
+    on_a: Engine, giving_way: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At no time are there more handles than the engine has; under `host` the old ones are served meanwhile."""
+    handles, most = record_of(on_a.model).handles, []
+    make = native._digest_of
+    monkeypatch.setattr(native, "_digest_of", lambda given: most.append(len(handles)) or make(given))
+    served = len(handles)
+    on_a.reload(on_a.folders["B"])
+    on_a.assert_is("B")
+    packed = len(most)
+    assert packed == served, "every handle was made once"
+    assert all(before < served for before in most)
+    most.clear()
+    reload_plugin.reload_weights(on_a.model, weights_path=str(on_a.folders["A"]), policy="host")
+    assert max(most, default=0) == max(0, 2 * packed - 1)
+
+
+def test_processing_that_raises_after_native_memory_gave_way(
+    on_a: Engine, giving_way: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From the first layer on: its old values are gone and have to be read again."""
+    for number in range(1, 7):
+        monkeypatch.setattr(_vllm, "process_layers", failing_at(number, []))
+        with pytest.raises(reload_plugin.ProcessingError, match="no room"):
+            on_a.reload(on_a.folders["B"])
+        monkeypatch.undo()
+        monkeypatch.setattr(session, "BESIDE", 0)
+        on_a.assert_is("A")
+    on_a.reload(on_a.folders["B"])
+    on_a.assert_is("B")
+
+
+def test_an_engine_whose_native_memory_gave_way_for_nothing_does_not_serve(
+    on_a: Engine, giving_way: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before anything was committed, and there is no way back: the caller chose so."""
+    if not record_of(on_a.model).handles:
+        pytest.skip("nothing of this model is packed on this processor")
+    monkeypatch.setattr(_vllm, "process_layers", failing_at(1, []))
+    packed_first = sorted(on_a.weights("B"), key=lambda weight: "layers.0.self_attn" not in weight[0])
+    with pytest.raises(reload_plugin.EngineBrokenError, match="no room"):
+        on_a.push(iter(packed_first), policy="streaming")
+    with pytest.raises(reload_plugin.EngineBrokenError):
+        before_serving()
 
 
 def test_the_folder_of_the_old_weights_may_be_deleted_while_a_reload_may_need_it(

@@ -136,9 +136,9 @@ class Process:
         self.nbytes -= self.unused
         self.unused = 0
 
-    def reload(self, grows: int, largest: int = 80 * MIB) -> None:
+    def reload(self, grows: int) -> None:
         """A reload that leaves so many more bytes in a heap that does not use them."""
-        self.growth.begin(largest)
+        self.growth.begin()
         self.nbytes += grows
         self.unused += grows
         memory.settle_heap()
@@ -175,14 +175,13 @@ def test_growth_counts_from_the_last_trim_and_from_when_the_process_was_smallest
     assert process.trims == 3
 
 
-@pytest.mark.parametrize(("largest", "block"), [(50 * MIB, 50 * MIB), (5000 * MIB, memory.BLOCK)])
 def test_the_first_reload_of_a_process_has_the_heap_keep_what_the_next_needs(
-    monkeypatch: pytest.MonkeyPatch, largest: int, block: int
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     process = Process(monkeypatch)
-    process.reload(0, largest)
-    process.reload(0, largest)
-    assert process.kept == [(memory.IDLE, block)]
+    process.reload(0)
+    process.reload(0)
+    assert process.kept == [(memory.IDLE, memory.BLOCK)]
 
 
 FREE = """

@@ -553,7 +553,7 @@ def test_every_layer_is_processed_within_what_may_be_taken_beside_the_largest_an
     asked: list[tuple[int, int]] = []
     monkeypatch.setattr(session_module, "keep_within", lambda *found: asked.append(found))
     monkeypatch.setattr(session_module, "SEVERAL", 1)
-    monkeypatch.setattr(session_module.growth, "begin", lambda _: 5_000_000)
+    monkeypatch.setattr(session_module.growth, "begin", lambda: 5_000_000)
     model = cold(lambda: Model(Packing), A)
     record = record_of(model)
     sizes = [group.nbytes for group in record.groups if not group.plain and group.nbytes]
