@@ -81,17 +81,23 @@ def _stages(report: dict[str, Any]) -> str:
     return table(columns, rows)
 
 
+OTHERS = {"Zen 5": "main-zen5", "Xeon": "main-xeon"}
+"""Other processors -> runs of the main table on them."""
+
+
 def _processors(report: dict[str, Any]) -> str:
-    """Later reloads of the main table, and of another run of it on another processor."""
-    other = {(model["name"], way): found for model, way, found in ways_of(_report("main-xeon"))}
-    rows = []
-    for model, way, found in ways_of(report):
-        if (there := other.get((model["name"], way))) is not None:
-            name = ", ".join(part for part in (model["name"], way) if part)
-            rows.append(
-                [name, *(times(run[f"{ratio}, later"], 2) for ratio in RATIOS for run in (found, there))]
-            )
-    columns = [f"{ratio}, {processor}" for ratio in RATIOS.values() for processor in ("EPYC", "Xeon")]
+    """Later reloads of the main table, and of other runs of it on other processors."""
+    runs = [{(model["name"], way): found for model, way, found in ways_of(report)}]
+    runs += [
+        {(model["name"], way): found for model, way, found in ways_of(_report(n))} for n in OTHERS.values()
+    ]
+    rows = [
+        [", ".join(part for part in case if part)]
+        + [times(run[case][f"{ratio}, later"], 2) for ratio in RATIOS for run in runs]
+        for case in runs[0]
+        if all(case in run for run in runs)
+    ]
+    columns = [f"{ratio}, {name}" for ratio in RATIOS.values() for name in ("here", *OTHERS)]
     return table(("later reload", *columns), rows)
 
 

@@ -32,8 +32,8 @@ IDLE = 256 << 20
 """Bytes that the C heap may keep unused between reloads: to get pages from the system once more takes longer
 than to write to them."""
 BLOCK = 96 << 20
-"""Bytes from which on a block of the C heap goes back to the system as soon as it is free: half of them would
-be all that the heap may keep."""
+"""Bytes from which on a block of the C heap goes back to the system as soon as it is free: what two of that
+size leave behind is about all that the heap may keep."""
 SPARE = 16 << 20
 """Bytes of a pool beyond its largest layer, at least: for layers that are not processed, and small ones that
 one request reads together."""

@@ -229,7 +229,7 @@ def test_glibc_keeps_what_it_is_asked_to_unless_the_environment_says_otherwise(
 GROW_AND_GIVE_BACK = """
 import torch
 from reload_plugin import memory
-blocks = [torch.ones(4 << 20) for _ in range(20)]
+blocks = [torch.ones(4 << 20) for _ in range(32)]
 del blocks
 full = memory.resident()
 memory.settle_heap()
@@ -252,5 +252,5 @@ def test_the_process_has_an_allocator_that_gives_back(name: str, preload: str) -
     child = [sys.executable, "-c", GROW_AND_GIVE_BACK]
     out = subprocess.run(child, env=environment, capture_output=True, text=True, check=True).stdout.split()
     assert out[0] == name
-    if name == "tcmalloc":  # 320 MiB, of which it may keep IDLE; glibc's gives such blocks back when freed
-        assert int(out[1]) > 150
+    if name == "tcmalloc":  # 512 MiB, of which it may keep IDLE; glibc's gives such blocks back when freed
+        assert int(out[1]) > 200
