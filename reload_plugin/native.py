@@ -104,7 +104,7 @@ def give_way(values: Iterable[object], handles: Handles) -> bool:
     """
     seen: set[int] = set()
     owners = [found for value in values for found in reachable(value, seen) if owns_native(found)]
-    return any([_empty(owner, handles) for owner in owners])
+    return sum(_empty(owner, handles) for owner in owners) > 0  # every one, not the first alone
 
 
 def _empty(owner: Any, handles: Handles) -> bool:

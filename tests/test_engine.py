@@ -856,7 +856,7 @@ def giving_way(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_large_native_memory_gives_way_before_there_is_new_memory(
     on_a: Engine, giving_way: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """At no time are there more handles than the engine has; under `host` the old ones are served meanwhile."""
+    """At no time are there more handles than the engine has; under `host` the old ones are served."""
     handles, most = record_of(on_a.model).handles, []
     make = native._digest_of
     monkeypatch.setattr(native, "_digest_of", lambda given: most.append(len(handles)) or make(given))
