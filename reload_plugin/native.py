@@ -111,11 +111,12 @@ def _empty(owner: Any, handles: Handles) -> bool:
     held = {t: handle for t in values_of(owner) if isinstance(t, torch.Tensor) and (handle := handle_in(t))}
     if not held.keys() or not handles.keys() >= set(held.values()):
         return False
-    heir = object.__new__(type(owner))  # its class knows how to release what it holds
-    heir.__dict__ = {k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in vars(owner).items()}
+    contents = {k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in vars(owner).items()}
     for tensor, handle in held.items():
         tensor.zero_()
         handles.pop(handle, None)
+    heir = object.__new__(type(owner))  # its class knows how to release what it holds, and does so now
+    heir.__dict__ = contents
     return True
 
 
