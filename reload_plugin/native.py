@@ -108,11 +108,11 @@ def give_way(values: Iterable[object], handles: Handles) -> bool:
 
 
 def _empty(owner: Any, handles: Handles) -> bool:
-    held = {t: handle for t in values_of(owner) if isinstance(t, torch.Tensor) and (handle := handle_in(t))}
-    if not held.keys() or not handles.keys() >= set(held.values()):
+    held = _handles_of(owner)
+    if not held or any(handle not in handles for _, handle in held):
         return False
     contents = {k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in vars(owner).items()}
-    for tensor, handle in held.items():
+    for tensor, handle in held:
         tensor.zero_()
         handles.pop(handle, None)
     heir = object.__new__(type(owner))  # its class knows how to release what it holds, and does so now
@@ -122,9 +122,14 @@ def _empty(owner: Any, handles: Handles) -> bool:
 
 def forget_handles(owner: object, handles: Handles) -> None:
     """An owner of native handles is about to release them: what was made of them is of no use any more."""
-    for value in values_of(owner):
-        if isinstance(value, torch.Tensor) and (handle := handle_in(value)) is not None:
-            handles.pop(handle, None)
+    for _, handle in _handles_of(owner):
+        handles.pop(handle, None)
+
+
+def _handles_of(owner: object) -> list[tuple[torch.Tensor, int]]:
+    """The tensors in which an owner may hold native handles, and those; null is none."""
+    tensors = (value for value in values_of(owner) if isinstance(value, torch.Tensor))
+    return [(tensor, handle) for tensor in tensors if (handle := handle_in(tensor))]
 
 
 def _digest_of(arguments: tuple[Any, ...]) -> bytes:
