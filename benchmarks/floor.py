@@ -20,7 +20,7 @@ import machine
 import numpy as np
 import torch
 
-from reload_plugin.hashing import Hash
+from reload_plugin.device.hashing import Hash
 
 TRIALS = 3
 PIECE = 2 * machine.MIB

@@ -17,8 +17,8 @@ import torch
 import xxhash
 from document import table
 
-from reload_plugin.memory import view_of
-from reload_plugin.team import share
+from reload_plugin.device.memory import view_of
+from reload_plugin.device.team import share
 
 PIECE = 1 << 20
 Work = Callable[[int], object]

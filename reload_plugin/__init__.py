@@ -9,7 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .conversion import convert, is_stale, read_nested
+    from .checkpoint import open_source
     from .errors import (
         DuplicateWeightsError,
         EngineBrokenError,
@@ -28,14 +28,14 @@ if TYPE_CHECKING:
         UnsupportedError,
         WeightsError,
     )
-    from .fsdp import RestoreReport, restore_fsdp
-    from .monitor import ReloadStatus, reload_engine, status
-    from .nested import flatten, unflatten
-    from .reload import record_for_reloading, reload_weights
-    from .session import ReloadSession
-    from .sources import open_source
-    from .verify import ReloadReport
-    from .weight_update import abort_weight_update, restore_for_reloading
+    from .tools.conversion import convert, is_stale, read_nested
+    from .tools.fsdp import RestoreReport, restore_fsdp
+    from .tools.nested import flatten, unflatten
+    from .transaction.monitor import ReloadStatus, reload_engine, status
+    from .transaction.reload import record_for_reloading, reload_weights
+    from .transaction.session import ReloadSession
+    from .transaction.weight_update import abort_weight_update, restore_for_reloading
+    from .verify.verify import ReloadReport
 
 _HOME = {
     "DuplicateWeightsError": "errors",
@@ -49,28 +49,28 @@ _HOME = {
     "ProcessingError": "errors",
     "RanksDisagreeError": "errors",
     "ReloadError": "errors",
-    "ReloadReport": "verify",
-    "ReloadSession": "session",
-    "ReloadStatus": "monitor",
-    "RestoreReport": "fsdp",
+    "ReloadReport": "verify.verify",
+    "ReloadSession": "transaction.session",
+    "ReloadStatus": "transaction.monitor",
+    "RestoreReport": "tools.fsdp",
     "SessionError": "errors",
     "SourceError": "errors",
     "UnexpectedWeightsError": "errors",
     "UnsupportedError": "errors",
     "WeightsError": "errors",
-    "abort_weight_update": "weight_update",
-    "convert": "conversion",
-    "flatten": "nested",
-    "is_stale": "conversion",
-    "open_source": "sources",
-    "read_nested": "conversion",
-    "record_for_reloading": "reload",
-    "reload_engine": "monitor",
-    "reload_weights": "reload",
-    "restore_for_reloading": "weight_update",
-    "restore_fsdp": "fsdp",
-    "status": "monitor",
-    "unflatten": "nested",
+    "abort_weight_update": "transaction.weight_update",
+    "convert": "tools.conversion",
+    "flatten": "tools.nested",
+    "is_stale": "tools.conversion",
+    "open_source": "checkpoint",
+    "read_nested": "tools.conversion",
+    "record_for_reloading": "transaction.reload",
+    "reload_engine": "transaction.monitor",
+    "reload_weights": "transaction.reload",
+    "restore_for_reloading": "transaction.weight_update",
+    "restore_fsdp": "tools.fsdp",
+    "status": "transaction.monitor",
+    "unflatten": "tools.nested",
 }
 
 __all__ = [

@@ -8,7 +8,6 @@ from typing import Literal, get_args
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from .digest import Wanted
 from .errors import ReloadError
 
 ReloadPolicy = Literal["auto", "host", "spill", "reread", "streaming"]
@@ -25,6 +24,12 @@ policy         where the old generation is until the new one is whole      extra
 =============  ==========================================================  ============================
 
 One layer means its staging and a fixed budget of 128 MiB.
+"""
+
+
+Wanted = bool | Literal["later"]
+"""True hashes in the reload, for its report; ``later`` leaves all to who asks for the status but what native
+handles are made of; False hashes nothing.
 """
 
 

@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+from typing import TypeVar
+
 import torch
 from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-defined]
 
-from .holders import remembered
+T = TypeVar("T")
+
+
+def remembered(asked: Callable[[type], T]) -> Callable[[type], T]:
+    """A question about a class, with the last few thousand answers kept."""
+    answers: Callable[[type], T] = functools.lru_cache(4096)(asked)
+    return answers
 
 
 @remembered

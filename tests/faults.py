@@ -39,12 +39,15 @@ import torch  # isort: skip
 from safetensors.torch import save_file
 
 import reload_plugin
-from reload_plugin import _vllm, commit, memory, staging
+from reload_plugin import vllm_api as _vllm
+from reload_plugin.checkpoint.io import reading, vectored
+from reload_plugin.commit import commit
+from reload_plugin.device import memory
 from reload_plugin.errors import EngineBrokenError, ReloadError
-from reload_plugin.record import record_of
-from reload_plugin.reload import before_serving, restore_for_reloading
-from reload_plugin.session import ReloadSession
-from reload_plugin.sources import reading, vectored
+from reload_plugin.record import staging
+from reload_plugin.record.record import record_of
+from reload_plugin.transaction.reload import before_serving, restore_for_reloading
+from reload_plugin.transaction.session import ReloadSession
 from tests.checkpoints import WEIGHTS, read_tensors
 from tests.oracle import Live
 from tests.zoo import Case, case_named

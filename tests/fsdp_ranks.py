@@ -20,8 +20,8 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 from reload_plugin import restore_fsdp
+from reload_plugin.checkpoint import open_source
 from reload_plugin.errors import ReloadError
-from reload_plugin.sources import open_source
 
 WIDTH, INNER = 8, 5
 """A block has an odd number of parameters, so FSDP1 has to pad; and rows that do not divide evenly."""

@@ -110,7 +110,8 @@ def built(case: Case, folder: Path) -> Iterator[torch.nn.Module]:
     from vllm.model_executor.model_loader import get_model
 
     import tests.online_methods  # noqa: F401  registers the tests' quantization methods
-    from reload_plugin import _vllm, plugin
+    from reload_plugin import vllm_api as _vllm
+    from reload_plugin.vllm_hooks import plugin
 
     plugin.register()
     empty_cache = torch.accelerator.empty_cache

@@ -194,7 +194,7 @@ def each_rank_plans(engine: Engine) -> None:
 
     def known(worker: object) -> tuple[bool, bool, str, str]:
         import reload_plugin
-        from reload_plugin.record import record_of
+        from reload_plugin.record.record import record_of
 
         model = worker.get_model()
         report = reload_plugin.reload_weights(model, weights_path=engine_folder)
@@ -250,19 +250,21 @@ def all_offenders_are_named_on_every_rank(engine: Engine) -> None:
 
 
 def processing_raises(engine: Engine) -> None:
-    fails = failing_in("reload_plugin._vllm", "process_layers", RuntimeError("no kernel"), after=2)
+    fails = failing_in("reload_plugin.vllm_api", "process_layers", RuntimeError("no kernel"), after=2)
     engine.assert_refused(engine.on(1, fails), "rank 1: ProcessingError", "ProcessingError")
 
 
 def the_tail_raises(engine: Engine) -> None:
     """The very last thing before the commit."""
-    fails = failing_in("reload_plugin.session", "process_tail", RuntimeError("no hook"))
+    fails = failing_in("reload_plugin.transaction.session", "process_tail", RuntimeError("no hook"))
     says = "ReloadError: The reload failed with RuntimeError: no hook"
     engine.assert_refused(engine.on(0, fails), says, f"rank 0: {says}")
 
 
 def memory_runs_out(engine: Engine) -> None:
-    fails = failing_in("reload_plugin.staging", "StagedStorage.materialise", MemoryError("full"), after=3)
+    fails = failing_in(
+        "reload_plugin.record.staging", "StagedStorage.materialise", MemoryError("full"), after=3
+    )
     engine.assert_refused(engine.on(1, fails), "rank 1: ", "full")
 
 
@@ -389,12 +391,12 @@ def a_commit_that_fails_stops_that_rank(engine: Engine) -> None:
     """The others cannot know any more; this one must not serve until it is healed."""
 
     def broken(worker: object) -> bool:
-        from reload_plugin.record import record_of
+        from reload_plugin.record.record import record_of
 
         return record_of(worker.get_model()).broken is not None
 
     for after in (0, 2):
-        fails = failing_in("reload_plugin.commit", "Commit.apply", RuntimeError("lost"), after)
+        fails = failing_in("reload_plugin.commit.commit", "Commit.apply", RuntimeError("lost"), after)
         found = engine.on(1, fails)
         assert found[0] == "committed"
         assert found[1].startswith("EngineBrokenError"), found[1]

@@ -167,8 +167,8 @@ def convert(
       reload-plugin convert /checkpoints/step-12 /exports/step-12 --config /models/base
       reload-plugin convert trainer.pt trainer.safetensors --overwrite --if-stale
     """
-    from ..conversion import convert as converted
-    from ..conversion import is_stale
+    from ..tools.conversion import convert as converted
+    from ..tools.conversion import is_stale
 
     if if_stale and dst.exists() and not is_stale(dst, src):
         _say(json, {"target": str(dst), "converted": False}, f"{dst} is up to date.")
@@ -213,7 +213,7 @@ def plan(
       reload-plugin plan /checkpoints/step-12 /models/base
       reload-plugin plan step-12.safetensors /models/base --engine '{"quantization": "fp8"}'
     """
-    from ..preflight import preflight
+    from ..tools.preflight import preflight
 
     arguments = _arguments(engine)
     with waiting(f"planning {Path(checkpoint).name} for {Path(model).name}"):

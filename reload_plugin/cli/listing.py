@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 
+from ..checkpoint import Source, TensorInfo, open_source
+from ..checkpoint.formats.safetensors_files import read_header
+from ..checkpoint.sidecar import origin_of
 from ..errors import SourceError
-from ..sources import Source, TensorInfo, open_source
-from ..sources.safetensors_files import read_header
-from ..sources.sidecar import origin_of
 from .show import FINE, NO, as_json, human, progress, table
 
 SHOWN = 20

@@ -11,10 +11,10 @@ from urllib.parse import urlsplit
 
 import httpx
 
+from ..checkpoint import open_source
 from ..errors import ReloadError
-from ..monitor import ReloadStatus
-from ..sources import open_source
-from ..verify import ReloadReport
+from ..transaction.monitor import ReloadStatus
+from ..verify.verify import ReloadReport
 from .show import FINE, NO, CommandError, as_json, human, progress, table, waiting
 
 QUICK = 30.0

@@ -1,0 +1,149 @@
+"""A folder (or file) of weights, by the rules a cold start uses to find them."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from .. import vllm_api as _vllm
+from ..device.memory import HostPool
+from ..errors import ReloadError, SourceError
+from ..plan.source import Room, Source, Stream, TensorInfo
+from .detect import NEXT, check_marker, check_numbers, is_plain, open_source, plain_safetensors
+from .formats.fast_files import FastSafetensors
+from .formats.fast_readers import READERS
+from .formats.safetensors_files import SafetensorsSource
+from .formats.safetensors_index import check_index, read_index
+from .formats.torch_source import TorchSource
+
+
+class UnlistedSource:
+    """What a loader of vLLM's own reads; its names are known only while it is read.
+
+    Args:
+        description: what messages call it.
+        weights: begins to read, and gives the weights in the loader's order and in memory of its own.
+
+    """
+
+    def __init__(self, description: str, weights: Callable[[], Iterator[Any]]) -> None:
+        self.description = description
+        self._weights = weights
+
+    def infos(self) -> Sequence[TensorInfo] | None:
+        return None
+
+    def read(
+        self, order: Sequence[str] | None = None, pool: HostPool | None = None, room: Room | None = None
+    ) -> Stream:
+        assert order is None, "a source without a listing has one order"
+        del pool, room
+        yield from self._weights()
+
+    def unchanged(self) -> bool:
+        return False
+
+
+def _of_bucket(path: str, vllm_config: Any, require_marker: str | None) -> Source:
+    if _vllm.load_format(vllm_config) != "runai_streamer":
+        raise SourceError(
+            f"{path} is in a bucket, and the engine was not started with load_format='runai_streamer'. "
+            "Start it so, or give a folder on this machine."
+        )
+    if require_marker is not None:
+        raise SourceError(
+            f"A marker (require_marker) cannot be looked for in a bucket: {path}. Leave it out."
+        )
+    return UnlistedSource(path, functools.partial(_vllm.stored_weights, vllm_config, path))
+
+
+def open_folder(
+    path: str, vllm_config: Any, model_config: Any, model: nn.Module, require_marker: str | None = None
+) -> Source:
+    """The weights a cold start on ``path`` would load, or what else ``open_source`` finds there.
+
+    Args:
+        path: local folder, single file, or the name of a repository that vLLM resolves.
+        vllm_config: config of the engine; its load config says which safetensors files count.
+        model_config: config of the model being reloaded.
+        model: the model; some name patterns of their own.
+        require_marker: name of a file that the trainer writes last; without it the folder is refused.
+
+    Raises:
+        SourceError: nothing is there, or not whole, or the index and the files disagree.
+
+    """
+    place = Path(path)
+    if _vllm.is_object_storage(path):
+        return _of_bucket(path, vllm_config, require_marker)
+    if place.is_file():
+        return open_source(path, require_marker=require_marker)
+    if place.is_dir():
+        if require_marker is not None:
+            check_marker(place, require_marker)
+        return _of_folder(place, vllm_config, model_config, model)
+    if place.is_absolute() or path.startswith(".") or place.exists() or path.count("/") != 1:
+        raise SourceError(f"There is no folder {path}. {NEXT}")
+    files = _weight_files(path, vllm_config, model)
+    return _of_files(path, files, vllm_config, model_config, model)
+
+
+def _of_folder(folder: Path, vllm_config: Any, model_config: Any, model: nn.Module) -> Source:
+    index = _index_of(folder, vllm_config)
+    held = [name for name in _names(folder) if name.endswith(".safetensors")]
+    if not any(map(is_plain, held)) and not getattr(model, "secondary_weights", ()):
+        return open_source(folder)
+    files = _weight_files(str(folder), vllm_config, model)
+    if index is None:
+        check_numbers(folder, [Path(file).name for file in files])
+    source = _of_files(str(folder), files, vllm_config, model_config, model)
+    if index is not None and isinstance(source, SafetensorsSource):
+        check_index(*index, source.file_of, [Path(file).name for file in files])
+    return source
+
+
+def _of_files(
+    path: str, files: Sequence[str], vllm_config: Any, model_config: Any, model: nn.Module
+) -> Source:
+    """What vLLM would read: by us if we can."""
+    unlisted = functools.partial(_vllm.all_weights, vllm_config, model_config, model, path)
+    if getattr(model, "secondary_weights", ()):
+        return UnlistedSource(path, unlisted)
+    if all(file.endswith(".safetensors") for file in files):
+        load_format = _vllm.load_format(vllm_config)
+        if load_format not in READERS:
+            return plain_safetensors(files, path)
+        device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+        fast = functools.partial(FastSafetensors, load_format=load_format, device=device)
+        return plain_safetensors(files, path, opened=fast)
+    if all(file.endswith((".bin", ".pt", ".pth")) for file in files):
+        return TorchSource(files, path)
+    return UnlistedSource(path, unlisted)
+
+
+def _weight_files(path: str, vllm_config: Any, model: nn.Module) -> list[str]:
+    try:
+        return _vllm.weight_files(vllm_config, model, path)
+    except ReloadError:
+        raise
+    except Exception as error:
+        raise SourceError(f"{path} holds no weights that vLLM finds: {error}. {NEXT}") from error
+
+
+def _names(folder: Path) -> list[str]:
+    return [file.name for file in folder.iterdir()]
+
+
+def _index_of(folder: Path, vllm_config: Any) -> tuple[Path, dict[str, str]] | None:
+    """The index that a cold start on a folder obeys, if it has one."""
+    try:
+        present = {file.name for file in folder.iterdir()}
+    except OSError as error:
+        raise SourceError(f"The folder {folder} cannot be read: {error}. {NEXT}") from error
+    name = _vllm.index_name(vllm_config, present)
+    return None if name is None else read_index(folder, name, present)

@@ -1,0 +1,290 @@
+"""Safetensors files, read tensor by tensor with plain reads.
+
+Not memory-mapped: a mapped file that is truncated while it is read kills the process, and mapped
+pages count as resident memory until the mapping goes. For the same reason headers are parsed here and
+not by the safetensors library, which maps the file; the tests hold the two parsers against each other.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import math
+import os
+from array import array
+from collections import Counter, OrderedDict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, TypeGuard
+
+import torch
+import xxhash
+
+from ...errors import SourceError
+from ...plan.source import Span, TensorInfo, tensor_info
+from ...record.formats import shared
+from ..checkpoint import Checkpoint
+from ..dtypes import STORABLE
+from ..io.json_files import open_regular, strict_items
+from ..io.readahead import Piece, read_piece
+from ..io.reading import Parcel, Place, parcels_of
+from ..io.stamps import WRITE_AGAIN, Stamp, stamped
+
+_DTYPES: dict[str, torch.dtype] = {name: dtype for dtype, name in STORABLE.items()}
+"""Names of dtypes in a safetensors header (format description of the safetensors project)."""
+
+LONGEST_HEADER = 100_000_000
+"""Bytes; the safetensors library refuses longer ones too."""
+
+
+class SafetensorsSource(Checkpoint):
+    """One or many safetensors files as one checkpoint.
+
+    Raises:
+        SourceError: a file is missing, truncated or not safetensors, or two files hold one name.
+
+    """
+
+    def __init__(self, files: Sequence[str], description: str) -> None:
+        super().__init__(description, "safetensors")
+        self.metadata: dict[str, Mapping[str, str]] = {}
+        """File -> the ``__metadata__`` of its header."""
+        names = Counter(Path(path).name for path in files)
+        layouts = []
+        for path in files:
+            file = Path(path).name if names[Path(path).name] == 1 else path
+            header = read_header(path)
+            self.stamps[path] = header.stamp
+            self.metadata[path] = header.layout.metadata
+            self.paths[file] = path
+            places = header.layout.placed(file)
+            if both := self._places.keys() & places.keys():
+                name = min(both)
+                raise SourceError(
+                    f"{name} is in two files of one checkpoint, {self.file_of[name]} and {path}. Take away "
+                    "the file that belongs to another save, or add an index that names the right ones."
+                )
+            self._places.update(places)
+            layouts.append(header.layout)
+        self._layouts = tuple(layouts)
+
+    @property
+    def places(self) -> Sequence[Place]:
+        """Where each tensor lies, in stored order."""
+        return [place for place in self._places.values() if isinstance(place, Place)]
+
+    @property
+    def file_of(self) -> Mapping[str, str]:
+        """Name -> the path of the file that holds the tensor."""
+        return {name: self.paths[place.files[0]] for name, place in self._places.items()}
+
+    def _parcels(self, order: Sequence[str] | None) -> Sequence[Parcel]:
+        if not isinstance(order, tuple):
+            return ()  # nobody asks for the same again
+        return _remembered_parcels(order, self._layouts, tuple(self.paths))
+
+    def read_spans(self, name: str, spans: Sequence[Span], out: torch.Tensor) -> None:
+        place = self._places[name]
+        assert isinstance(place, Place), "every tensor of a safetensors file lies in one piece"
+        size = place.info.dtype.itemsize
+        done = 0
+        try:
+            with contextlib.ExitStack() as stack:
+                path = self.paths[place.file]
+                handle = self._opened([path], stack)[path]
+                for start, stop in spans:
+                    memory = out[done : done + stop - start]
+                    read_piece(Piece(handle, place.start + start * size, memory, path, name))
+                    done += stop - start
+        except OSError as error:
+            raise SourceError(f"{self.description} could not be read: {error}.") from error
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a safetensors file says before its data."""
+
+    stamp: Stamp
+    layout: Layout
+
+    @property
+    def metadata(self) -> Mapping[str, str]:
+        """What its ``__metadata__`` says."""
+        return self.layout.metadata
+
+
+def read_header(file: str) -> Header:
+    """The header of a safetensors file.
+
+    Raises:
+        SourceError: the file is missing, truncated or something else.
+
+    """
+    try:
+        with open_regular(file) as handle:
+            stamp = stamped(os.fstat(handle.fileno()))
+            length = int.from_bytes(handle.read(8), "little")
+            if length > min(LONGEST_HEADER, stamp[0] - 8):
+                raise ValueError(f"its header claims {length:,} bytes and the file has {stamp[0]:,}")
+            layout = _layout_of(handle.read(length))
+    except UnknownDtypeError as error:
+        name, kind = error.args
+        raise SourceError(
+            f"{name} in {file} has the dtype {kind}, which torch has no name for. Save it in another."
+        ) from error
+    except (OSError, ValueError) as error:
+        raise SourceError(f"{file} is not a whole safetensors file: {error}. {WRITE_AGAIN}") from error
+    if 8 + length + layout.end != stamp[0]:
+        raise SourceError(
+            f"{file} is not a whole safetensors file: its tensors end at byte {8 + length + layout.end:,} "
+            f"and the file has {stamp[0]:,}. {WRITE_AGAIN}"
+        )
+    return Header(stamp, layout)
+
+
+class UnknownDtypeError(Exception):
+    """A tensor whose dtype torch has no name for: its name and its dtype."""
+
+
+@dataclass(eq=False)
+class Layout:
+    """What the text of a header says, whatever file it is in."""
+
+    metadata: Mapping[str, str]
+    infos: Sequence[TensorInfo]
+    starts: array[int]
+    """First byte of each in the file."""
+    sizes: array[int]
+    """Number of bytes of each."""
+    end: int
+    """Bytes of all tensors."""
+    _placed: tuple[str, Mapping[str, Place]] = ("", MappingProxyType({}))
+
+    def placed(self, file: str) -> Mapping[str, Place]:
+        """Name -> where the tensor lies, in the order of the header; the same objects for the same file."""
+        if self._placed[0] != file:
+            tensors = zip(self.infos, self.starts, self.sizes, strict=True)
+            self._placed = file, {info.name: Place(info, file, *lies) for info, *lies in tensors}
+        return self._placed[1]
+
+
+REMEMBERED = 8
+"""Headers that need not be parsed again: a trainer writes the same at every step."""
+LONGEST_REMEMBERED = 8 << 20
+"""Bytes of a header from which on it is parsed again all the same."""
+_layouts: OrderedDict[bytes, Layout] = OrderedDict()
+"""Digest of a header's text -> what it says. The text itself takes as much memory as the rest of a plan."""
+
+
+def _layout_of(text: bytes) -> Layout:
+    """What a header says, from the last few if it is one of them."""
+    if len(text) > LONGEST_REMEMBERED:
+        return _parse(text)
+    digest = xxhash.xxh3_128_digest(text)
+    layout = _layouts.pop(digest, None) or _parse(text)
+    _layouts[digest] = layout
+    while len(_layouts) > REMEMBERED:
+        _layouts.popitem(last=False)
+    return layout
+
+
+@functools.lru_cache(maxsize=2)
+def _remembered_parcels(
+    order: tuple[str, ...], layouts: tuple[Layout, ...], files: tuple[str, ...]
+) -> Sequence[Parcel]:
+    """The tensors of some files in parcels; the same for every save of the same layout."""
+    places: dict[str, Place] = {}
+    for layout, file in zip(layouts, files, strict=True):
+        places.update(layout.placed(file))
+    return list(parcels_of(places[name] for name in order))
+
+
+def _parse(text: bytes) -> Layout:
+    """Tensors lie one behind the other (format description of the safetensors project).
+
+    Raises:
+        ValueError: the header says something else.
+        UnknownDtypeError: torch is what cannot follow.
+
+    """
+    metadata: Mapping[str, str] = {}
+    names: set[str] = set()
+    infos: list[TensorInfo] = []
+    starts, sizes = array("q"), array("q")
+    base, problem = 8 + len(text), None
+    for name, entry in strict_items(text):
+        if name in names:
+            raise ValueError(f"it has {name!r} twice")
+        names.add(name)
+        try:
+            if name == _METADATA:
+                metadata = _strings(entry)
+                continue
+            info, start, nbytes = _tensor(name, entry)
+        except (ValueError, UnknownDtypeError) as error:
+            problem = problem or error  # what does not parse at all, further on, is more to the point
+            continue
+        infos.append(info)
+        starts.append(base + start)
+        sizes.append(nbytes)
+    if problem is not None:
+        raise problem
+    if text[:1] != b"{":
+        raise ValueError("its header is not a JSON object")
+    return Layout(metadata, infos, starts, sizes, _end_of(infos, starts, sizes, base) - base)
+
+
+_METADATA = "__metadata__"
+
+
+def _strings(entry: Any) -> dict[str, str]:
+    if entry is None:
+        return {}
+    if not (type(entry) is dict and all(type(value) is str for value in entry.values())):
+        raise ValueError(f"its {_METADATA} is not a table of strings")
+    return entry
+
+
+def _end_of(infos: Sequence[TensorInfo], starts: array[int], sizes: array[int], base: int) -> int:
+    """Where the last tensor ends, if each begins where the one before it ends."""
+    end = base
+    for index in sorted(range(len(infos)), key=lambda index: (starts[index], sizes[index])):
+        if starts[index] != end:
+            kind = "overlaps the tensor before it" if starts[index] < end else "leaves a gap before it"
+            raise ValueError(
+                f"{infos[index].name} begins at byte {starts[index] - base:,} of the data and {kind}, which "
+                f"ends at {end - base:,}"
+            )
+        end += sizes[index]
+    return end
+
+
+def _tensor(name: str, entry: Any) -> tuple[TensorInfo, int, int]:
+    """A tensor, its first byte counted from the end of the header, and how many it has."""
+    if type(entry) is not dict:
+        raise ValueError(f"{name} has no description")
+    offsets, shape, kind = entry.get("data_offsets"), entry.get("shape"), entry.get("dtype")
+    if not _naturals(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
+        raise ValueError(f"{name} has the data_offsets {_brief(offsets)}")
+    if not _naturals(shape):
+        raise ValueError(f"{name} has the shape {_brief(shape)}")
+    dtype = _DTYPES.get(kind) if type(kind) is str else None
+    if dtype is None:
+        raise UnknownDtypeError(name, _brief(kind))
+    nbytes = offsets[1] - offsets[0]
+    if math.prod(shape) * dtype.itemsize != nbytes:
+        raise ValueError(f"{name} has the shape {_brief(shape)} in {kind} and {nbytes:,} bytes")
+    named = TensorInfo if nbytes else tensor_info  # bytes that are there vouch for the shape
+    return named(name, shared(tuple(shape)), dtype), offsets[0], nbytes
+
+
+def _naturals(value: Any) -> TypeGuard[list[int]]:
+    """Whether this is a list of sizes (True and 1.0 are none)."""
+    return type(value) is list and all(type(number) is int for number in value)
+
+
+def _brief(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 60 else text[:57] + "..."

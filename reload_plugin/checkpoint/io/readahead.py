@@ -1,0 +1,250 @@
+"""Reading files ahead of whoever uses them: a few threads that fill memory they were given."""
+
+from __future__ import annotations
+
+import errno
+import functools
+import itertools
+import os
+import queue
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import NamedTuple
+
+import torch
+
+from ...device.team import share
+from ...errors import SourceError
+from . import vectored
+from .vectored import IOV_MAX, Parts
+
+SHARED = 1 << 20
+"""Bytes that one thread of a team reads at a time."""
+WORTH_SHARING = 8 << 20
+"""Bytes that one request reads from which on a team reads them: its threads have to wait for one another at
+the end, and where others want the cores too, that costs more than the smaller ones gain."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Bytes of a file and the memory they go to. Holds the tensor, so that its memory stays."""
+
+    handle: int
+    start: int
+    tensor: torch.Tensor
+    file: str
+    name: str
+
+    skipped: int = 0
+    """Bytes of the tensor before those that are read; ``start`` is where these begin."""
+    limit: int = 1 << 62
+    """Bytes that are read, if there are so many."""
+
+    @property
+    def address(self) -> int:
+        return self.tensor.data_ptr() + self.skipped
+
+    @property
+    def nbytes(self) -> int:
+        return min(self.tensor.numel() * self.tensor.element_size() - self.skipped, self.limit)
+
+    def split(self) -> Iterator[Piece]:
+        """The same in pieces of at most ``SHARED`` bytes; none of what has no bytes."""
+        nbytes = self.nbytes
+        if 0 < nbytes <= SHARED:
+            yield self
+            return
+        for first in range(0, nbytes, SHARED):
+            yield Piece(
+                self.handle,
+                self.start + first,
+                self.tensor,
+                self.file,
+                self.name,
+                self.skipped + first,
+                SHARED,
+            )
+
+
+class Run(NamedTuple):
+    """Neighbouring bytes of a file, at most ``SHARED``, that one call reads, and where they go."""
+
+    handle: int
+    start: int
+    parts: Parts
+    nbytes: int
+    """Of all parts."""
+    place_at: Callable[[int], tuple[str, str]]
+    """Byte of the file -> the file and the tensor that it belongs to, for messages."""
+
+
+@dataclass(eq=False)
+class PageCache:
+    """What reads have met so far. While all that they wanted was in memory, nobody tells the system what will
+    be read next: looking that up would cost a sixth of the reading.
+    """
+
+    missed: bool = not hasattr(os, "RWF_NOWAIT")
+    """Whether a read had to wait for the storage, or would not say."""
+
+    def read(self, handle: int, parts: Parts, position: int) -> int:
+        """``preadv``, which looks whether it has to wait until one had to."""
+        if not self.missed:
+            try:
+                return vectored.preadv(handle, parts, position, os.RWF_NOWAIT)
+            except OSError as error:
+                if error.errno not in (errno.EAGAIN, errno.EOPNOTSUPP, errno.EINVAL):
+                    raise
+            self.missed = True
+        return vectored.preadv(handle, parts, position)
+
+
+@dataclass(eq=False)
+class Batch:
+    """Runs that are read together; ``wait`` returns when they are there."""
+
+    runs: Sequence[Run]
+    cache: PageCache
+    by_waiter: bool = False
+    """Nobody else reads it."""
+    held: Sequence[object] = ()
+    """What owns the memory."""
+    _done: threading.Event = field(default_factory=threading.Event)
+    _error: BaseException | None = None
+
+    def wait(self) -> None:
+        """Raises what the reading raised."""
+        if self.by_waiter:
+            self.read()
+        self._done.wait()
+        if self._error is not None:
+            raise self._error
+
+    def read(self) -> None:
+        """Fill the memory; errors are kept for ``wait``."""
+        try:
+            if self.by_waiter and sum(run.nbytes for run in self.runs) >= WORTH_SHARING:
+                runs, cache = self.runs, self.cache
+                share(lambda number: _read_run(runs[number], cache), len(runs))
+                return
+            for run in self.runs:
+                _read_run(run, self.cache)
+        except BaseException as error:  # noqa: BLE001 - raised again where the batch is waited for
+            self._error = error
+        finally:
+            self._done.set()
+
+
+READERS = 4
+"""Threads that read at one time, if there are cores for them: one does not keep a fast disk busy."""
+
+
+class ReadAhead:
+    """Threads that take up batches in the order in which they were asked for.
+
+    The memory of a batch must stay until the batch was waited for or this context was left: leaving it
+    waits for the reads that are under way and drops the rest. Without a core to spare there is no thread,
+    and who waits for a batch reads it: a reader that shares its core with an OpenMP worker holds up all
+    the others, who spin until that one is done.
+    """
+
+    def __init__(self) -> None:
+        self.cache = PageCache()
+        self._wanted = spare_readers()
+        self.threaded = self._wanted > 0
+        self._batches: queue.SimpleQueue[Batch | None] = queue.SimpleQueue()
+        self._stop = False
+        self._threads: list[threading.Thread] = []
+
+    def __enter__(self) -> ReadAhead:
+        for number in range(self._wanted):
+            name = f"reload_plugin reader {number}"
+            self._threads.append(threading.Thread(target=self._work, name=name, daemon=True))
+            self._threads[-1].start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stop = True
+        for _ in self._threads:
+            self._batches.put(None)
+        while self._threads:
+            self._threads.pop().join()
+
+    def submit(self, runs: Sequence[Run], held: Sequence[object]) -> Batch:
+        """Have ``runs`` read soon; ``held`` owns their memory."""
+        batch = Batch(runs, self.cache, not self.threaded, held)
+        if self.threaded:
+            self._batches.put(batch)
+        return batch
+
+    def _work(self) -> None:
+        while (batch := self._batches.get()) is not None and not self._stop:
+            batch.read()
+
+
+def spare_readers() -> int:
+    """Threads that may read beside those of the kernels; none or fewer if there are no cores for any."""
+    return min(READERS, _cores() - torch.get_num_threads())
+
+
+def _cores() -> int:
+    """Cores this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def runs_of(pieces: Sequence[Piece]) -> list[Run]:
+    """Pieces as runs: small neighbours in one file together, large ones in several."""
+    joined: list[list[Piece]] = []
+    handle, end, together = -1, -1, 0
+    for piece in itertools.chain.from_iterable(map(Piece.split, pieces)):
+        nbytes = piece.nbytes
+        fits = together + nbytes <= SHARED and joined and len(joined[-1]) < IOV_MAX
+        if fits and piece.start == end and piece.handle == handle:
+            joined[-1].append(piece)
+            together += nbytes
+        else:
+            joined.append([piece])
+            together = nbytes
+        handle, end = piece.handle, piece.start + nbytes
+    return [_run_of(run) for run in joined]
+
+
+def _run_of(pieces: Sequence[Piece]) -> Run:
+    sizes = [piece.nbytes for piece in pieces]
+    parts = vectored.parts_at([piece.address for piece in pieces], sizes)
+    return Run(pieces[0].handle, pieces[0].start, parts, sum(sizes), functools.partial(_place_at, pieces))
+
+
+def _place_at(run: Sequence[Piece], position: int) -> tuple[str, str]:
+    cut = next(piece for piece in run if piece.start + piece.nbytes > position)
+    return cut.file, cut.name
+
+
+def read_piece(piece: Piece) -> None:
+    """Read one piece, on this thread.
+
+    Raises:
+        SourceError: the file ends before.
+
+    """
+    for run in runs_of([piece]):
+        _read_run(run, PageCache(missed=True))
+
+
+def _read_run(run: Run, cache: PageCache) -> None:
+    """Read neighbouring bytes, going on after a short read."""
+    handle, start, parts, nbytes, place_at = run
+    done = cache.read(handle, parts, start)
+    got = done
+    while done < nbytes:
+        if got == 0:
+            file, name = place_at(start + done)
+            raise SourceError(f"{file} ends in the middle of {name}: it was cut while it was read.")
+        got = cache.read(handle, vectored.from_byte(parts, done), start + done)
+        done += got

@@ -1,0 +1,1 @@
+"""Everything about hardware: staging memory, copies, hashing, free memory."""

@@ -1,0 +1,122 @@
+"""A bar for a person who watches a reload from disk; nothing in logs."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import logging
+import sys
+from collections.abc import Collection, Iterator
+from typing import Any, cast
+
+from ..checkpoint import Landed, Source, Stream
+
+logger = logging.getLogger("vllm.reload_plugin")
+
+STEPS = 200
+"""A bar of known length is drawn anew at most so often."""
+STEP = 16 << 20
+"""Bytes between two drawings where the length is not known."""
+
+
+def watched(
+    weights: Stream, source: Source, wanted: bool | None, names: Collection[str] | None = None
+) -> Stream:
+    """The same stream, with a bar on stderr that counts its bytes as they are asked for.
+
+    Args:
+        weights: what ``source.read`` gave; closed together with what is returned.
+        source: its listing gives the length of the bar, its description the text beside it.
+        wanted: whether there is a bar; None for one on rank 0 if stderr is a terminal. Without a bar the
+            stream itself is returned, so that a reload nobody watches costs nothing.
+        names: what is read of the source; None for all.
+
+    """
+    if not (_is_watched() if wanted is None else wanted):
+        return weights
+    try:
+        bar = _bar(source, names)
+    except Exception as error:  # noqa: BLE001 - of any terminal; no bar is worth a failed reload
+        logger.debug("No progress is shown: %s: %s", type(error).__name__, error)
+        return weights
+    return cast("Stream", _Counted(weights, bar))
+
+
+class _Counted:
+    """Hands a stream on without holding any of it, and tells the bar in steps. Ends when its stream ends."""
+
+    def __init__(self, weights: Stream, bar: Any) -> None:
+        self._weights = weights
+        self._bar: Any = bar
+        self._step = (bar.total or STEP * STEPS) // STEPS
+        self._new = 0
+        """Bytes that the bar does not know of yet."""
+
+    def __iter__(self) -> Iterator[Any]:
+        return self
+
+    def __next__(self) -> Any:
+        try:
+            item = next(self._weights)
+        except BaseException:
+            self._end()
+            raise
+        # A stand-in for several tensors, or a pair.
+        self._new += item.nbytes if isinstance(item, Landed) else item[1].nbytes
+        if self._new > self._step:
+            self._draw()
+        return item
+
+    def close(self) -> None:
+        """Close the stream, and the bar as far as it got."""
+        try:
+            self._weights.close()
+        finally:
+            self._end()
+
+    def _draw(self) -> None:
+        new, self._new = self._new, 0
+        if self._bar is not None:
+            try:
+                self._bar.update(new)
+            except Exception as error:  # noqa: BLE001 - a closed or full stderr; the reload goes on
+                logger.debug("Progress is not shown any more: %s: %s", type(error).__name__, error)
+                self._bar.disable = True
+                self._bar = None
+
+    def _end(self) -> None:
+        self._draw()
+        bar, self._bar = self._bar, None
+        if bar is not None:
+            with contextlib.suppress(Exception):
+                bar.close()
+
+
+def _is_watched() -> bool:
+    """Whether somebody looks at the stderr of this process, and it is the one to speak for all ranks."""
+    try:
+        terminal = sys.stderr is not None and sys.stderr.isatty()
+    except (OSError, ValueError, AttributeError):  # closed, or something that only writes
+        return False
+    return terminal and _rank() == 0
+
+
+def _rank() -> int:
+    import torch.distributed as dist
+
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
+def _bar(source: Source, names: Collection[str] | None) -> Any:
+    """A bar of tqdm's, which vLLM's own loaders draw with; without its thread."""
+    tqdm: Any = importlib.import_module("tqdm").tqdm  # it comes without types
+    without_thread: Any = type("Bar", (tqdm,), {"monitor_interval": 0})
+    infos = source.infos()
+    chosen = None if names is None else set(names)
+    total = (
+        None if infos is None else sum(info.nbytes for info in infos if chosen is None or info.name in chosen)
+    )
+    rank = _rank()
+    text = f"reloading {source.description}" + (f" (rank {rank})" if rank else "")
+    units = {"unit": "B", "unit_scale": True, "unit_divisor": 1024}
+    return without_thread(total=total, desc=text, dynamic_ncols=True, **units)

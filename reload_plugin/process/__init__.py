@@ -1,0 +1,1 @@
+"""Stage 5, PROCESS: process_weights_after_loading on one group of layers."""

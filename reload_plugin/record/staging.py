@@ -1,0 +1,614 @@
+"""One group of layers between the state it serves and its load format, and back.
+
+A stage holds up to three states of the same objects: *served* (what the engine answers with),
+*load format* (what loaders write into) and *result* (what processing made of it). Showing one of
+them puts it on the live objects; nothing is copied. Placeholders have the load format's shape and
+device but no memory until somebody touches them.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from .. import vllm_api as _vllm
+from ..device.memory import SMALL, Gauge, HostPool
+from ..errors import UnsupportedError
+from ..tensors import storage_id, wraps_others
+from .formats import AsServed, Constant, Coverage, Geometry, TensorFormat, Uninitialised, Values
+from .holders import ABSENT, Key, Snapshot, equal, put_back, read, same, tables_of, write
+from .record import Group, HolderRecord, ModelRecord, TensorRecord
+
+POISON = "RELOAD_PLUGIN_POISON"
+"""Environment variable: fill staging that nobody wrote yet with NaN (or the largest integer)."""
+
+
+_NOTHING = torch.UntypedStorage(0)
+"""Instead of memory that was given up."""
+
+
+@dataclass(eq=False)
+class TensorState:
+    """What one tensor object is made of; the object itself stays the same."""
+
+    tensor: torch.Tensor
+    data: torch.Tensor
+    cls: type[torch.Tensor]
+    attributes: dict[str, Any]
+
+    @staticmethod
+    def of(tensor: torch.Tensor) -> TensorState:
+        return TensorState(tensor, tensor.data, type(tensor), dict(tensor.__dict__))
+
+    def show(self) -> None:
+        """Make the object this again."""
+        self.tensor.data = self.data
+        self.tensor.__class__ = self.cls
+        self.tensor.__dict__ = dict(self.attributes)
+
+
+@dataclass(eq=False)
+class State:
+    """A whole state of a group: what its holders hold and what its tensors are made of."""
+
+    contents: list[tuple[object, Snapshot]]
+    tensors: dict[int, TensorState]
+
+    def show(self, now: State | None = None) -> None:
+        """Put it on the live objects; they are as ``now`` says, if that was just taken of the same group."""
+        held = [None] * len(self.contents) if now is None else [contents for _, contents in now.contents]
+        for (holder, contents), present in zip(self.contents, held, strict=True):
+            put_back(holder, contents, present)
+        for state in self.tensors.values():
+            state.show()
+
+    def data_of(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The data ``tensor`` has in this state (its present data if this state says nothing)."""
+        state = self.tensors.get(id(tensor))
+        return tensor.data if state is None else state.data
+
+
+class StagedStorage:
+    """Load-format memory for all tensors that are views of one storage. Allocated on first touch."""
+
+    def __init__(
+        self,
+        records: list[TensorRecord],
+        device: torch.device,
+        gauge: Gauge | None = None,
+        *,
+        from_served: bool = False,
+        stands: bool = False,
+    ) -> None:
+        self.records = records
+        self._gauge = Gauge() if gauge is None else gauge
+        self._held = 0
+        """Bytes that the gauge has of this."""
+        self.primary = records[0]
+        if len(records) > 1:
+            self.primary = max(records, key=lambda r: (r.is_parameter, r.format.nbytes))
+        self.coverage = Coverage(self.primary.format.geometry)
+        self.nbytes = max(r.format.end for r in records)
+        self.materialised = False
+        self.closed = False
+        """Its group is processed: nothing may be written to it any more."""
+        self.from_served = from_served
+        """Its values start as the ones that are served."""
+        self.served: dict[int, torch.Tensor] = {}
+        self.objects: dict[int, torch.Tensor] = {}
+        self.final: torch.UntypedStorage | None = None
+        """Served memory that weights may be written to as it is: they stay there."""
+        self.is_final = False
+        """Its memory is ``final``, and what was served there is gone."""
+        self.stands = stands and self._stand(device)
+        """Its memory is ``final`` from the beginning: the served tensors are those that are loaded."""
+        if not self.stands:
+            self._begin(device)
+        self.key: int = self.storage._cdata
+        """Identity of the memory that it has now."""
+        self._placeholder = self.storage
+        """Kept as long as this is: storages are told apart by identity, so none may take its place."""
+
+    def _stand(self, device: torch.device) -> bool:
+        """Have the memory where all of this is served, if it has the load format there."""
+        tensors = [(id(record), record.ref()) for record in self.records]
+        self.served = {
+            key: tensor.data
+            for key, tensor in tensors
+            if tensor is not None and tensor.device == device and not wraps_others(type(tensor))
+        }
+        self.find_final()
+        if self.final is None:
+            self.served = {}
+            return False
+        self.storage, self.views = self.final, dict(self.served)
+        return True
+
+    def _begin(self, device: torch.device) -> None:
+        """Have placeholders; or at once the values of a tensor that is smaller than what describes it."""
+        only = self.records[0] if len(self.records) == 1 else None
+        if only is not None and only.scalars is not None and not self.from_served:
+            view = only.scalars.clone()
+            self.storage, self.views = view.untyped_storage(), {id(only): view}
+            self.materialised = True
+            return
+        self.storage = torch.UntypedStorage(0, device=device)
+        self.views = {id(record): self._placeholder_of(record.format, device) for record in self.records}
+
+    def _placeholder_of(self, fmt: TensorFormat, device: torch.device) -> torch.Tensor:
+        """A tensor of the load format over memory that is not there yet.
+
+        Nothing is allocated, not even for a moment: among all the small objects that are made meanwhile, each
+        such moment would leave a gap in the C heap that fits no other layer, and the heap would grow by them.
+        So the shape is given to a tensor without asking its storage, as torch's own views do.
+        """
+        geometry = fmt.geometry
+        empty = torch.empty(0, dtype=fmt.dtype, device=device).set_(self.storage, geometry.offset, (0,), (1,))
+        whole: torch.Tensor = torch.ops.aten._reshape_alias.default(empty, geometry.size, geometry.stride)
+        return whole.data
+
+    def _view(self, fmt: TensorFormat, device: torch.device) -> torch.Tensor:
+        geometry = fmt.geometry
+        empty = torch.empty(0, dtype=fmt.dtype, device=device)
+        return empty.set_(self.storage, geometry.offset, geometry.size, geometry.stride)
+
+    def materialise(
+        self, initialise: bool = True, pool: HostPool | None = None, unwritten: bool = False
+    ) -> None:
+        """Allocate, and write what the constructor would have left there.
+
+        With a pool the tensors move to a block of it, or to where they are served if they may; views of them
+        that were taken before do not. What is ``unwritten``, since nothing came for it, stays as it is served
+        where the constructor left it to chance.
+        """
+        if self.materialised:
+            return
+        self.materialised = True
+        self.is_final = self.stands or (pool is not None and self.final is not None)
+        self._hold(0 if self.is_final else self.nbytes)
+        if self.is_final and self.final is not None:
+            if not self.stands:
+                self._move_to(self.final)
+        elif pool is not None and self.storage.device.type == "cpu" and self.nbytes >= SMALL:
+            self._move_to(pool.take(self.nbytes))
+        else:
+            self.storage.resize_(self.nbytes)
+        if not initialise:
+            return
+        if os.environ.get(POISON):
+            _poison(self.views[id(self.primary)])
+        for record in self.records:
+            self._initialise(record, unwritten)
+
+    @property
+    def has_values(self) -> bool:
+        """Whether all that nothing came for has its initial values: as they are served, where it stands."""
+        as_served = self.stands and all(isinstance(r.format.initial, AsServed) for r in self.records)
+        return self.materialised or as_served
+
+    def _move_to(self, block: torch.UntypedStorage) -> None:
+        self.storage, self.key = block, block._cdata
+        for record in self.records:
+            view = self._view(record.format, self.storage.device)
+            self.views[id(record)] = view
+            self.objects[id(record)].data = view
+
+    def let_go(self) -> None:
+        """Refer to the memory no longer; a pool has its block back once nothing else does either."""
+        self._forget()
+        self.views.clear()
+        self.objects.clear()
+        self.storage, self.key = _NOTHING, _NOTHING._cdata
+
+    def release(self) -> None:
+        """Give the memory back, also under views that a loader still holds."""
+        self._forget()
+        own = not self.is_final and not self.stands
+        if own and self.storage.resizable():  # not once numpy has it: then with its views
+            self.storage.resize_(0)
+
+    def _forget(self) -> None:
+        self._hold(0)
+        self.materialised = False
+
+    def _hold(self, nbytes: int) -> None:
+        """Note how much staging this takes from now on."""
+        self._gauge.add(nbytes - self._held)
+        self._held = nbytes
+
+    def find_final(self) -> None:
+        """Let weights be written to where these tensors are served, if they have the load format there."""
+        served = [(record.format, self.served.get(id(record))) for record in self.records]
+        if all(tensor is not None and _has_format(tensor, fmt) for fmt, tensor in served):
+            places = {storage_id(tensor): tensor for _, tensor in served if tensor is not None}
+            if len(places) == 1:
+                self.final = next(iter(places.values())).untyped_storage()
+
+    def _initialise(self, record: TensorRecord, unwritten: bool) -> None:
+        view, initial = self.views[id(record)], record.format.initial
+        if unwritten and isinstance(initial, Uninitialised):
+            initial = AsServed()
+        if self.from_served:
+            served = self.served.get(id(record))
+            if served is not None and served.shape == view.shape and served.dtype == view.dtype:
+                initial = AsServed()
+            elif isinstance(initial, (Uninitialised, AsServed)):
+                _poison(view)
+        if isinstance(initial, Constant):
+            view.fill_(initial.value)
+        elif isinstance(initial, Values):
+            view.copy_(initial.tensor)
+        elif isinstance(initial, AsServed):
+            served = self.served.get(id(record))
+            if served is not None and served.shape == view.shape and served.dtype == view.dtype:
+                view.copy_(served)
+        else:
+            assert isinstance(initial, Uninitialised)
+
+
+def _has_format(tensor: torch.Tensor, fmt: TensorFormat) -> bool:
+    return tensor.dtype == fmt.dtype and Geometry.of(tensor) == fmt.geometry
+
+
+def _poison(view: torch.Tensor) -> None:
+    if view.dtype.is_floating_point or view.dtype.is_complex:
+        view.fill_(float("nan"))
+    elif view.dtype != torch.bool:
+        view.fill_(torch.iinfo(view.dtype).max)
+
+
+class Stage:
+    """A group while it is being reloaded. ``enter`` first; ``served.show()`` undoes everything."""
+
+    def __init__(
+        self, group: Group, target_device: torch.device, shared: frozenset[int], gauge: Gauge
+    ) -> None:
+        self.group = group
+        self._gauge = gauge
+        self.storages: list[StagedStorage] = []
+        self._device = target_device
+        self._shared = shared
+        self._objects: dict[int, torch.Tensor] = {}
+        self._shelf: State | None = None
+        self._entered: list[tuple[object, Snapshot]] = []
+        self.served = State([], {})
+        self.result: State | None = None
+        self.processed = False
+        self._wrapped = False
+        self.overwritten: set[int] = set()
+        """Storages of served tensors that processing was given for its results."""
+        self.captured: list[torch.Tensor] = []
+        """Tensors that native code was given while the group was processed."""
+
+    @property
+    def layers(self) -> list[tuple[str, nn.Module]]:
+        alive = [(layer.name, layer.ref()) for layer in self.group.layers]
+        return [(name, module) for name, module in alive if module is not None]
+
+    # -- entering ---------------------------------------------------------------------------------
+
+    def enter(
+        self,
+        routed: bool = False,
+        noting: bool = False,
+        from_served: bool = False,
+        straight: bool = False,
+        standing: bool = False,
+    ) -> None:
+        """Put the group's layers into load format, without memory. Undone by ``served.show()``.
+
+        Args:
+            routed: no loader will run, so what loaders leave behind beside values stays as it is.
+            noting: ``loader_left_traces`` will be asked.
+            from_served: values start as the ones that are served, where they have the load format.
+            straight: weights may be written to where they are served, before the group is whole.
+            standing: and no loader will look at the tensors, so those that are written to where they are
+                served stay as they are, if processing passes the group over.
+
+        """
+        holders = self._alive_holders()
+        self.served = State([], {})
+        places = self._places(holders)
+        records = list({id(record): record for _, _, record in places}.values())
+        for record in records:
+            if is_wrapper(record):
+                self._objects[id(record)] = _copy_of_wrapper(record)
+        staged = [record for record in records if not is_wrapper(record)]
+        standing &= self.group.passed_over
+        self._make_storages(staged, from_served, standing)
+        if standing and not self._objects and all(storage.stands for storage in self.storages):
+            return  # all is as it is served: there is nothing to put back, or to compare
+        self.served.contents = [(held, read(held)) for _, held in holders]
+        for storage in self.storages:
+            if not storage.stands:
+                for record in storage.records:
+                    self._resolve(record, storage)
+        if straight and not any(layer.deferred or layer.late or layer.online for layer in self.group.layers):
+            self._find_final(holders)
+        self._put_on(holders, places, routed)
+        self._entered = [(held, read(held)) for _, held in holders] if noting else []
+
+    def _put_on(
+        self,
+        holders: list[tuple[HolderRecord, object]],
+        places: list[tuple[object, Key, TensorRecord]],
+        routed: bool,
+    ) -> None:
+        """Have the holders hold what they hold in load format."""
+        for holder, held in holders:
+            for key, before in holder.undo.items():
+                if not isinstance(before, TensorRecord) and not (routed and key in holder.by_loader):
+                    write(held, key, before)
+        for held, key, record in places:
+            if (tensor := self._objects.get(id(record))) is not None:
+                write(held, key, tensor)
+
+    def served_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Path and data of what the group serves, also when it is over and all of that is shown."""
+        contents = self.served.contents or [(held, read(held)) for _, held in self._alive_holders()]
+        for state in self.served.tensors.values():
+            yield self.group.name, state.data
+        for _, held in contents:
+            for key, value in held.items():
+                if isinstance(value, torch.Tensor):
+                    yield f"{self.group.name}.{key[1]}", value
+
+    def _find_final(self, holders: list[tuple[HolderRecord, object]]) -> None:
+        """Let weights be written to where they are served, where that is what loaders are to write to."""
+        replaced = {id(holder.constructed.get(key)) for holder, _ in holders for key in holder.undo}
+        for storage in self.storages:
+            if not storage.stands and not any(id(record) in replaced for record in storage.records):
+                storage.find_final()
+
+    def loader_left_traces(self) -> bool:
+        """Whether a loader changed more than values: attributes of a layer or of a parameter.
+
+        Then loading again without it would not give the same. Asked after loading, before processing.
+        """
+        state = self._shelf if self._shelf is not None else self.capture()
+        states = zip(self._alive_holders(), self._entered, self.served.contents, state.contents, strict=True)
+        for (holder, _), (_, entered), (_, served), (_, now) in states:
+            for key in entered.keys() | now.keys():
+                value = now.get(key, ABSENT)
+                kept = key in holder.by_loader and equal(served.get(key, ABSENT), value)
+                if not kept and not same(entered.get(key, ABSENT), value):
+                    return True
+        for record in self.group.tensors:
+            tensor = self._objects.get(id(record))
+            if tensor is None:
+                continue
+            attributes, expected = state.tensors[id(tensor)].attributes, record.format.attributes
+            if attributes.keys() != expected.keys() or any(
+                attributes[k] is not expected[k] for k in expected
+            ):
+                return True
+        return False
+
+    def new_parameters(self) -> Iterator[torch.Tensor]:
+        """The data of parameters that the layers have after loading and not in load format."""
+        state = self._shelf if self._shelf is not None else self.capture()
+        for _, contents in state.contents:
+            for (kind, _), value in contents.items():
+                if kind == "_parameters" and value is not None and id(value) not in state.tensors:
+                    yield state.data_of(value)
+
+    def _alive_holders(self) -> list[tuple[HolderRecord, object]]:
+        found = []
+        for layer in self.group.layers:
+            if layer.ref() is None:
+                continue
+            for holder in layer.holders:
+                held = holder.ref()
+                if held is not None:
+                    found.append((holder, held))
+        return found
+
+    def _places(self, holders: list[tuple[HolderRecord, object]]) -> list[tuple[object, Key, TensorRecord]]:
+        """Where load-format tensors go: where PWAL changed them, and where they still are."""
+        places = []
+        for holder, held in holders:
+            tables = tables_of(held) if holder.constructed else {}
+            for key, record in holder.constructed.items():
+                if key in holder.undo:
+                    places.append((held, key, record))
+                    continue
+                kind, name = key
+                tensor = record.ref()
+                in_place = tensor is not None and tables[kind].get(name) is tensor
+                if in_place and id(record) not in self._shared:
+                    places.append((held, key, record))
+        return places
+
+    def _make_storages(self, records: list[TensorRecord], from_served: bool, stands: bool) -> None:
+        by_storage: dict[tuple[int, torch.device], list[TensorRecord]] = {}
+        for record in records:
+            device = self._device if record.format.device.type == "meta" else record.format.device
+            by_storage.setdefault((record.storage, device), []).append(record)
+        self.storages = [
+            StagedStorage(found, device, self._gauge, from_served=from_served, stands=stands)
+            for (_, device), found in by_storage.items()
+        ]
+
+    def _resolve(self, record: TensorRecord, storage: StagedStorage) -> None:
+        """Find or make the object of a load-format tensor and give it its placeholder."""
+        view, fmt = storage.views[id(record)], record.format
+        tensor = record.ref()
+        if tensor is not None and tensor.device == view.device and not wraps_others(type(tensor)):
+            state = TensorState.of(tensor)
+            self.served.tensors[id(tensor)] = state
+            storage.served[id(record)] = state.data
+            tensor.data = view
+        elif issubclass(fmt.cls, nn.Parameter):
+            tensor = nn.Parameter(view, requires_grad=fmt.requires_grad)
+        else:
+            tensor = view
+        tensor.__class__ = fmt.cls
+        tensor.__dict__ = dict(fmt.attributes)
+        self._objects[id(record)] = storage.objects[id(record)] = tensor
+
+    def wrap_loaders(self, wrap: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+        """Put ``wrap`` around the weight loaders of the load-format tensors."""
+        for tensor in self._objects.values():
+            loader = getattr(tensor, "weight_loader", None) or _vllm.default_weight_loader()
+            tensor.weight_loader = wrap(loader)  # type: ignore[attr-defined]
+        self._wrapped = True
+
+    def unwrap_loaders(self) -> None:
+        """Undo ``wrap_loaders``, so that processing sees the tensors as a cold start does."""
+        if not self._wrapped:
+            return
+        self._wrapped = False
+        for record in self.group.tensors:
+            tensor = self._objects.get(id(record))
+            if tensor is None:
+                continue
+            for name in ("weight_loader", "_weight_loader"):
+                tensor.__dict__.pop(name, None)
+                if name in record.format.attributes:
+                    tensor.__dict__[name] = record.format.attributes[name]
+
+    def made_by_processing(self) -> list[object]:
+        """Served values that the load format does not show: processing makes them anew."""
+        holders = zip(self._alive_holders(), self.served.contents, strict=True)
+        return [contents.get(key) for (holder, _), (_, contents) in holders for key in holder.undo]
+
+    def replaceable(self) -> list[torch.Tensor]:
+        """Served tensors that the load format does not show: processing reads none of them."""
+        shown = self.final_storages()
+        made = [value.data for value in self.made_by_processing() if isinstance(value, torch.Tensor)]
+        restaged = [state.data for state in self.served.tensors.values()]
+        found = {storage_id(tensor): tensor for tensor in (*made, *restaged)}
+        return [tensor for key, tensor in found.items() if key not in shown]
+
+    def final_storages(self) -> set[int]:
+        """Identities of served memory that weights were written to."""
+        return {storage.key for storage in self.storages if storage.is_final}
+
+    # -- moving between states --------------------------------------------------------------------
+
+    def loaded_data(self, record: TensorRecord) -> torch.Tensor | None:
+        """What a load-format tensor consists of after loading, also while the group is hidden."""
+        tensor = self._objects.get(id(record))
+        if tensor is None:
+            return None
+        return tensor.data if self._shelf is None else self._shelf.data_of(tensor)
+
+    def capture(self) -> State:
+        """The state the group is in now."""
+        contents = [(held, read(held, before)) for held, before in self.served.contents]
+        return State(contents, {id(t): TensorState.of(t) for t in self._objects.values()})
+
+    def hide(self) -> None:
+        """Show the served state; ``unhide`` goes on where this left off."""
+        self._shelf = self.capture()
+        self.served.show(self._shelf)
+
+    def unhide(self) -> None:
+        assert self._shelf is not None, "only a hidden stage can be shown again"
+        self._shelf.show()
+        self._shelf = None
+
+    @property
+    def hidden(self) -> bool:
+        return self._shelf is not None
+
+    def take_result(self) -> None:
+        """Keep the present state as the result of processing and show the served one."""
+        self.result = self.capture()
+        self.served.show(self.result)
+
+    def release(self, keep: set[int]) -> None:
+        """Give back all staging but the storages whose identity is in ``keep``."""
+        for storage in self.storages:
+            if storage.key not in keep:
+                storage.release()
+
+    def let_go(self, keep: set[int]) -> list[StagedStorage]:
+        """Take out all staging but the storages whose identity is in ``keep``: the result needs no others."""
+        gone = [storage for storage in self.storages if storage.key not in keep]
+        keys = {storage.key for storage in gone}
+        self.storages = [storage for storage in self.storages if storage.key in keep]
+        self._objects = {key: t for key, t in self._objects.items() if storage_id(t) not in keys}
+        if self.result is not None:
+            states = self.result.tensors
+            self.result.tensors = {key: s for key, s in states.items() if storage_id(s.data) not in keys}
+        return gone
+
+    def drop(self) -> None:
+        """Forget everything that is not served."""
+        self.result = self._shelf = None
+        self._objects = {}
+        self.storages = []
+        self.captured = []
+        self._entered = []
+        self.served = State([], {})
+
+    def materialise(self) -> None:
+        """Give every load-format tensor its memory and initial values."""
+        for storage in self.storages:
+            if not storage.has_values:
+                storage.materialise(unwritten=True)
+
+    @property
+    def touched(self) -> bool:
+        return any(storage.coverage.touched for storage in self.storages)
+
+
+def is_wrapper(record: TensorRecord) -> bool:
+    """Whether a record describes a tensor subclass that wraps other tensors (torchao)."""
+    return wraps_others(record.format.cls)
+
+
+def _copy_of_wrapper(record: TensorRecord) -> torch.Tensor:
+    tensor = record.ref()
+    if tensor is None:
+        raise UnsupportedError(
+            f"{record.name} is a {record.format.cls.__name__} that no longer exists, and its load format "
+            "cannot be rebuilt from a description. The engine serves what it served before."
+        )
+    copy = tensor.detach().clone()
+    if isinstance(tensor, nn.Parameter):
+        copy = nn.Parameter(copy, requires_grad=tensor.requires_grad)
+    copy.__dict__.update(record.format.attributes)
+    return copy
+
+
+WrappedTree = list[tuple[nn.Module, dict[str, nn.Module | None]]]
+"""Modules and the children they had before wrappers were taken out from between them."""
+
+
+def unwrap_tree(record: ModelRecord) -> WrappedTree:
+    """Take wrappers that were put around layers after the start (LoRA) out of the module tree.
+
+    Parameters have the names of the start then, which is what loaders look for. Undone by ``rewrap_tree``.
+    """
+    before: WrappedTree = []
+    for layer in record.layers:
+        parent = layer.ref()
+        if parent is None:
+            continue
+        wrapped = {
+            name: child
+            for name, ref in layer.children.items()
+            if (child := ref()) is not None and _wraps(parent._modules.get(name), child)
+        }
+        if wrapped:
+            before.append((parent, dict(parent._modules)))
+            parent._modules.update(wrapped)
+    return before
+
+
+def rewrap_tree(tree: WrappedTree) -> None:
+    """Put back what ``unwrap_tree`` took out."""
+    for parent, children in tree:
+        parent._modules.clear()
+        parent._modules.update(children)
+
+
+def _wraps(current: nn.Module | None, original: nn.Module) -> bool:
+    return current is not None and current is not original and any(m is original for m in current.modules())

@@ -1,0 +1,1 @@
+"""Conversions and trainers' helpers that need no engine."""

@@ -1,0 +1,1 @@
+"""One reload from its first weight to its commit: sessions, roads, rollback."""

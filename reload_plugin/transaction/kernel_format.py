@@ -1,0 +1,139 @@
+"""Weights that are in kernel format already: copied by exact name, shape and dtype, or not at all."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+
+from ..errors import KernelFormatError, weights_error
+from ..options import ReloadOptions
+from ..record.holders import ABSENT, owns_native, tensors_in
+from ..record.record import LayerRecord, ModelRecord
+from ..record.serving import Serving
+from ..verify.digest import making, served_digest
+from ..verify.verify import ReloadReport
+from .generation import replace_last_good
+from .session import SERVES_OLD, complete_record_of
+
+
+def copy_kernel_format(
+    model: nn.Module, weights: Iterable[tuple[str, torch.Tensor]], source: str, chosen: ReloadOptions
+) -> ReloadReport:
+    """Copy tensors into the served parameters and buffers of the same names.
+
+    Nothing is served before every tensor has been checked. The tensors are copied when they come, so
+    the caller may reuse its buffers.
+
+    Raises:
+        KernelFormatError: this model's kernel format is not made of tensors alone.
+        RanksDisagreeError: another rank of the model failed.
+        WeightsError: a name, shape or dtype differs.
+
+    """
+    started = time.perf_counter()
+    record = complete_record_of(model)
+    _require_tensors_only(record)
+    served = _served(model)
+    staged: dict[str, torch.Tensor] = {}
+    offenders: dict[str, dict[str, str]] = {"unexpected": {}, "duplicate": {}, "misshapen": {}}
+    for name, tensor in weights:
+        if not _offends(name, tensor, served, staged, offenders):
+            staged[name] = tensor.detach().clone()
+    if any(offenders.values()) or not staged:
+        if not staged and not any(offenders.values()):
+            raise KernelFormatError(f"{source} holds no tensors. {SERVES_OLD}")
+        raise weights_error(source, SERVES_OLD, **offenders)
+    if record.vote is not None:
+        record.vote(None)
+    nbytes, names = sum(tensor.nbytes for tensor in staged.values()), list(staged)
+    with making, torch.inference_mode(False), torch.no_grad():
+        _copy_all(staged, served)
+        record.serving = Serving(record.serving.version + 1, chosen.weight_version, source)
+    replace_last_good(record, None)
+    return ReloadReport(
+        source=source,
+        policy="staged",
+        tensors=len(names),
+        nbytes=nbytes,
+        replayed=len(names),
+        layers=len({name.rpartition(".")[0] for name in names}),
+        staging_bytes=nbytes,
+        seconds={"total": time.perf_counter() - started},
+        version=record.serving.version,
+        weight_version=chosen.weight_version,
+        digest=served_digest(record) if chosen.digest is True else None,
+    )
+
+
+def _copy_all(staged: dict[str, torch.Tensor], served: dict[str, torch.Tensor]) -> None:
+    """Copy all or none; ``staged`` is used up. Takes memory for one more tensor."""
+    before: list[tuple[torch.Tensor, torch.Tensor]] = []
+    try:
+        for name in list(staged):
+            target = served[name]
+            before.append((target, target.clone()))
+            target.copy_(staged.pop(name))
+    except BaseException:
+        for target, values in reversed(before):  # two names may stand for one memory
+            target.copy_(values)
+        raise
+
+
+def _served(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Every parameter and buffer by name; LoRA wrappers do not show in names."""
+    found: dict[str, torch.Tensor] = {}
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        found[name] = tensor.data
+        found.setdefault(name.replace(".base_layer.", "."), tensor.data)
+    return found
+
+
+def _offends(
+    name: object,
+    tensor: object,
+    served: dict[str, torch.Tensor],
+    staged: dict[str, torch.Tensor],
+    offenders: dict[str, dict[str, str]],
+) -> bool:
+    label = str(name)
+    if not isinstance(tensor, torch.Tensor) or tensor.is_meta:
+        offenders["misshapen"][label] = "not a tensor with values"
+    elif label in staged:
+        offenders["duplicate"][label] = "sent more than once"
+    elif label not in served:
+        offenders["unexpected"][label] = "no parameter or buffer of this name"
+    elif tensor.shape != served[label].shape or tensor.dtype != served[label].dtype:
+        have, want = (tensor.shape, tensor.dtype), (served[label].shape, served[label].dtype)
+        offenders["misshapen"][label] = f"{list(have[0])} {have[1]} instead of {list(want[0])} {want[1]}"
+    else:
+        return False
+    return True
+
+
+def _require_tensors_only(record: ModelRecord) -> None:
+    opaque = sorted(layer.name for layer in record.layers if _is_opaque(layer))
+    if opaque:
+        names = ", ".join(opaque[:4])
+        raise KernelFormatError(
+            f"The kernel format of {len(opaque)} layers is not made of tensors ({names}, ...): it lives in "
+            f"closures or native handles. {SERVES_OLD} Send the weights in checkpoint format."
+        )
+
+
+def _is_opaque(layer: LayerRecord) -> bool:
+    """Whether processing put tensors or native resources where no name reaches them."""
+    module = layer.ref()
+    for holder in layer.holders:
+        held = holder.ref()
+        if held is None or module is None:
+            continue
+        for key in holder.undo:
+            value = getattr(held, str(key[1]), ABSENT) if key[0] == "attribute" else None
+            if callable(value) and not isinstance(value, nn.Module) and any(True for _ in tensors_in(value)):
+                return True
+            if owns_native(value):
+                return True
+    return False

@@ -1,0 +1,262 @@
+"""Partial updates: only the weights that come change, everything else keeps its exact value.
+
+Layers are processed as a whole, so the weights that do not come and share a layer with one that does are read
+again from the source of the served generation, where it can still be read: such an update is a reload of some
+layers from two sources, one laid over the other. Without such a source, a layer can only take part if
+processing leaves it as it is: starting from the served values, it has to come out as it was.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator
+
+from torch import nn
+
+from ..checkpoint import HostCopy, Overlay, Source, SpillFile, give_back, in_a_file
+from ..errors import PartialUpdateError, SourceError, weights_error
+from ..interrupts import call_between
+from ..load.ledger import Expected
+from ..load.progress import watched
+from ..options import ReloadOptions
+from ..plan.plan import Plan, PlanUnavailableError, make_plan
+from ..record.record import LayerRecord, ModelRecord
+from ..verify.verify import ReloadReport
+from .generation import can_bring_back, expected, known_routes, session_for, whole_or_broken
+from .session import SERVES_OLD
+
+SMALL_UPDATE = 64 << 20
+"""Bytes of partial updates that are kept in memory; more go to a file."""
+
+
+def base_of(model: nn.Module, record: ModelRecord) -> Source | None:
+    """Where the weights that do not come can be read again, if anywhere."""
+    base = record.last_good if can_bring_back(model, record) else None
+    return base if getattr(base, "infos", None) is not None else None
+
+
+def laid_over(
+    model: nn.Module, record: ModelRecord, base: Source, top: Source
+) -> tuple[Overlay, frozenset[str] | None]:
+    """``base`` with the weights of ``top``, all of which the model has a use for, and the groups they change;
+    None if that is not known, since the model's loader keeps weights back or puts several together.
+
+    Raises:
+        WeightsError: some of ``top`` do not fit.
+
+    """
+    changed = _known_groups(record, top)
+    if changed is None:
+        changed = frozenset(_plan_of(model, record, top).names_of_group) or None
+    return Overlay(base, top), changed
+
+
+def _known_groups(record: ModelRecord, top: Source) -> frozenset[str] | None:
+    """The groups that weights go to, if weights like them came with the last good reload."""
+    routes, infos = known_routes(record), {info.name: info for info in top.infos() or ()}
+    for name, info in infos.items():
+        route = routes.of.get(name) if routes is not None else None
+        if route is None or (route.shape, route.dtype) != (info.shape, info.dtype):
+            return None
+    found = {
+        group: names for group, names in (record.learnt or {}).items() if not names.isdisjoint(infos.keys())
+    }
+    return frozenset(found) if found and infos.keys() <= frozenset().union(*found.values()) else None
+
+
+def groups_to_load(record: ModelRecord, plan: Plan, changed: frozenset[str]) -> frozenset[str] | None:
+    """The groups that have to be loaded and processed so that ``changed`` ones get new values.
+
+    Beside those: attention layers and what the model's own hook changes, which vLLM processes last and with
+    all layers in view; groups that share a weight with one of these; and layers around or inside of them that
+    processing changes as well (experts and their quant method).
+
+    Args:
+        record: of the model.
+        plan: of all weights of the new generation.
+        changed: names of the groups that weights of the update go to.
+
+    Returns:
+        None when all have to be: it is not known which weight goes where.
+
+    """
+    names_of = plan.names_of_group
+    if plan.routes is None or not changed <= names_of.keys():
+        return None
+    found = changed | _tail(record)
+    while True:
+        names = frozenset().union(*(names_of.get(group, frozenset()) for group in found))
+        sharing = {group for group, theirs in names_of.items() if not theirs.isdisjoint(names)}
+        more = found | sharing | _processed_with(record, found | sharing)
+        if more == found:
+            return found
+        found = more
+
+
+def _tail(record: ModelRecord) -> frozenset[str]:
+    """Groups that vLLM processes after all others."""
+    return frozenset(group.name for group in record.groups if group.deferred or group.late)
+
+
+def _processed_with(record: ModelRecord, groups: frozenset[str]) -> frozenset[str]:
+    """Groups with a layer around or inside of one in ``groups``, both of which processing changes."""
+    owned = [(layer.name, group.name) for group in record.groups for layer in group.layers if layer.effect]
+    group_of = {layer: group for layer, group in owned if layer}
+    pairs = [
+        (group_of[layer], group_of[outer])
+        for layer in group_of
+        for outer in _around(layer)
+        if outer in group_of
+    ]
+    return frozenset(one for pair in pairs for one in pair if not groups.isdisjoint(pair))
+
+
+def _around(layer: str) -> Iterator[str]:
+    """The names of the modules that a layer lies in, but for the model itself."""
+    while "." in layer:
+        layer = layer.rpartition(".")[0]
+        yield layer
+
+
+def update_in_place(
+    model: nn.Module, record: ModelRecord, top: Source, options: ReloadOptions
+) -> ReloadReport:
+    """Change layers that processing leaves as they are, starting from the values they serve.
+
+    Raises:
+        PartialUpdateError: other weights of the same layers are needed and nobody has them; lists them.
+        WeightsError: what came does not fit.
+
+    """
+    plan = _plan_of(model, record, top)
+    touched = frozenset(plan.names_of_group)
+    if not touched:
+        raise PartialUpdateError(
+            "This model's loader keeps weights back or puts several together, so it is not known which "
+            f"layers some of them change, and the others cannot be read again. {SERVES_OLD} Send all weights."
+        )
+    tail = _tail(record)
+    unfit = _changed_by_processing(record, touched)
+    if not unfit:
+        known = Expected(groups=touched | tail)
+        with session_for(model, record, top.description, "staged", known, from_served=True) as rehearsal:
+            unfit = rehearsal.rehearse()
+    if unfit:
+        _refuse(record, top, unfit)
+    known = expected(model, record)
+    chosen = Expected(
+        plan.names_of_group, False, plan.routes, known.was_written, known.start_shapes, touched | tail
+    )
+    with session_for(model, record, top.description, "staged", chosen, from_served=True) as session:
+        session.agree = record.vote
+        session.weight_version, session.digest = options.weight_version, options.digest
+        with whole_or_broken(model, record, session):
+            reading = watched(top.read(None, None, session.room), top, options.progress)
+            with contextlib.closing(reading) as weights:
+                session.load(weights, call_between)
+            if session.problems:
+                session.check()
+            report = session.finish(check=False)
+    return report.model_copy(update={"partial": True, "old_generation": "host"})
+
+
+def _changed_by_processing(record: ModelRecord, groups: frozenset[str]) -> list[str]:
+    """Those of ``groups`` with tensors that processing changes, or with a quant method that it changes."""
+    changed = [layer.name for group in record.groups for layer in group.layers if layer.effect]
+
+    def is_changed(layer: LayerRecord) -> bool:
+        return any(name == layer.name or name.startswith(layer.name + ".") for name in changed)
+
+    return [
+        group.name
+        for group in record.groups
+        if group.name in groups and any(layer.tensors and is_changed(layer) for layer in group.layers)
+    ]
+
+
+def _plan_of(model: nn.Module, record: ModelRecord, top: Source) -> Plan:
+    infos = top.infos()
+    if not infos:
+        raise SourceError(f"{top.description} gave no weights, or cannot list them. {SERVES_OLD}")
+    known = expected(model, record)
+    try:
+        plan = make_plan(
+            model,
+            infos,
+            top.description,
+            Expected(was_written=known.was_written, start_shapes=known.start_shapes),
+        )
+    except PlanUnavailableError as error:
+        raise PartialUpdateError(
+            f"This model's loader looks at values, so it is not known where a weight goes ({error}). "
+            f"{SERVES_OLD} Send all weights."
+        ) from error
+    found = {kind: names for kind, names in vars(plan.problems).items() if kind != "missing" and names}
+    if found:
+        raise weights_error(top.description, SERVES_OLD, **found)
+    if all(written == "none" for written in plan.coverage.values()):
+        raise SourceError(f"{top.description} holds no weight that the model uses. {SERVES_OLD}")
+    return plan
+
+
+def _refuse(record: ModelRecord, top: Source, unfit: Iterable[str]) -> None:
+    sent = {info.name for info in top.infos() or ()}
+    learnt = record.learnt or {}
+    companions: list[str] = []
+    for group in record.groups:
+        if group.name in unfit:
+            names = learnt.get(group.name) or {t.name for t in group.tensors if t.is_parameter}
+            companions += sorted(names - sent)
+    shown = ", ".join(companions[:12]) + (f" and {len(companions) - 12} more" if len(companions) > 12 else "")
+    further = f"Send these as well: {shown}. Or reload" if companions else "Reload"
+    raise PartialUpdateError(
+        f"{top.description} changes layers that are packed or quantized, and their other weights are not in "
+        f"memory in the form they came in. {SERVES_OLD} {further} once in full "
+        "with keep_load_format='host' or 'spill', or from a folder that stays where it is.",
+        companions,
+    )
+
+
+def absorbed(served: Overlay, folder: str | None = None) -> Source:
+    """The same weights in fewer layers: what was kept of the update before the last takes the last one's too.
+
+    Args:
+        served: with the last update uppermost.
+        folder: for a spill file, should one be needed.
+
+    Raises:
+        SourceError: the disk is full; then ``served`` is as it was.
+
+    """
+    *lower, top = served.layers
+    if lower and isinstance(kept := lower[-1], (HostCopy, SpillFile)):
+        if len(lower) == 1:
+            _add_all(kept, top)  # nothing shows beneath it, so it holds the whole and cannot grow beyond that
+            joined = kept
+        else:
+            joined = _together(kept, top, folder)
+        for source in (kept, top):
+            if source is not joined:
+                give_back(source)
+        lower, top = lower[:-1], joined
+    return Overlay(*lower, top) if lower else top
+
+
+def _together(kept: HostCopy | SpillFile, top: Source, folder: str | None) -> HostCopy | SpillFile:
+    """The weights of two updates; in a file when they are many, for there may be any number of updates."""
+    nbytes = kept.nbytes + sum(info.nbytes for info in top.infos() or ())
+    if isinstance(kept, SpillFile) or nbytes <= SMALL_UPDATE:
+        _add_all(kept, top)
+        return kept
+    file = in_a_file(kept, folder)
+    try:
+        _add_all(file, top)
+    except BaseException:
+        file.close()
+        raise
+    return file
+
+
+def _add_all(kept: HostCopy | SpillFile, top: Source) -> None:
+    for name, tensor in top.read():
+        kept.add(name, tensor)

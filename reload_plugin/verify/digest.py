@@ -1,0 +1,156 @@
+"""One short text for everything that a model's kernels read, made when somebody asks for it.
+
+All weights have to be read for it, so a reload whose report nobody gets leaves it to who asks for the status.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import threading
+from collections.abc import Collection
+from typing import Protocol
+
+import torch
+
+from ..device.hashing import Hash, form_of
+from ..process.native import handle_in
+from ..record.holders import ABSENT, holds_nothing, owns_native, reachable, tables_of, values_of
+from ..record.record import HolderRecord, ModelRecord, TensorRecord
+from ..tensors import storage_id
+
+logger = logging.getLogger("vllm.reload_plugin")
+
+making = threading.RLock()
+"""Held while a digest is made: no reload begins meanwhile."""
+
+
+class Change(Protocol):
+    """A reload, while the served weights may not be in their places."""
+
+    def step_aside(self) -> bool:
+        """Show what is served, all of it, until the reload goes on. Says whether that could be done."""
+
+
+def served_digest(record: ModelRecord) -> str | None:
+    """The digest of what a model serves, made now unless it was before, and remembered with the generation.
+
+    None, beside the cases of ``digest_of``, where a reload is at work that cannot step aside. Not to be asked
+    of a broken model, which serves nothing.
+    """
+    with making:
+        serving = record.serving
+        if serving.digest is None and all(change.step_aside() for change in list(record.changes)):
+            made = digest_of(record, forget=not record.changes)
+            serving = record.serving = dataclasses.replace(serving, digest=made)
+        return serving.digest
+
+
+def before_change(record: ModelRecord, change: Change) -> None:
+    """Called before anything that is served may be elsewhere, until ``after_change``."""
+    with making:
+        record.changes.add(change)
+
+
+def after_change(record: ModelRecord, change: Change) -> None:
+    """What is served is in its places again. Harmless where ``before_change`` was not called."""
+    record.changes.discard(change)
+
+
+def digest_of(record: ModelRecord, forget: bool = True) -> str | None:
+    """XXH3-128 (hex) over all that was recorded of a model's layers, as it is now.
+
+    That is: parameters and buffers, what processing put beside them (packed weights, scales as numbers,
+    closures, helper objects), and for native handles what they were made of. Not in it: what is bound after
+    the start (KV caches, adapters). Two engines on one kind of device that serve the same weights have the
+    same digest.
+
+    Args:
+        record: of the model.
+        forget: whether what is known of native handles that no layer holds may be forgotten.
+
+    Returns:
+        None when native handles were made unseen, or without being hashed (``digest=False``), and when
+        something cannot be hashed, which is logged: the new weights are served by then.
+
+    """
+    book = _Book(record)
+    try:
+        for layer in record.layers:
+            if not layer.has_keys:
+                continue
+            alive = [(holder, held) for holder in layer.holders if (held := holder.ref()) is not None]
+            own = {id(held) for _, held in alive}
+            for holder, held in alive:
+                book.add_holder(f"{layer.name}.{holder.path}", holder, held, own)
+        return book.close(forget)
+    except Exception as error:  # noqa: BLE001 - tensors of any kind; no digest is worth a failed reload
+        logger.warning("What is served has no digest: %s: %s", type(error).__name__, error)
+        return None
+
+
+class _Book:
+    """Adds up one model, each tensor's values once."""
+
+    def __init__(self, record: ModelRecord) -> None:
+        self._total = Hash()
+        self._handles = record.handles
+        self._found: set[int] = set()
+        self._known = True
+        """No native handle so far whose contents are not known."""
+        self._seen: dict[tuple[object, ...], str] = {}
+
+    def close(self, forget: bool) -> str | None:
+        """The digest."""
+        for gone in self._handles.keys() - self._found if forget else ():
+            del self._handles[gone]
+        return self._total.digest().hex() if self._known else None
+
+    def add_holder(self, path: str, holder: HolderRecord, held: object, others: Collection[int] = ()) -> None:
+        """What a holder holds; ``others`` (by identity) of its layer are added by themselves."""
+        if not holder.keys:
+            return
+        tables = tables_of(held)
+        for key in holder.keys:
+            kind, name = key
+            value = tables[kind].get(name, ABSENT)
+            if holds_nothing(type(value)):
+                if isinstance(value, (bool, int, float)):
+                    self._total.add_text(f"{path}.{name} {value!r};")
+                continue
+            if id(value) in others:
+                continue
+            constructed = holder.constructed.get(key)
+            replaced = isinstance(constructed, TensorRecord) and constructed.ref() is not value
+            table = replaced and constructed.is_table  # type: ignore[union-attr]
+            if table or not (replaced and key not in holder.undo):  # else it was bound later, like a KV cache
+                self._add(f"{path}.{key[1]}", value)
+
+    def _add(self, path: str, value: object) -> None:
+        for found in (value,) if isinstance(value, torch.Tensor) else reachable(value):
+            if isinstance(found, torch.Tensor):
+                self._total.add_text(f"{path};")
+                if not self._is_handle(found):
+                    self._add_tensor(path, found)
+            elif owns_native(found):
+                held = [part for part in values_of(found) if isinstance(part, torch.Tensor)]
+                self._known &= any(self._is_handle(tensor) for tensor in held)
+
+    def _is_handle(self, tensor: torch.Tensor) -> bool:
+        handle = handle_in(tensor)
+        if handle is None or handle not in self._handles:
+            return False
+        made_of = self._handles[handle]
+        self._found.add(handle)
+        self._known &= made_of is not None
+        self._total.add_digest(made_of or b"")
+        return True
+
+    def _add_tensor(self, path: str, tensor: torch.Tensor) -> None:
+        stored = storage_id(tensor) if tensor.numel() else None
+        place = (stored, tensor.data_ptr(), form_of(tensor)) if stored else None
+        before = self._seen.setdefault(place, path) if place is not None else path
+        if before != path:
+            self._total.add_text(f"as {before};")
+        else:
+            self._total.add_tensor(tensor)

@@ -1,0 +1,1 @@
+"""What vLLM calls in this package, and how it is put there."""
