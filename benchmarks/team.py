@@ -17,8 +17,8 @@ import torch
 import xxhash
 from document import table
 
-from reload_plugin.device.memory import view_of
-from reload_plugin.device.team import share
+from reload_plugin.device.host_memory import view_of
+from reload_plugin.device.openmp import run_on_openmp_threads
 
 PIECE = 1 << 20
 Work = Callable[[int], object]
@@ -73,7 +73,7 @@ def measure(file: Path, pieces: int, trials: int) -> list[list[str]]:
         digests[number] = xxhash.xxh3_128_digest(memory[number * PIECE : (number + 1) * PIECE])
 
     rows: list[list[str]] = [["read"], ["hash"]]
-    for how in (alone, two_threads, share):
+    for how in (alone, two_threads, run_on_openmp_threads):
         target.zero_()
         rows[0].append(f"{milliseconds(how, read, pieces, trials):.2f}")
         if memory != content:

@@ -134,8 +134,8 @@ def reload_in_worker(worker: Any, options: dict[str, Any], weights: Any) -> None
 def load_in_worker(worker: Any, weights: Any) -> None:
     """The same by the model's own loader: a session that knows of no routes."""
     from reload_plugin import ReloadSession
-    from reload_plugin.record.record import record_of
-    from reload_plugin.transaction.generation import note_report
+    from reload_plugin.record.model_record import record_of
+    from reload_plugin.transaction.rollback import note_report
 
     model = worker.get_model()
     with ReloadSession(model) as session:
@@ -148,7 +148,7 @@ def stream(folder: str, shuffled: bool, seed: int) -> Iterator[tuple[str, Any]]:
     """The checkpoint one tensor at a time, each in memory of its own, as a trainer's are."""
     from safetensors.torch import load_file
 
-    from reload_plugin.device.memory import allocator
+    from reload_plugin.device.host_memory import allocator
 
     files = [load_file(path) for path in sorted(Path(folder).glob("*.safetensors"))]
     weights = [(name, tensor.clone()) for file in files for name, tensor in file.items()]

@@ -31,11 +31,11 @@ if TYPE_CHECKING:
     from .tools.conversion import convert, is_stale, read_nested
     from .tools.fsdp import RestoreReport, restore_fsdp
     from .tools.nested import flatten, unflatten
-    from .transaction.monitor import ReloadStatus, reload_engine, status
+    from .transaction.chunked_update import abort_weight_update, restore_for_reloading
     from .transaction.reload import record_for_reloading, reload_weights
     from .transaction.session import ReloadSession
-    from .transaction.weight_update import abort_weight_update, restore_for_reloading
-    from .verify.verify import ReloadReport
+    from .transaction.status import ReloadStatus, reload_engine, status
+    from .verify.slots import ReloadReport
 
 _HOME = {
     "DuplicateWeightsError": "errors",
@@ -49,27 +49,27 @@ _HOME = {
     "ProcessingError": "errors",
     "RanksDisagreeError": "errors",
     "ReloadError": "errors",
-    "ReloadReport": "verify.verify",
+    "ReloadReport": "verify.slots",
     "ReloadSession": "transaction.session",
-    "ReloadStatus": "transaction.monitor",
+    "ReloadStatus": "transaction.status",
     "RestoreReport": "tools.fsdp",
     "SessionError": "errors",
     "SourceError": "errors",
     "UnexpectedWeightsError": "errors",
     "UnsupportedError": "errors",
     "WeightsError": "errors",
-    "abort_weight_update": "transaction.weight_update",
+    "abort_weight_update": "transaction.chunked_update",
     "convert": "tools.conversion",
     "flatten": "tools.nested",
     "is_stale": "tools.conversion",
     "open_source": "checkpoint",
     "read_nested": "tools.conversion",
     "record_for_reloading": "transaction.reload",
-    "reload_engine": "transaction.monitor",
+    "reload_engine": "transaction.status",
     "reload_weights": "transaction.reload",
-    "restore_for_reloading": "transaction.weight_update",
+    "restore_for_reloading": "transaction.chunked_update",
     "restore_fsdp": "tools.fsdp",
-    "status": "transaction.monitor",
+    "status": "transaction.status",
     "unflatten": "tools.nested",
 }
 

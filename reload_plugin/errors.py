@@ -161,7 +161,7 @@ class PartialUpdateError(ReloadError):
         return type(self), (str(self), self.companions)
 
 
-class EntangledError(PartialUpdateError):
+class CrossGroupEffectError(PartialUpdateError):
     """Processing the layers of a partial update changed others as well. Those were put back."""
 
 

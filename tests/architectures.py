@@ -24,7 +24,7 @@ import torch
 from safetensors.torch import save_file
 
 from reload_plugin import reload_weights, restore_for_reloading
-from reload_plugin.transaction.weight_update import finish_layerwise, open_layerwise
+from reload_plugin.transaction.chunked_update import finish_layerwise, open_layerwise
 from tests import checkpoints, oracle
 from tests.checkpoints import WEIGHTS, Config, read_tensors
 from tests.zoo import Case

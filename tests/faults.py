@@ -39,14 +39,15 @@ import torch  # isort: skip
 from safetensors.torch import save_file
 
 import reload_plugin
-from reload_plugin import vllm_api as _vllm
+from reload_plugin import vllm_api
 from reload_plugin.checkpoint.io import reading, vectored
-from reload_plugin.commit import commit
-from reload_plugin.device import memory
+from reload_plugin.commit import group_commit as commit
+from reload_plugin.device import host_memory as memory
 from reload_plugin.errors import EngineBrokenError, ReloadError
 from reload_plugin.record import staging
-from reload_plugin.record.record import record_of
-from reload_plugin.transaction.reload import before_serving, restore_for_reloading
+from reload_plugin.record.model_record import record_of
+from reload_plugin.transaction.chunked_update import restore_for_reloading
+from reload_plugin.transaction.rollback import before_forward_pass
 from reload_plugin.transaction.session import ReloadSession
 from tests.checkpoints import WEIGHTS, read_tensors
 from tests.oracle import Live
@@ -55,7 +56,7 @@ from tests.zoo import Case, case_named
 ENGINES = ("llama_tied", "mixtral", "w8a8_dynamic")
 ANSWERS_EVERY = 25
 """Faults between two times that an engine is asked for tokens and logprobs."""
-PATIENCE = 60.0
+VOTE_TIMEOUT = 60.0
 """Seconds after which a reload of vLLM's own counts as hanging."""
 
 Weights = list[tuple[str, torch.Tensor]]
@@ -212,10 +213,10 @@ class Lab:
 
     def _judge_broken(self) -> str:
         try:
-            before_serving()
+            before_forward_pass()
         except EngineBrokenError:
             self.heal()
-            before_serving()
+            before_forward_pass()
             return self.differs_from("A", answers=True)
         return "broken, and it serves"
 
@@ -325,7 +326,7 @@ def in_a_fork(function: Callable[[], Any]) -> Any:
         os._exit(status)
     os.close(sender)
     with os.fdopen(receiver, "rb") as answer:
-        ready, _, _ = select.select([answer], [], [], PATIENCE)
+        ready, _, _ = select.select([answer], [], [], VOTE_TIMEOUT)
         if not ready:
             os.kill(child, signal.SIGKILL)
         found = answer.read()
@@ -457,7 +458,7 @@ def processing(lab: Lab, trap: Trap) -> Iterator[None]:
             if hasattr(owner, "process_weights_after_loading"):
                 stack.enter_context(wrapped(owner, "process_weights_after_loading", trap.around))
         if lab.ours:
-            stack.enter_context(wrapped(_vllm, "process_layers", trap.around))
+            stack.enter_context(wrapped(vllm_api, "process_layers", trap.around))
         yield
 
 
@@ -749,7 +750,7 @@ def update_raising(lab: Lab, place: int) -> None:
         lab.model.load_weights(raising(lab.weights["B"], place))
     finally:
         if lab.ours:
-            before_serving()
+            before_forward_pass()
 
 
 def fed_by(weights: Weights, place: int) -> Iterator[tuple[str, torch.Tensor]]:
@@ -947,7 +948,7 @@ def run(name: str, root: Path) -> Iterator[Result]:
 def sessions_alive() -> int:
     """Reloads that are over and still in memory."""
     gc.collect()
-    return sum(isinstance(found, (ReloadSession, staging.Stage)) for found in gc.get_objects())
+    return sum(isinstance(found, (ReloadSession, staging.StagedGroup)) for found in gc.get_objects())
 
 
 def run_in_subprocess(name: str, root: Path, plugin: bool) -> dict[str, Result]:

@@ -359,8 +359,8 @@ class Whole:
     def infos(self) -> object:
         return self._source.infos()
 
-    def read(self, order: object = None, pool: object = None, room: object = None) -> object:
-        return self._source.read(order, pool, room)
+    def read(self, order: object = None, pool: object = None, destinations: object = None) -> object:
+        return self._source.read(order, pool, destinations)
 
     def unchanged(self) -> bool:
         return True

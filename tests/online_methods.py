@@ -102,8 +102,8 @@ class Int8Kernel:
         for index in range(layer.w13_weight.shape[0]):
             rows, slots = (ids == index).nonzero(as_tuple=True)
             if rows.numel():
-                routed = self.expert(layer, index, x[rows]) * weights[rows, slots, None].to(x.dtype)
-                output.index_add_(0, rows, routed)
+                by_copy_plan = self.expert(layer, index, x[rows]) * weights[rows, slots, None].to(x.dtype)
+                output.index_add_(0, rows, by_copy_plan)
         return output
 
 

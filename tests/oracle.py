@@ -67,12 +67,12 @@ def start(case: Case, folder: Path, **overrides: object):
 
     import tests.online_methods  # noqa: F401  registers the tests' quantization methods
 
-    with no_collections():
+    with gc_paused():
         return LLM(model=str(folder), **(ENGINE_KWARGS | dict(case.engine_kwargs) | overrides))
 
 
 @contextlib.contextmanager
-def no_collections() -> Iterator[None]:
+def gc_paused() -> Iterator[None]:
     """Make `gc.collect` do nothing: vLLM calls it nine times an engine, half a second each."""
     collect, gc.collect = gc.collect, lambda *_: 0
     try:
@@ -85,7 +85,7 @@ def stop(llm: object) -> None:
     """Shut an engine down so that the next one can start in this process."""
     from vllm.distributed import cleanup_dist_env_and_memory
 
-    with no_collections():
+    with gc_paused():
         llm.llm_engine.engine_core.shutdown()
         cleanup_dist_env_and_memory()
     gc.collect()
@@ -110,14 +110,14 @@ def built(case: Case, folder: Path) -> Iterator[torch.nn.Module]:
     from vllm.model_executor.model_loader import get_model
 
     import tests.online_methods  # noqa: F401  registers the tests' quantization methods
-    from reload_plugin import vllm_api as _vllm
+    from reload_plugin import vllm_api
     from reload_plugin.vllm_hooks import plugin
 
     plugin.register()
     empty_cache = torch.accelerator.empty_cache
     torch.accelerator.empty_cache = lambda: None  # vLLM's CPU runner does this too: there is no accelerator
     try:
-        with _vllm.one_rank(str(folder), ENGINE_KWARGS | dict(case.engine_kwargs)) as config:
+        with vllm_api.one_rank(str(folder), ENGINE_KWARGS | dict(case.engine_kwargs)) as config:
             yield get_model(vllm_config=config)
     finally:
         torch.accelerator.empty_cache = empty_cache

@@ -194,13 +194,18 @@ def each_rank_plans(engine: Engine) -> None:
 
     def known(worker: object) -> tuple[bool, bool, str, str]:
         import reload_plugin
-        from reload_plugin.record.record import record_of
+        from reload_plugin.record.model_record import record_of
 
         model = worker.get_model()
         report = reload_plugin.reload_weights(model, weights_path=engine_folder)
         record = record_of(model)
         replayed = report.replayed == report.tensors
-        return bool(record.routes and record.routes.of), replayed, report.policy, repr(record.plan.placement)
+        return (
+            bool(record.copy_plan and record.copy_plan.of),
+            replayed,
+            report.policy,
+            repr(record.plan.placement),
+        )
 
     engine_folder = engine.folders["A"]
     first, second = engine.llm.collective_rpc(known)
@@ -391,12 +396,12 @@ def a_commit_that_fails_stops_that_rank(engine: Engine) -> None:
     """The others cannot know any more; this one must not serve until it is healed."""
 
     def broken(worker: object) -> bool:
-        from reload_plugin.record.record import record_of
+        from reload_plugin.record.model_record import record_of
 
         return record_of(worker.get_model()).broken is not None
 
     for after in (0, 2):
-        fails = failing_in("reload_plugin.commit.commit", "Commit.apply", RuntimeError("lost"), after)
+        fails = failing_in("reload_plugin.commit.group_commit", "Commit.apply", RuntimeError("lost"), after)
         found = engine.on(1, fails)
         assert found[0] == "committed"
         assert found[1].startswith("EngineBrokenError"), found[1]

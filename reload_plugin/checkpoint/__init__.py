@@ -1,19 +1,19 @@
 """Readers of checkpoints: each gives names, shapes and dtypes first, and (name, tensor) pairs later."""
 
-from ..plan.source import Landed, Ranged, Room, Source, Span, Stream, TensorInfo
+from ..plan.source import Destinations, DirectRead, Ranged, Source, Span, Stream, TensorInfo
 from .checkpoint import Checkpoint
 from .detect import open_source
 from .folder import open_folder
 from .formats.transformers_model import from_transformers
-from .kept import HostCopy, Overlay, SpillFile, give_back, in_a_file, kept_open, layers_of
+from .stores import HostCopy, Overlay, SpillFile, give_back, in_a_file, kept_open, layers_of
 
 __all__ = [
     "Checkpoint",
+    "Destinations",
+    "DirectRead",
     "HostCopy",
-    "Landed",
     "Overlay",
     "Ranged",
-    "Room",
     "Source",
     "Span",
     "SpillFile",

@@ -7,10 +7,10 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
 import torch
 
-from ..device.memory import HostPool
+from ..device.host_memory import HostPool
 from ..errors import SourceError
-from ..plan.source import Room, Stream, TensorInfo, layer_order
-from .io.reading import Parcel, Placed, read_parcels, read_places
+from ..plan.source import Destinations, Stream, TensorInfo, layer_order
+from .io.reading import Placed, ReadBatch, read_in_batches, read_places
 from .io.stamps import Stamp, check_same, open_same
 
 
@@ -68,10 +68,13 @@ class Checkpoint:
         return self.read(self.names())
 
     def read(
-        self, order: Sequence[str] | None = None, pool: HostPool | None = None, room: Room | None = None
+        self,
+        order: Sequence[str] | None = None,
+        pool: HostPool | None = None,
+        destinations: Destinations | None = None,
     ) -> Stream:
-        """Read ahead by up to 32 MiB on a thread of its own; close the iterator before memory that ``room``
-        gave goes away. Memory that the caller has let go of is used again for later tensors.
+        """Read ahead by up to 32 MiB on a thread of its own; close the iterator before memory that
+        ``destinations`` gave goes away. Memory that the caller has let go of is used again for later tensors.
 
         Raises:
             SourceError: a file cannot be read, or changed since it was listed; also at the end, so that
@@ -79,25 +82,25 @@ class Checkpoint:
 
         """
         memory = HostPool() if pool is None else pool
-        parcels = self._parcels(order)
+        batches = self._parcels(order)
         places = (
-            [] if parcels else [self._places[name] for name in (self._places if order is None else order)]
+            [] if batches else [self._places[name] for name in (self._places if order is None else order)]
         )
-        files = self.paths if parcels else dict.fromkeys(file for place in places for file in place.files)
+        files = self.paths if batches else dict.fromkeys(file for place in places for file in place.files)
         paths = {file: self.paths.get(file, file) for file in files}
         with contextlib.ExitStack() as stack:
             try:
                 opened = self._opened(paths.values(), stack)
                 handles = {file: opened[path] for file, path in paths.items()}
-                if parcels:
-                    yield from read_parcels(parcels, handles, paths, memory, room)
+                if batches:
+                    yield from read_in_batches(batches, handles, paths, memory, destinations)
                 else:
-                    yield from read_places(places, handles, memory, room)
+                    yield from read_places(places, handles, memory, destinations)
                 check_same(self.stamps, self._open)
             except OSError as error:
                 raise SourceError(f"{self.description} could not be read: {error}.") from error
 
-    def _parcels(self, order: Sequence[str] | None) -> Sequence[Parcel]:
+    def _parcels(self, order: Sequence[str] | None) -> Sequence[ReadBatch]:
         """The tensors in ``order``, sorted into parcels that are kept; empty where nothing is kept."""
         del order
         return ()

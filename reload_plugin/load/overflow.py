@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from ..checkpoint import Room, SpillFile, Stream, TensorInfo
-from ..device.memory import HostPool
+from ..checkpoint import Destinations, SpillFile, Stream, TensorInfo
+from ..device.host_memory import HostPool
 
 Order = Callable[[Sequence[TensorInfo]], Sequence[str]]
 """The names of some weights, those of one layer next to each other."""
@@ -52,11 +52,11 @@ class Overflow:
             self._file = SpillFile(self._folder, "the weights put aside")
         self._file.add(name, tensor)
 
-    def replay(self, room: Room, begun: Callable[[str], bool]) -> Stream:
+    def replay(self, destinations: Destinations, begun: Callable[[str], bool]) -> Stream:
         """What was put aside, layer by layer; first what layers that have ``begun`` (by name) wait for."""
         if self._file is not None:
             names = sorted(self._order(self._file.infos()), key=begun, reverse=True)
-            yield from self._file.read(names, HostPool(), room)
+            yield from self._file.read(names, HostPool(), destinations)
 
     def close(self) -> None:
         """Give the disk space back."""

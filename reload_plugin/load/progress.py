@@ -9,7 +9,7 @@ import sys
 from collections.abc import Collection, Iterator
 from typing import Any, cast
 
-from ..checkpoint import Landed, Source, Stream
+from ..checkpoint import DirectRead, Source, Stream
 
 logger = logging.getLogger("vllm.reload_plugin")
 
@@ -19,7 +19,7 @@ STEP = 16 << 20
 """Bytes between two drawings where the length is not known."""
 
 
-def watched(
+def with_progress(
     weights: Stream, source: Source, wanted: bool | None, names: Collection[str] | None = None
 ) -> Stream:
     """The same stream, with a bar on stderr that counts its bytes as they are asked for.
@@ -62,7 +62,7 @@ class _Counted:
             self._end()
             raise
         # A stand-in for several tensors, or a pair.
-        self._new += item.nbytes if isinstance(item, Landed) else item[1].nbytes
+        self._new += item.nbytes if isinstance(item, DirectRead) else item[1].nbytes
         if self._new > self._step:
             self._draw()
         return item

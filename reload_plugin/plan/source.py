@@ -9,7 +9,7 @@ from typing import Protocol, runtime_checkable
 
 import torch
 
-from ..device.memory import HostPool
+from ..device.host_memory import HostPool
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +47,7 @@ def tensor_info(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor
 
 
 @dataclass(frozen=True, eq=False)
-class Landed:
+class DirectRead:
     """Tensors that were read to where they go, all at once; nobody has to hand them on."""
 
     names: Sequence[str]
@@ -58,11 +58,11 @@ class Landed:
 
 
 Stream = Generator[tuple[str, torch.Tensor], None, None]
-"""(checkpoint name, tensor) pairs; may be closed before its end. ``Landed`` stands for several of them where
-the room that was given has targets."""
+"""(checkpoint name, tensor) pairs; may be closed before its end. ``DirectRead`` stands for several of
+them where the destinations that were given have targets."""
 
 
-class Room(Protocol):
+class Destinations(Protocol):
     """Where whoever asks for tensors wants them."""
 
     def __call__(self, info: TensorInfo) -> torch.Tensor | None:
@@ -75,7 +75,7 @@ class Room(Protocol):
     def targets(self, infos: Sequence[TensorInfo]) -> Sequence[tuple[str, int]] | None:
         """Where tensors go as they are, one behind the other: parameter and first byte in its memory.
 
-        None unless all can. The stream then gives ``Landed`` in place of the tensors.
+        None unless all can. The stream then gives ``DirectRead`` in place of the tensors.
         """
 
     def memory(self, parameter: str) -> torch.UntypedStorage | None:
@@ -91,12 +91,15 @@ class Source(Protocol):
         """Every tensor, in stored order; None when the format cannot tell without reading."""
 
     def read(
-        self, order: Sequence[str] | None = None, pool: HostPool | None = None, room: Room | None = None
+        self,
+        order: Sequence[str] | None = None,
+        pool: HostPool | None = None,
+        destinations: Destinations | None = None,
     ) -> Stream:
-        """The tensors, in ``order`` if given; in memory that ``room`` gives, else in memory of ``pool``.
+        """The tensors, in ``order`` if given; in memory of ``destinations``, else in memory of ``pool``.
 
         A tensor's memory is the caller's for as long as the caller refers to it. The iterator may read
-        ahead into the memory that ``room`` gave until it is closed.
+        ahead into the memory that ``destinations`` gave until it is closed.
         """
 
     def unchanged(self) -> bool:

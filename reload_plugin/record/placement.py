@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .record import LayerRecord, ModelRecord
+from .model_record import LayerRecord, ModelRecord
 
 RANKS = ("rank", "world_size", "data_parallel_rank", "data_parallel_size")
 """What counts in the parallel config of an engine."""

@@ -16,13 +16,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from .. import vllm_api as _vllm
-from ..device.memory import SMALL, Gauge, HostPool
+from .. import vllm_api
+from ..device.host_memory import SMALL, HostPool, MemoryGauge
 from ..errors import UnsupportedError
 from ..tensors import storage_id, wraps_others
-from .formats import AsServed, Constant, Coverage, Geometry, TensorFormat, Uninitialised, Values
-from .holders import ABSENT, Key, Snapshot, equal, put_back, read, same, tables_of, write
-from .record import Group, HolderRecord, ModelRecord, TensorRecord
+from .model_record import Group, HolderRecord, ModelRecord, TensorRecord
+from .module_state import ABSENT, Key, Snapshot, equal, put_back, read, same, tables_of, write
+from .tensor_layout import AsServed, Constant, Coverage, Geometry, TensorFormat, Uninitialised, Values
 
 POISON = "RELOAD_PLUGIN_POISON"
 """Environment variable: fill staging that nobody wrote yet with NaN (or the largest integer)."""
@@ -53,13 +53,13 @@ class TensorState:
 
 
 @dataclass(eq=False)
-class State:
+class GroupState:
     """A whole state of a group: what its holders hold and what its tensors are made of."""
 
     contents: list[tuple[object, Snapshot]]
     tensors: dict[int, TensorState]
 
-    def show(self, now: State | None = None) -> None:
+    def show(self, now: GroupState | None = None) -> None:
         """Put it on the live objects; they are as ``now`` says, if that was just taken of the same group."""
         held = [None] * len(self.contents) if now is None else [contents for _, contents in now.contents]
         for (holder, contents), present in zip(self.contents, held, strict=True):
@@ -80,13 +80,13 @@ class StagedStorage:
         self,
         records: list[TensorRecord],
         device: torch.device,
-        gauge: Gauge | None = None,
+        gauge: MemoryGauge | None = None,
         *,
         from_served: bool = False,
-        stands: bool = False,
+        aliases_served: bool = False,
     ) -> None:
         self.records = records
-        self._gauge = Gauge() if gauge is None else gauge
+        self._gauge = MemoryGauge() if gauge is None else gauge
         self._held = 0
         """Bytes that the gauge has of this."""
         self.primary = records[0]
@@ -105,16 +105,16 @@ class StagedStorage:
         """Served memory that weights may be written to as it is: they stay there."""
         self.is_final = False
         """Its memory is ``final``, and what was served there is gone."""
-        self.stands = stands and self._stand(device)
+        self.aliases_served = aliases_served and self._alias_served(device)
         """Its memory is ``final`` from the beginning: the served tensors are those that are loaded."""
-        if not self.stands:
+        if not self.aliases_served:
             self._begin(device)
         self.key: int = self.storage._cdata
         """Identity of the memory that it has now."""
         self._placeholder = self.storage
         """Kept as long as this is: storages are told apart by identity, so none may take its place."""
 
-    def _stand(self, device: torch.device) -> bool:
+    def _alias_served(self, device: torch.device) -> bool:
         """Have the memory where all of this is served, if it has the load format there."""
         tensors = [(id(record), record.ref()) for record in self.records]
         self.served = {
@@ -169,10 +169,10 @@ class StagedStorage:
         if self.materialised:
             return
         self.materialised = True
-        self.is_final = self.stands or (pool is not None and self.final is not None)
+        self.is_final = self.aliases_served or (pool is not None and self.final is not None)
         self._hold(0 if self.is_final else self.nbytes)
         if self.is_final and self.final is not None:
-            if not self.stands:
+            if not self.aliases_served:
                 self._move_to(self.final)
         elif pool is not None and self.storage.device.type == "cpu" and self.nbytes >= SMALL:
             self._move_to(pool.take(self.nbytes))
@@ -188,7 +188,7 @@ class StagedStorage:
     @property
     def has_values(self) -> bool:
         """Whether all that nothing came for has its initial values: as they are served, where it stands."""
-        as_served = self.stands and all(isinstance(r.format.initial, AsServed) for r in self.records)
+        as_served = self.aliases_served and all(isinstance(r.format.initial, AsServed) for r in self.records)
         return self.materialised or as_served
 
     def _move_to(self, block: torch.UntypedStorage) -> None:
@@ -208,7 +208,7 @@ class StagedStorage:
     def release(self) -> None:
         """Give the memory back, also under views that a loader still holds."""
         self._forget()
-        own = not self.is_final and not self.stands
+        own = not self.is_final and not self.aliases_served
         if own and self.storage.resizable():  # not once numpy has it: then with its views
             self.storage.resize_(0)
 
@@ -262,11 +262,11 @@ def _poison(view: torch.Tensor) -> None:
         view.fill_(torch.iinfo(view.dtype).max)
 
 
-class Stage:
+class StagedGroup:
     """A group while it is being reloaded. ``enter`` first; ``served.show()`` undoes everything."""
 
     def __init__(
-        self, group: Group, target_device: torch.device, shared: frozenset[int], gauge: Gauge
+        self, group: Group, target_device: torch.device, shared: frozenset[int], gauge: MemoryGauge
     ) -> None:
         self.group = group
         self._gauge = gauge
@@ -274,10 +274,10 @@ class Stage:
         self._device = target_device
         self._shared = shared
         self._objects: dict[int, torch.Tensor] = {}
-        self._shelf: State | None = None
+        self._shelf: GroupState | None = None
         self._entered: list[tuple[object, Snapshot]] = []
-        self.served = State([], {})
-        self.result: State | None = None
+        self.served = GroupState([], {})
+        self.result: GroupState | None = None
         self.processed = False
         self._wrapped = False
         self.overwritten: set[int] = set()
@@ -294,55 +294,55 @@ class Stage:
 
     def enter(
         self,
-        routed: bool = False,
+        by_copy_plan: bool = False,
         noting: bool = False,
         from_served: bool = False,
         straight: bool = False,
-        standing: bool = False,
+        alias_served: bool = False,
     ) -> None:
         """Put the group's layers into load format, without memory. Undone by ``served.show()``.
 
         Args:
-            routed: no loader will run, so what loaders leave behind beside values stays as it is.
+            by_copy_plan: no loader will run, so what loaders leave behind beside values stays as it is.
             noting: ``loader_left_traces`` will be asked.
             from_served: values start as the ones that are served, where they have the load format.
             straight: weights may be written to where they are served, before the group is whole.
-            standing: and no loader will look at the tensors, so those that are written to where they are
+            alias_served: and no loader will look at the tensors, so those that are written to where they are
                 served stay as they are, if processing passes the group over.
 
         """
         holders = self._alive_holders()
-        self.served = State([], {})
+        self.served = GroupState([], {})
         places = self._places(holders)
         records = list({id(record): record for _, _, record in places}.values())
         for record in records:
             if is_wrapper(record):
                 self._objects[id(record)] = _copy_of_wrapper(record)
         staged = [record for record in records if not is_wrapper(record)]
-        standing &= self.group.passed_over
-        self._make_storages(staged, from_served, standing)
-        if standing and not self._objects and all(storage.stands for storage in self.storages):
+        alias_served &= self.group.passed_over
+        self._make_storages(staged, from_served, alias_served)
+        if alias_served and not self._objects and all(storage.aliases_served for storage in self.storages):
             return  # all is as it is served: there is nothing to put back, or to compare
         self.served.contents = [(held, read(held)) for _, held in holders]
         for storage in self.storages:
-            if not storage.stands:
+            if not storage.aliases_served:
                 for record in storage.records:
                     self._resolve(record, storage)
         if straight and not any(layer.deferred or layer.late or layer.online for layer in self.group.layers):
             self._find_final(holders)
-        self._put_on(holders, places, routed)
+        self._put_on(holders, places, by_copy_plan)
         self._entered = [(held, read(held)) for _, held in holders] if noting else []
 
     def _put_on(
         self,
         holders: list[tuple[HolderRecord, object]],
         places: list[tuple[object, Key, TensorRecord]],
-        routed: bool,
+        by_copy_plan: bool,
     ) -> None:
         """Have the holders hold what they hold in load format."""
         for holder, held in holders:
             for key, before in holder.undo.items():
-                if not isinstance(before, TensorRecord) and not (routed and key in holder.by_loader):
+                if not isinstance(before, TensorRecord) and not (by_copy_plan and key in holder.by_loader):
                     write(held, key, before)
         for held, key, record in places:
             if (tensor := self._objects.get(id(record))) is not None:
@@ -362,7 +362,7 @@ class Stage:
         """Let weights be written to where they are served, where that is what loaders are to write to."""
         replaced = {id(holder.constructed.get(key)) for holder, _ in holders for key in holder.undo}
         for storage in self.storages:
-            if not storage.stands and not any(id(record) in replaced for record in storage.records):
+            if not storage.aliases_served and not any(id(record) in replaced for record in storage.records):
                 storage.find_final()
 
     def loader_left_traces(self) -> bool:
@@ -424,13 +424,13 @@ class Stage:
                     places.append((held, key, record))
         return places
 
-    def _make_storages(self, records: list[TensorRecord], from_served: bool, stands: bool) -> None:
+    def _make_storages(self, records: list[TensorRecord], from_served: bool, aliases_served: bool) -> None:
         by_storage: dict[tuple[int, torch.device], list[TensorRecord]] = {}
         for record in records:
             device = self._device if record.format.device.type == "meta" else record.format.device
             by_storage.setdefault((record.storage, device), []).append(record)
         self.storages = [
-            StagedStorage(found, device, self._gauge, from_served=from_served, stands=stands)
+            StagedStorage(found, device, self._gauge, from_served=from_served, aliases_served=aliases_served)
             for (_, device), found in by_storage.items()
         ]
 
@@ -454,7 +454,7 @@ class Stage:
     def wrap_loaders(self, wrap: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
         """Put ``wrap`` around the weight loaders of the load-format tensors."""
         for tensor in self._objects.values():
-            loader = getattr(tensor, "weight_loader", None) or _vllm.default_weight_loader()
+            loader = getattr(tensor, "weight_loader", None) or vllm_api.default_weight_loader()
             tensor.weight_loader = wrap(loader)  # type: ignore[attr-defined]
         self._wrapped = True
 
@@ -498,10 +498,10 @@ class Stage:
             return None
         return tensor.data if self._shelf is None else self._shelf.data_of(tensor)
 
-    def capture(self) -> State:
+    def capture(self) -> GroupState:
         """The state the group is in now."""
         contents = [(held, read(held, before)) for held, before in self.served.contents]
-        return State(contents, {id(t): TensorState.of(t) for t in self._objects.values()})
+        return GroupState(contents, {id(t): TensorState.of(t) for t in self._objects.values()})
 
     def hide(self) -> None:
         """Show the served state; ``unhide`` goes on where this left off."""
@@ -546,7 +546,7 @@ class Stage:
         self.storages = []
         self.captured = []
         self._entered = []
-        self.served = State([], {})
+        self.served = GroupState([], {})
 
     def materialise(self) -> None:
         """Give every load-format tensor its memory and initial values."""

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from pydantic import BaseModel, ConfigDict
 
-from .. import vllm_api as _vllm
+from .. import vllm_api
 from ..checkpoint import open_source
 from ..checkpoint.config import check_config, start_config
 from ..errors import ReloadError, SourceError, UnsupportedError
-from ..record.record import ConstructionTrace, finish_record, look, record_constructed
-from ..transaction.generation import plan_for
+from ..record.model_record import ConstructionTrace, finish_record, look, record_constructed
+from ..transaction.rollback import plan_for
 
 
 class Preflight(BaseModel):
@@ -74,32 +74,33 @@ def preflight(checkpoint: str | Path, model: str, engine: Mapping[str, Any] | No
         checkpoint=str(checkpoint),
         model=model,
         architecture=type(built).__name__,
-        fits=not plan.problems and reason is None,
+        fits=not plan.mismatches and reason is None,
         tensors=len(plan.infos),
         nbytes=sum(info.meta().nbytes for info in plan.infos.values()),
         config=reason,
         kept=plan.kept,
         ignored=plan.ignored,
         **{
-            kind: getattr(plan.problems, kind) for kind in ("missing", "unexpected", "duplicate", "misshapen")
+            kind: getattr(plan.mismatches, kind)
+            for kind in ("missing", "unexpected", "duplicate", "misshapen")
         },
     )
 
 
 def _on_meta(model: str, engine: dict[str, Any]) -> tuple[Any, Any, torch.nn.Module]:
     """The engine's config, the record of the model's load format, and the model."""
-    if _vllm.version() is None:
+    if vllm_api.version() is None:
         raise UnsupportedError(
             "vLLM is not installed here. Install it beside this package (pip install vllm)."
         )
     trace = ConstructionTrace()
     try:
-        with _vllm.one_rank(model, engine) as config:
-            built = _vllm.construct_on_meta(config, trace)
+        with vllm_api.one_rank(model, engine) as config:
+            built = vllm_api.construct_on_meta(config, trace)
     except Exception as error:
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         raise UnsupportedError(
-            f"vLLM {_vllm.version()} could not make the model of {model}: {reason}. Check its config.json."
+            f"vLLM {vllm_api.version()} could not make the model of {model}: {reason}. Check its config.json."
         ) from error
     record = record_constructed(built, trace, config)
     finish_record(record, look(record), None, config.model_config, torch.device("cpu"))

@@ -10,12 +10,12 @@ from torch import nn
 
 from ..errors import KernelFormatError, weights_error
 from ..options import ReloadOptions
-from ..record.holders import ABSENT, owns_native, tensors_in
-from ..record.record import LayerRecord, ModelRecord
-from ..record.serving import Serving
+from ..record.generation import Generation
+from ..record.model_record import LayerRecord, ModelRecord
+from ..record.module_state import ABSENT, owns_native, tensors_in
 from ..verify.digest import making, served_digest
-from ..verify.verify import ReloadReport
-from .generation import replace_last_good
+from ..verify.slots import ReloadReport
+from .rollback import replace_rollback_source
 from .session import SERVES_OLD, complete_record_of
 
 
@@ -51,8 +51,8 @@ def copy_kernel_format(
     nbytes, names = sum(tensor.nbytes for tensor in staged.values()), list(staged)
     with making, torch.inference_mode(False), torch.no_grad():
         _copy_all(staged, served)
-        record.serving = Serving(record.serving.version + 1, chosen.weight_version, source)
-    replace_last_good(record, None)
+        record.generation = Generation(record.generation.version + 1, chosen.weight_version, source)
+    replace_rollback_source(record, None)
     return ReloadReport(
         source=source,
         policy="staged",
@@ -62,7 +62,7 @@ def copy_kernel_format(
         layers=len({name.rpartition(".")[0] for name in names}),
         staging_bytes=nbytes,
         seconds={"total": time.perf_counter() - started},
-        version=record.serving.version,
+        version=record.generation.version,
         weight_version=chosen.weight_version,
         digest=served_digest(record) if chosen.digest is True else None,
     )

@@ -16,13 +16,13 @@ from torch import nn
 from ..checkpoint import HostCopy, Overlay, Source, SpillFile, give_back, in_a_file
 from ..errors import PartialUpdateError, SourceError, weights_error
 from ..interrupts import call_between
-from ..load.ledger import Expected
-from ..load.progress import watched
+from ..load.completeness import KnownCheckpoint
+from ..load.progress import with_progress
 from ..options import ReloadOptions
-from ..plan.plan import Plan, PlanUnavailableError, make_plan
-from ..record.record import LayerRecord, ModelRecord
-from ..verify.verify import ReloadReport
-from .generation import can_bring_back, expected, known_routes, session_for, whole_or_broken
+from ..plan.checkpoint_plan import Plan, PlanUnavailableError, make_plan
+from ..record.model_record import LayerRecord, ModelRecord
+from ..verify.slots import ReloadReport
+from .rollback import expected, has_rollback_source, known_copy_plan, rollback_on_failure, session_for
 from .session import SERVES_OLD
 
 SMALL_UPDATE = 64 << 20
@@ -31,7 +31,7 @@ SMALL_UPDATE = 64 << 20
 
 def base_of(model: nn.Module, record: ModelRecord) -> Source | None:
     """Where the weights that do not come can be read again, if anywhere."""
-    base = record.last_good if can_bring_back(model, record) else None
+    base = record.rollback_source if has_rollback_source(model, record) else None
     return base if getattr(base, "infos", None) is not None else None
 
 
@@ -53,13 +53,15 @@ def laid_over(
 
 def _known_groups(record: ModelRecord, top: Source) -> frozenset[str] | None:
     """The groups that weights go to, if weights like them came with the last good reload."""
-    routes, infos = known_routes(record), {info.name: info for info in top.infos() or ()}
+    copy_plan, infos = known_copy_plan(record), {info.name: info for info in top.infos() or ()}
     for name, info in infos.items():
-        route = routes.of.get(name) if routes is not None else None
-        if route is None or (route.shape, route.dtype) != (info.shape, info.dtype):
+        tensor_plan = copy_plan.of.get(name) if copy_plan is not None else None
+        if tensor_plan is None or (tensor_plan.shape, tensor_plan.dtype) != (info.shape, info.dtype):
             return None
     found = {
-        group: names for group, names in (record.learnt or {}).items() if not names.isdisjoint(infos.keys())
+        group: names
+        for group, names in (record.names_of_group or {}).items()
+        if not names.isdisjoint(infos.keys())
     }
     return frozenset(found) if found and infos.keys() <= frozenset().union(*found.values()) else None
 
@@ -81,7 +83,7 @@ def groups_to_load(record: ModelRecord, plan: Plan, changed: frozenset[str]) -> 
 
     """
     names_of = plan.names_of_group
-    if plan.routes is None or not changed <= names_of.keys():
+    if plan.copy_plan is None or not changed <= names_of.keys():
         return None
     found = changed | _tail(record)
     while True:
@@ -138,23 +140,23 @@ def update_in_place(
     tail = _tail(record)
     unfit = _changed_by_processing(record, touched)
     if not unfit:
-        known = Expected(groups=touched | tail)
+        known = KnownCheckpoint(groups=touched | tail)
         with session_for(model, record, top.description, "staged", known, from_served=True) as rehearsal:
             unfit = rehearsal.rehearse()
     if unfit:
         _refuse(record, top, unfit)
     known = expected(model, record)
-    chosen = Expected(
-        plan.names_of_group, False, plan.routes, known.was_written, known.start_shapes, touched | tail
+    chosen = KnownCheckpoint(
+        plan.names_of_group, False, plan.copy_plan, known.was_written, known.start_shapes, touched | tail
     )
     with session_for(model, record, top.description, "staged", chosen, from_served=True) as session:
         session.agree = record.vote
         session.weight_version, session.digest = options.weight_version, options.digest
-        with whole_or_broken(model, record, session):
-            reading = watched(top.read(None, None, session.room), top, options.progress)
+        with rollback_on_failure(model, record, session):
+            reading = with_progress(top.read(None, None, session.destinations), top, options.progress)
             with contextlib.closing(reading) as weights:
                 session.load(weights, call_between)
-            if session.problems:
+            if session.mismatches:
                 session.check()
             report = session.finish(check=False)
     return report.model_copy(update={"partial": True, "old_generation": "host"})
@@ -184,14 +186,14 @@ def _plan_of(model: nn.Module, record: ModelRecord, top: Source) -> Plan:
             model,
             infos,
             top.description,
-            Expected(was_written=known.was_written, start_shapes=known.start_shapes),
+            KnownCheckpoint(was_written=known.was_written, start_shapes=known.start_shapes),
         )
     except PlanUnavailableError as error:
         raise PartialUpdateError(
             f"This model's loader looks at values, so it is not known where a weight goes ({error}). "
             f"{SERVES_OLD} Send all weights."
         ) from error
-    found = {kind: names for kind, names in vars(plan.problems).items() if kind != "missing" and names}
+    found = {kind: names for kind, names in vars(plan.mismatches).items() if kind != "missing" and names}
     if found:
         raise weights_error(top.description, SERVES_OLD, **found)
     if all(written == "none" for written in plan.coverage.values()):
@@ -201,11 +203,11 @@ def _plan_of(model: nn.Module, record: ModelRecord, top: Source) -> Plan:
 
 def _refuse(record: ModelRecord, top: Source, unfit: Iterable[str]) -> None:
     sent = {info.name for info in top.infos() or ()}
-    learnt = record.learnt or {}
+    names_of_group = record.names_of_group or {}
     companions: list[str] = []
     for group in record.groups:
         if group.name in unfit:
-            names = learnt.get(group.name) or {t.name for t in group.tensors if t.is_parameter}
+            names = names_of_group.get(group.name) or {t.name for t in group.tensors if t.is_parameter}
             companions += sorted(names - sent)
     shown = ", ".join(companions[:12]) + (f" and {len(companions) - 12} more" if len(companions) > 12 else "")
     further = f"Send these as well: {shown}. Or reload" if companions else "Reload"

@@ -15,45 +15,43 @@ from typing import Any
 import torch
 from torch import nn
 
-from .. import vllm_api as _vllm
+from .. import vllm_api
 from ..checkpoint import HostCopy, Source, SpillFile, TensorInfo, give_back, in_a_file, open_folder
 from ..checkpoint.config import check_config
-from ..device.garbage import no_full_collections
-from ..device.memory import available, settle_heap
-from ..errors import EntangledError, ReloadError, SourceError, weights_error
+from ..device.gc_pause import full_gc_paused
+from ..device.host_memory import available, settle_heap
+from ..errors import CrossGroupEffectError, ReloadError, SourceError, weights_error
 from ..interrupts import call_between
-from ..load.ledger import Expected
-from ..load.progress import watched
+from ..load.completeness import KnownCheckpoint
+from ..load.progress import with_progress
 from ..options import ReloadOptions, options
-from ..plan.load import Feed, LoadTrace, Problems
-from ..plan.plan import Plan
-from ..ranks.ranks import ranks_of
-from ..record.record import ModelRecord, record_constructed
-from ..verify.verify import ReloadReport
-from .generation import (
+from ..plan.checkpoint_plan import Plan
+from ..plan.tracer import LoadTrace, Mismatches, WeightStream
+from ..ranks.votes import ranks_of
+from ..record.model_record import ModelRecord, record_constructed
+from ..verify.slots import ReloadReport
+from .chunked_update import abort_weight_update, finish_layerwise, open_layerwise, restore_for_reloading
+from .kernel_format import copy_kernel_format
+from .partial import SMALL_UPDATE, absorbed, base_of, groups_to_load, laid_over, update_in_place
+from .rollback import (
     abandon_open_session,
     after_commit,
     as_reload_errors,
-    before_serving,
-    can_bring_back,
     expected,
-    learn_routes,
+    has_rollback_source,
+    learn_copy_plan,
     note_report,
     noting_failures,
     plan_for,
-    replace_last_good,
+    replace_rollback_source,
+    rollback_on_failure,
     session_for,
-    whole_or_broken,
 )
-from .kernel_format import copy_kernel_format
-from .partial import SMALL_UPDATE, absorbed, base_of, groups_to_load, laid_over, update_in_place
 from .session import SERVES_OLD, Policy, ReloadSession
-from .weight_update import abort_weight_update, finish_layerwise, open_layerwise, restore_for_reloading
 
 __all__ = [
     "abandon_open_session",
     "abort_weight_update",
-    "before_serving",
     "finish_layerwise",
     "open_layerwise",
     "record_for_reloading",
@@ -115,7 +113,7 @@ def reload_weights(
 
     """
     started = time.perf_counter()
-    with noting_failures(model) as record, no_full_collections(), as_reload_errors(record):
+    with noting_failures(model) as record, full_gc_paused(), as_reload_errors(record):
         chosen = options(**how)
         _require_one_rank(record, chosen.policy)
         if weights_iterator is not None and weights_path is not None:
@@ -129,7 +127,7 @@ def reload_weights(
             path = record.model_config.model if weights_path is None else str(weights_path)
             source = _opened(path, model, record, chosen.require_marker)
             if not is_checkpoint_format:
-                with contextlib.closing(watched(source.read(), source, chosen.progress)) as weights:
+                with contextlib.closing(with_progress(source.read(), source, chosen.progress)) as weights:
                     report = copy_kernel_format(model, weights, path, chosen)
             else:
                 report = _from_source(model, record, source, chosen)
@@ -145,7 +143,7 @@ def record_for_reloading(model: nn.Module, vllm_config: Any = None) -> None:
     Call it right after the model is constructed, before its weights are loaded; vLLM's
     ``process_weights_after_loading(model, ...)`` then completes the record.
     """
-    config = vllm_config if vllm_config is not None else _vllm.current_vllm_config()
+    config = vllm_config if vllm_config is not None else vllm_api.current_vllm_config()
     record_constructed(model, None, config)
 
 
@@ -175,18 +173,18 @@ def _from_iterator(
         top = _collected(weights, chosen, None if chosen.policy == "spill" else SMALL_UPDATE)
         return _partially(model, record, top, chosen)
     if _spills(model, record, chosen):
-        return _from_spilled(model, record, weights, chosen)
+        return _from_spill_file(model, record, weights, chosen)
     started = time.perf_counter()
-    learn_routes(model, record)
+    learn_copy_plan(model, record)
     planned = time.perf_counter() - started
     policy: Policy = "streaming" if chosen.policy == "streaming" else "staged"
     known = expected(model, record, plan, chosen.whole_model)
     with _keeping(chosen, "the iterator") as kept:
         session = _session(model, record, "the iterator", policy, known, chosen, kept)
-        with whole_or_broken(model, record, session, undo=policy == "staged"), session:
+        with rollback_on_failure(model, record, session, undo=policy == "staged"), session:
             session.load_last(weights)
             report = session.finish()
-    found = {name: rule for name, rule in record.kept.items() if session.ledger.took_by_name(name)}
+    found = {name: rule for name, rule in record.kept.items() if session.completeness.took_by_name(name)}
     found = plan.kept if plan is not None else found
     report = _completed(report, found | report.kept, _way_back(policy), planned)
     after_commit(record, kept, session, plan)
@@ -199,14 +197,14 @@ def _spills(model: nn.Module, record: ModelRecord, chosen: ReloadOptions) -> boo
     if chosen.policy == "auto" and not chosen.whole_model and ranks_of(record) == 1:
         needed = sum(group.nbytes for group in record.groups)
         crowded = available(record.target_device) < needed + needed // 4
-        return crowded and can_bring_back(model, record)
+        return crowded and has_rollback_source(model, record)
     if chosen.policy != "spill":
         return False
-    _require_way_back(model, record, "spill")
+    _require_rollback_source(model, record, "spill")
     return True
 
 
-def _from_spilled(
+def _from_spill_file(
     model: nn.Module, record: ModelRecord, weights: Weights, chosen: ReloadOptions
 ) -> ReloadReport:
     """The weights go to a file, which is then reloaded like any other; it stays as the way back."""
@@ -227,9 +225,9 @@ def _collected(weights: Weights, chosen: ReloadOptions, in_memory: int | None) -
         WeightsError: some are no tensors with values, or come twice, or are not finite.
 
     """
-    problems = Problems()
-    trace = LoadTrace(problems)
-    feed = Feed(weights, trace, lambda: None)
+    mismatches = Mismatches()
+    trace = LoadTrace(mismatches)
+    feed = WeightStream(weights, trace, lambda: None)
     kept: Kept = (
         SpillFile(chosen.spill_dir, "the iterator") if in_memory is None else HostCopy("the iterator")
     )
@@ -237,14 +235,14 @@ def _collected(weights: Weights, chosen: ReloadOptions, in_memory: int | None) -
         for name, tensor in _items(feed):
             trace.note_arrival(name, tensor)
             if chosen.check_finite and (reason := _not_finite(tensor)) is not None:
-                problems.nonfinite[name] = reason
+                mismatches.nonfinite[name] = reason
             kept.add(name, tensor)
             if isinstance(kept, HostCopy) and trace.loaded.nbytes > (in_memory or 0):
                 in_file = in_a_file(kept, chosen.spill_dir)
                 kept.close()
                 kept = in_file
-        if problems:
-            raise weights_error("the iterator", SERVES_OLD, **vars(problems))
+        if mismatches:
+            raise weights_error("the iterator", SERVES_OLD, **vars(mismatches))
         if not trace.loaded.shapes:
             raise SourceError(f"the iterator gave no weights. {SERVES_OLD}")
     except BaseException:
@@ -253,7 +251,7 @@ def _collected(weights: Weights, chosen: ReloadOptions, in_memory: int | None) -
     return kept
 
 
-def _items(feed: Feed) -> Iterator[tuple[str, torch.Tensor]]:
+def _items(feed: WeightStream) -> Iterator[tuple[str, torch.Tensor]]:
     with contextlib.suppress(StopIteration):
         while True:
             name, tensor = feed.fetch()
@@ -285,7 +283,7 @@ class _Manifest:
     def infos(self) -> Sequence[TensorInfo]:
         return self._infos
 
-    def read(self, order: Any = None, pool: Any = None, room: Any = None) -> Any:
+    def read(self, order: Any = None, pool: Any = None, destinations: Any = None) -> Any:
         raise NotImplementedError
 
     def unchanged(self) -> bool:
@@ -328,7 +326,7 @@ def _from_source(
     planned = time.perf_counter() - started
     if plan is not None:
         plan.raise_problems(source.description)
-    policy, way_back = _policy_for(model, record, plan, chosen)
+    policy, rollback_source = _policy_for(model, record, plan, chosen)
     known = expected(model, record, plan, chosen.whole_model)
     order = plan.order if plan is not None else None
     if plan is not None and changed is not None and not chosen.whole_model:
@@ -339,22 +337,30 @@ def _from_source(
     with _keeping(chosen, source.description) as kept:
         ordered = getattr(source, "in_order", True)
         session = _session(model, record, source.description, policy, known, chosen, kept, ordered)
-        with whole_or_broken(model, record, session, undo=way_back != "none"), session, session.undisturbed():
-            reading = watched(source.read(order, record.pool, session.room), source, chosen.progress, order)
+        with (
+            rollback_on_failure(model, record, session, undo=rollback_source != "none"),
+            session,
+            session.undisturbed(),
+        ):
+            reading = with_progress(
+                source.read(order, record.pool, session.destinations), source, chosen.progress, order
+            )
             with contextlib.closing(reading) as weights:
                 session.load_last(weights, call_between)
             report = session.finish()
     found = plan.kept | report.kept if plan is not None else report.kept
-    report = _completed(report, found, way_back, planned)
+    report = _completed(report, found, rollback_source, planned)
     after_commit(record, kept or source, session, plan)
     record.kept = report.kept
     return report
 
 
-def _completed(report: ReloadReport, kept: dict[str, str], way_back: str, planned: float) -> ReloadReport:
+def _completed(
+    report: ReloadReport, kept: dict[str, str], rollback_source: str, planned: float
+) -> ReloadReport:
     """A session's report with what only its caller knows; ``planned`` are the seconds of the plan."""
     seconds = report.seconds | {"plan": planned}
-    return report.model_copy(update={"kept": kept, "old_generation": way_back, "seconds": seconds})
+    return report.model_copy(update={"kept": kept, "old_generation": rollback_source, "seconds": seconds})
 
 
 def _policy_for(
@@ -364,10 +370,10 @@ def _policy_for(
     if chosen.policy == "streaming":
         return "streaming", "none"
     if chosen.policy in ("reread", "spill"):
-        _require_way_back(model, record, chosen.policy)
+        _require_rollback_source(model, record, chosen.policy)
         return "streaming", "reread"
     alone = ranks_of(record) == 1 and not chosen.whole_model
-    if chosen.policy == "auto" and plan is not None and alone and can_bring_back(model, record):
+    if chosen.policy == "auto" and plan is not None and alone and has_rollback_source(model, record):
         return "streaming", "reread"
     return "staged", "host"
 
@@ -376,8 +382,8 @@ def _way_back(policy: Policy) -> str:
     return "host" if policy == "staged" else "none"
 
 
-def _require_way_back(model: nn.Module, record: ModelRecord, policy: str) -> None:
-    if not can_bring_back(model, record):
+def _require_rollback_source(model: nn.Module, record: ModelRecord, policy: str) -> None:
+    if not has_rollback_source(model, record):
         raise ReloadError(
             f"policy={policy!r} needs the served weights in a place where they can be read again, and there "
             f"is none. {SERVES_OLD} Reload under policy='host', once with keep_load_format='spill' or from a "
@@ -403,24 +409,28 @@ def _partially(model: nn.Module, record: ModelRecord, top: Source, chosen: Reloa
         base = base_of(model, record)
         if base is None:
             report = update_in_place(model, record, top, chosen)
-            replace_last_good(record, None)
+            replace_rollback_source(record, None)
             give_back(top)
             return report
         whole, changed = laid_over(model, record, base, top)
         asked = chosen.model_copy(update={"partial": False, "keep_load_format": None})
         try:
-            report = _from_source(model, record, whole, asked, None if record.entangled else changed, sent)
+            report = _from_source(
+                model, record, whole, asked, None if record.has_cross_group_effects else changed, sent
+            )
         except ReloadError as error:
-            if not isinstance(error, EntangledError) and not isinstance(error.__cause__, EntangledError):
+            if not isinstance(error, CrossGroupEffectError) and not isinstance(
+                error.__cause__, CrossGroupEffectError
+            ):
                 raise  # the cause, where layers were committed already and nobody was to bring them back
             logger.info("The partial update is done once more, with all layers: %s", error)
-            record.entangled = True
+            record.has_cross_group_effects = True
             report = _from_source(model, record, whole, asked)
     except BaseException:
         give_back(top)
         raise
     with contextlib.suppress(SourceError):  # else both stay, one over the other
-        record.last_good = absorbed(whole, chosen.spill_dir)
+        record.rollback_source = absorbed(whole, chosen.spill_dir)
     return report.model_copy(update={"partial": True, "companions": report.tensors - len(sent)})
 
 
@@ -429,7 +439,7 @@ def _session(
     record: ModelRecord,
     description: str,
     policy: Policy,
-    known: Expected,
+    known: KnownCheckpoint,
     chosen: ReloadOptions,
     kept: Kept | None,
     in_order: bool = True,

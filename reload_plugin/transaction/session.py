@@ -24,31 +24,31 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from .. import vllm_api as _vllm
-from ..checkpoint import Landed
-from ..commit.commit import Commit, plan_commit
-from ..device.garbage import no_collections, no_full_collections
-from ..device.memory import Gauge, growth, keep_within
-from ..device.results import Places, written_in_place
+from .. import vllm_api
+from ..checkpoint import DirectRead
+from ..commit.group_commit import Commit, plan_commit
+from ..device.gc_pause import full_gc_paused, gc_paused
+from ..device.host_memory import MemoryGauge, growth, keep_within
+from ..device.output_reuse import ReusableOutputs, reusing_served_outputs
 from ..errors import LateLoaderError, NotRecordedError, SessionError, SourceError, weights_error
 from ..interrupts import call_between, call_out, deliver, held
 from ..load.admission import Admission
-from ..load.ledger import Expected, Ledger
+from ..load.completeness import Completeness, KnownCheckpoint
+from ..load.destinations import StagingDestinations, StagingMemory
 from ..load.overflow import OPEN_BUDGET, OPEN_STREAMING, Overflow
-from ..load.room import StagingMemory, StagingRoom
 from ..options import Wanted
-from ..plan.load import Feed, Fetching, Loaded, LoadTrace, Problems, load_all, load_by_routes
-from ..plan.routes import Routes, follow
-from ..process.native import Noted, forget_handles, give_way, watching_native
-from ..process.process import ProcessWeights, process_stage, process_tail
+from ..plan.copy_plan import CopyPlan, copy_by_plan
+from ..plan.tracer import Fetching, Loaded, LoadTrace, Mismatches, WeightStream, load_all, load_by_copy_plan
+from ..process.native_handles import NativeWatch, forget_handles, release_native_memory, watching_native
+from ..process.processing import ProcessWeights, process_stage, process_tail
+from ..record.generation import Generation
+from ..record.model_record import ModelRecord, record_of
 from ..record.placement import placement
-from ..record.record import ModelRecord, record_of
-from ..record.serving import Serving
-from ..record.staging import Stage, StagedStorage, WrappedTree, rewrap_tree, unwrap_tree
+from ..record.staging import StagedGroup, StagedStorage, WrappedTree, rewrap_tree, unwrap_tree
 from ..tensors import storage_id
-from ..verify.bystanders import Bystanders
 from ..verify.digest import after_change, before_change, served_digest
-from ..verify.verify import ReloadReport, check_slots, ignorable
+from ..verify.slots import ReloadReport, check_slots, ignorable
+from ..verify.untouched_layers import UntouchedLayers
 
 Policy = Literal["staged", "streaming"]
 
@@ -70,7 +70,7 @@ SEVERAL = 8 << 20
 SERVES_OLD = "The engine serves what it served before."
 
 
-class State(enum.Enum):
+class SessionState(enum.Enum):
     """Where a session is; every state but LOADING and PROCESSING has the served weights in place."""
 
     READY = "ready"
@@ -130,7 +130,7 @@ class ReloadSession:
         source: str = "the iterator",
         policy: Policy = "staged",
         whole_model: bool = False,
-        expected: Expected | None = None,
+        expected: KnownCheckpoint | None = None,
         dry: bool = False,
         overflow: Overflow | None = None,
         inspect: Callable[[str, torch.Tensor], str | None] | None = None,
@@ -141,8 +141,8 @@ class ReloadSession:
         self.source = source
         self.policy: Policy = policy
         self.whole_model = whole_model
-        self.state = State.READY
-        self.problems = Problems()
+        self.state = SessionState.READY
+        self.mismatches = Mismatches()
         self.committed: set[str] = set()
         """Groups whose served values were touched."""
         self.report: ReloadReport | None = None
@@ -155,7 +155,7 @@ class ReloadSession:
         """What to call these weights from the commit on."""
         self._spilled = 0
         self._largest = 0
-        self._expected = expected or Expected()
+        self._expected = expected or KnownCheckpoint()
         self._overflow = overflow
         self._inspect = inspect
         self._replaying = False
@@ -170,37 +170,37 @@ class ReloadSession:
         self._resident = growth.begin()
         shapes = self._expected.start_shapes
         sharded, is_later = self._world_size() > 1, self._expected.is_later
-        self._trace = LoadTrace(self.problems, dry, shapes, sharded, is_later)
-        self.ledger = Ledger(self._trace.loaded, self.problems, self._expected)
+        self._trace = LoadTrace(self.mismatches, dry, shapes, sharded, is_later)
+        self.completeness = Completeness(self._trace.loaded, self.mismatches, self._expected)
         self._seconds: dict[str, float] = defaultdict(float)
         self._timing: list[str] = []
         """Stages that are being timed, the outermost first."""
         self._inside_load = 0.0
         """Seconds of other stages while weights were loaded."""
         self._started = time.perf_counter()
-        self._stages: list[Stage] = []
-        self._open_stages: dict[int, Stage] = {}
+        self._stages: list[StagedGroup] = []
+        self._open_stages: dict[int, StagedGroup] = {}
         self._entered = False
         self._shown = False
-        self._staged: list[tuple[Stage, Commit]] = []
-        self._late: list[Stage] = []
+        self._staged: list[tuple[StagedGroup, Commit]] = []
+        self._late: list[StagedGroup] = []
         self._closed: list[tuple[str, nn.Module, dict[str, nn.Parameter | None]]] = []
         """Layers that were complete while the model's loader ran, and the parameters they had then."""
         self._tree: WrappedTree = []
-        self._gauge = Gauge()
+        self._gauge = MemoryGauge()
         self._watching = contextlib.ExitStack()
         """Ends with the context that layers are processed in."""
-        self._watched_by: tuple[Noted, Places] | None = None
+        self._watched_by: tuple[NativeWatch, ReusableOutputs] | None = None
         """What watches processing in that context, once a layer was processed."""
         waiting = OPEN_BUDGET if policy == "staged" else OPEN_STREAMING
-        self._admission = Admission(self._record, self.ledger, self._gauge, waiting)
-        self._bystanders: Bystanders | None = None
+        self._admission = Admission(self._record, self.completeness, self._gauge, waiting)
+        self._bystanders: UntouchedLayers | None = None
         self._moved: list[str] = []
         by_hand = inspect is not None or (overflow is not None and not self._expected.planned)
-        touching = functools.partial(_note_touched, self.committed, self.ledger)
+        touching = functools.partial(_note_touched, self.committed, self.completeness)
         self._trace.touching = touching
-        self._memory = StagingMemory(self.ledger, self._trace, self._record.pool, touching)
-        self.room = StagingRoom(self.ledger, self._memory, by_hand)
+        self._memory = StagingMemory(self.completeness, self._trace, self._record.pool, touching)
+        self.destinations = StagingDestinations(self.completeness, self._memory, by_hand)
 
     # -- life -------------------------------------------------------------------------------------
 
@@ -220,15 +220,15 @@ class ReloadSession:
 
     def open(self) -> None:
         """Prepare to load. The model goes on serving until the first ``load``."""
-        self._require(State.READY)
+        self._require(SessionState.READY)
         shared = _shared_tensors(self._record)
         device = self._record.target_device
         chosen = self._expected.groups
         groups = [group for group in self._record.groups if chosen is None or group.name in chosen]
-        self._stages = [Stage(group, device, shared, self._gauge) for group in groups]
+        self._stages = [StagedGroup(group, device, shared, self._gauge) for group in groups]
         self._largest = self._record.largest
         self._record.pool.reserve(self._largest)
-        self.state = State.OPEN
+        self.state = SessionState.OPEN
 
     def load(
         self, weights: Iterable[tuple[str, torch.Tensor]], fetching: Fetching = call_out
@@ -238,12 +238,12 @@ class ReloadSession:
 
         ``fetching`` asks for the next weight; as it is, Ctrl-C gets through to an iterator.
         """
-        before = len(self.loaded.routes)
+        before = len(self.loaded.tensor_plans)
         returned = self._load(weights, fetching, last=False)
-        if self.ledger.routes is None:
+        if self.completeness.copy_plan is None:
             return returned
-        routes = itertools.islice(self.loaded.routes.values(), before, None)
-        written = {write.parameter for route in routes for write in route.writes or ()}
+        copy_plan = itertools.islice(self.loaded.tensor_plans.values(), before, None)
+        written = {copy.parameter for tensor_plan in copy_plan for copy in tensor_plan.copies or ()}
         return written if returned is None else written | returned
 
     def load_last(self, weights: Iterable[tuple[str, torch.Tensor]], fetching: Fetching = call_out) -> None:
@@ -258,20 +258,22 @@ class ReloadSession:
         def loader(feed: Iterable[tuple[str, torch.Tensor]]) -> None:
             returned.append(self._load_weights(feed))
 
-        self.problems.missing.clear()  # of a finish that was too early
-        used_late = None if self.ledger.routes is not None or self._trace.dry else self._may_be_used_late
-        feed = Feed(weights, self._trace, self.close_complete, self._put_aside, fetching, used_late)
-        with held(), no_full_collections(), self._noting_failure(), self._timed("load"), self.loading(last):
-            if self.ledger.routes is None:
+        self.mismatches.missing.clear()  # of a finish that was too early
+        used_late = (
+            None if self.completeness.copy_plan is not None or self._trace.dry else self._may_be_used_late
+        )
+        feed = WeightStream(weights, self._trace, self.close_complete, self._put_aside, fetching, used_late)
+        with held(), full_gc_paused(), self._noting_failure(), self._timed("load"), self.loading(last):
+            if self.completeness.copy_plan is None:
                 try:
                     load_all(loader, feed, self._trace)
                 finally:
-                    self._record.note_revisited(self.loaded.revisited)
+                    self._record.defer_groups_of(self.loaded.read_back)
                 if late := self._put_back_parameters():
                     raise self._trace.late(late[0])
             else:
                 with self._untraced():
-                    load_by_routes(loader, feed, self._trace, self)
+                    load_by_copy_plan(loader, feed, self._trace, self)
             self._seconds["read"] += feed.waited
             self._inside_load += feed.waited
         return returned[-1] if returned else None
@@ -289,11 +291,11 @@ class ReloadSession:
         if self._replaying or self._trace.dry:
             return False
         if self._inspect is not None and (reason := self._inspect(name, tensor)) is not None:
-            self.problems.nonfinite[name] = reason  # and load it: it is not missing as well
+            self.mismatches.nonfinite[name] = reason  # and load it: it is not missing as well
         if self._overflow is None:
             return False
         if name in self._overflow:
-            self.problems.duplicate[name] = "sent more than once"
+            self.mismatches.duplicate[name] = "sent more than once"
             return True
         if self._admission.admits(name, tensor):
             return False
@@ -306,41 +308,43 @@ class ReloadSession:
             return
         self._replaying = True
         try:
-            with contextlib.closing(self._overflow.replay(self.room, self._admission.has_begun)) as weights:
+            with contextlib.closing(
+                self._overflow.replay(self.destinations, self._admission.has_begun)
+            ) as weights:
                 self.load(weights, call_between)
         finally:
             self._replaying = False
         self._spilled = self._overflow.nbytes
         self._overflow.close()
 
-    def follow(self, name: str, tensor: torch.Tensor) -> bool:
+    def copy_by_plan(self, name: str, tensor: torch.Tensor) -> bool:
         """Load a weight by its route, if it has one that fits."""
-        route = self.ledger.route_for(name, tensor)
-        if route is None:
+        tensor_plan = self.completeness.plan_for_tensor(name, tensor)
+        if tensor_plan is None:
             return False
-        self._trace.note_arrival(name, tensor, route.shape)
+        self._trace.note_arrival(name, tensor, tensor_plan.shape)
         self._trace.current = name
-        if not self.room.took(name, tensor):
-            follow(self.ledger.unbeaten(name, route), tensor, self._memory)
-        self.ledger.note_routed(name, route)
+        if not self.destinations.took(name, tensor):
+            copy_by_plan(self.completeness.without_overwritten_slots(name, tensor_plan), tensor, self._memory)
+        self.completeness.note_copied(name, tensor_plan)
         return True
 
-    def take_landed(self, landed: Landed) -> None:
+    def take_direct_read(self, direct_read: DirectRead) -> None:
         """Account for weights that were read to where they go, and process the layers that are complete."""
-        self._trace.note_landed(landed)
-        self._close_all(self.ledger.note_landed(landed))
+        self._trace.note_direct_read(direct_read)
+        self._close_all(self.completeness.note_direct_read(direct_read))
 
     @contextlib.contextmanager
     def loading(self, last: bool = False) -> Iterator[None]:
         """The model in load format, watched. May be nested; the outermost exit shows the served state
         again, unless ``show`` was called before or all went well and it is the ``last``.
         """
-        if self.state is State.LOADING:
+        if self.state is SessionState.LOADING:
             yield
             return
-        self._require(State.OPEN)
+        self._require(SessionState.OPEN)
         stay = self._shown
-        self.state = State.LOADING
+        self.state = SessionState.LOADING
         with held():
             try:
                 with self._context():
@@ -351,8 +355,8 @@ class ReloadSession:
             finally:
                 if not stay:
                     self.hide()
-                if self.state is State.LOADING:
-                    self.state = State.OPEN
+                if self.state is SessionState.LOADING:
+                    self.state = SessionState.OPEN
 
     def show(self) -> None:
         """Put the model into load format. It cannot serve until ``hide``."""
@@ -367,20 +371,20 @@ class ReloadSession:
                 stage.unhide()
             return
         self._entered = True
-        self._bystanders = Bystanders(self._record, [stage.group.name for stage in self._stages])
-        routed, straight = self.ledger.routes is not None, self.policy == "streaming"
-        standing = straight and self._all_routed()
+        self._bystanders = UntouchedLayers(self._record, [stage.group.name for stage in self._stages])
+        by_copy_plan, straight = self.completeness.copy_plan is not None, self.policy == "streaming"
+        alias_served = straight and self._all_by_copy_plan()
         for stage in self._stages:
             self._open_stages[id(stage)] = stage
-            stage.enter(routed, self._trace.dry, self._from_served, straight, standing)
+            stage.enter(by_copy_plan, self._trace.dry, self._from_served, straight, alias_served)
             self._trace.watch(stage.storages)
-            self.ledger.admit(stage)
+            self.completeness.admit(stage)
         self._trace.find_protected = functools.partial(_served_storages, self._stages, self._bystanders)
 
-    def _all_routed(self) -> bool:
+    def _all_by_copy_plan(self) -> bool:
         """Whether every weight goes by a route, and no loader will look at the model."""
-        routes = self.ledger.routes
-        return self._expected.planned and routes is not None and not routes.computed
+        copy_plan = self.completeness.copy_plan
+        return self._expected.planned and copy_plan is not None and not copy_plan.computed
 
     def undisturbed(self) -> contextlib.AbstractContextManager[None]:
         """To read, load and finish in: no search for garbage where nothing runs but routes and processing.
@@ -389,7 +393,7 @@ class ReloadSession:
         device is not watched.
         """
         watched = self._record.target_device.type == "cpu"
-        return no_collections() if watched and self._all_routed() else no_full_collections()
+        return gc_paused() if watched and self._all_by_copy_plan() else full_gc_paused()
 
     def hide(self) -> None:
         """Show the served weights; what was loaded so far is kept for the next ``show``."""
@@ -400,9 +404,9 @@ class ReloadSession:
         self._tree = []
         self._shown = False
 
-    def step_aside(self) -> bool:
+    def show_served_if_idle(self) -> bool:
         """Show all that is served until the next call, if it is served still and this is not in a call."""
-        whole = self.state is State.OPEN and not self.committed
+        whole = self.state is SessionState.OPEN and not self.committed
         if whole:
             with held():
                 self.hide()
@@ -419,17 +423,17 @@ class ReloadSession:
             ProcessingError: vLLM's processing raised.
 
         """
-        with held(), no_full_collections(), self._noting_failure():
+        with held(), full_gc_paused(), self._noting_failure():
             return self._finish(check)
 
     def _finish(self, check: bool) -> ReloadReport:
-        self._require(State.OPEN)
+        self._require(SessionState.OPEN)
         started = time.perf_counter()
         if self._spoiled is not None:
             raise SessionError(f"This reload cannot be finished, only aborted: {self._spoiled}. {SERVES_OLD}")
         self._load_aside()
         kept, ignored = self.check() if check else ({}, {})
-        self.state = State.PROCESSING
+        self.state = SessionState.PROCESSING
         try:
             with self._context():
                 self.show()
@@ -442,17 +446,17 @@ class ReloadSession:
             with self._timed("commit"):
                 for _, commit in self._staged:
                     self._apply(commit)
-                self.state = State.COMMITTED
-                self._record.serving = Serving(
-                    self._record.serving.version + 1, self.weight_version, self.source
+                self.state = SessionState.COMMITTED
+                self._record.generation = Generation(
+                    self._record.generation.version + 1, self.weight_version, self.source
                 )
                 # Only now: results may be views of one another's memory (W_UV of kv_b_proj's weight).
                 for stage, commit in self._staged:
                     stage.release(commit.kept_storages(applied=True))
         finally:
             self.hide()
-            if self.state is State.PROCESSING:
-                self.state = State.OPEN
+            if self.state is SessionState.PROCESSING:
+                self.state = SessionState.OPEN
         self._seconds["finish"] = time.perf_counter() - started
         self._drop()
         if self.digest is True:
@@ -471,30 +475,30 @@ class ReloadSession:
 
     def check(self) -> tuple[dict[str, str], dict[str, str]]:
         """Account for every slot; returns (kept, ignored). Raises WeightsError with all offenders."""
-        if not self.loaded.count and not self.loaded.written and not self.problems:
+        if not self.loaded.count and not self.loaded.written and not self.mismatches:
             raise SourceError(f"{self.source} gave no weights. {SERVES_OLD}")
         kept, ignored = self.account()
-        if self.problems:
-            raise weights_error(self.source, SERVES_OLD, **vars(self.problems))
+        if self.mismatches:
+            raise weights_error(self.source, SERVES_OLD, **vars(self.mismatches))
         return kept, ignored
 
     def account(self) -> tuple[dict[str, str], dict[str, str]]:
-        """Like ``check``, but leaves the offenders in ``problems``."""
-        self.problems.missing.clear()
-        self.ledger.settle()
+        """Like ``check``, but leaves the offenders in ``mismatches``."""
+        self.mismatches.missing.clear()
+        self.completeness.settle()
         stages = [stage for stage in self._stages if not stage.processed]
-        if self.ledger.routes is None and self._entered:
+        if self.completeness.copy_plan is None and self._entered:
             made = (tensor for stage in self._open_stages.values() for tensor in stage.new_parameters())
             self.loaded.in_new_parameters.update(name for one in made for name in self._trace.weights_in(one))
-        return check_slots(stages, self.loaded, self.problems, self._rule_of, self._expected.was_written)
+        return check_slots(stages, self.loaded, self.mismatches, self._rule_of, self._expected.was_written)
 
     def rehearse(self) -> list[str]:
         """Process what is served once more, as if it had just been loaded, and commit nothing.
 
         Returns the names of the groups that would not come out bit for bit as they are. Ends the session.
         """
-        self._require(State.OPEN)
-        self.state = State.PROCESSING
+        self._require(SessionState.OPEN)
+        self.state = SessionState.PROCESSING
         try:
             with self._context():
                 self.show()
@@ -506,20 +510,20 @@ class ReloadSession:
         finally:
             self.abort()
 
-    def routes(self) -> Routes | None:
+    def copy_plan(self) -> CopyPlan | None:
         """How to load the same checkpoint again without the model's loader."""
         if not self.loaded.repeatable or not self._trace.dry:
             return None
         if any(stage.loader_left_traces() for stage in self._stages):
             return None
-        return Routes(placement(self._record), dict(self.loaded.routes), self.loaded.contested)
+        return CopyPlan(placement(self._record), dict(self.loaded.tensor_plans), self.loaded.contested)
 
     @held()
     def abort(self) -> None:
         """Forget the reload. The model serves what it served before. Harmless when it is over."""
-        if self.state is State.COMMITTED:
+        if self.state is SessionState.COMMITTED:
             self._drop()  # Ctrl-C may have come before the session was done with it
-        if self.state in (State.COMMITTED, State.ABORTED):
+        if self.state in (SessionState.COMMITTED, SessionState.ABORTED):
             return
         if self._bystanders is not None:
             self._bystanders.put_back()
@@ -528,15 +532,15 @@ class ReloadSession:
         self._drop()
         if self._overflow is not None:
             self._overflow.close()
-        self.state = State.ABORTED
+        self.state = SessionState.ABORTED
 
     # -- taking over model.load_weights -----------------------------------------------------------
 
     def take_over(self) -> None:
         """From now on the model's ``load_weights`` and its parameters' loaders load into this session."""
-        self._require(State.OPEN)
+        self._require(SessionState.OPEN)
         self.show()
-        _vllm.attach(self.model, "load_weights", self.load)
+        vllm_api.attach(self.model, "load_weights", self.load)
         for stage in self._stages:
             stage.wrap_loaders(self._watched)
 
@@ -574,17 +578,17 @@ class ReloadSession:
         """Between two weights: process the layers that have everything."""
         recent = self._trace.take_recent()
         if not self._trace.dry:
-            self._close_all(self.ledger.complete_after(self._trace.current, recent))
+            self._close_all(self.completeness.complete_after(self._trace.current, recent))
 
-    def _close_all(self, complete: list[Stage]) -> None:
-        if not complete or self.whole_model or self.problems:
+    def _close_all(self, complete: list[StagedGroup]) -> None:
+        if not complete or self.whole_model or self.mismatches:
             return
         for stage in complete:
-            waits = stage.group.deferred or stage.group.name in self._record.revisited
+            waits = stage.group.deferred or stage.group.name in self._record.deferred_groups
             if id(stage) in self._open_stages and not waits:
                 self._close(stage)
 
-    def _close(self, stage: Stage) -> None:
+    def _close(self, stage: StagedGroup) -> None:
         """Process one group; keep or commit its result, and show what it serves."""
         stage.unwrap_loaders()
         self._admission.done(stage.group.name)
@@ -600,15 +604,15 @@ class ReloadSession:
                 return
             stage.take_result()
             del self._open_stages[id(stage)]
-            layers = stage.layers if self.ledger.routes is None else []
+            layers = stage.layers if self.completeness.copy_plan is None else []
             self._note_complete(stage)
             self._keep(stage)
             self._closed += [(name, layer, dict(layer._parameters)) for name, layer in layers]
 
-    def _note_complete(self, stage: Stage) -> None:
+    def _note_complete(self, stage: StagedGroup) -> None:
         """Keep the model's loader from what a complete layer holds now, if that is not what was loaded."""
         as_loaded = self.policy == "streaming" and stage.group.plain
-        if self.ledger.routes is not None or as_loaded or not stage.group.tensors:
+        if self.completeness.copy_plan is not None or as_loaded or not stage.group.tensors:
             return
         for name, layer in stage.layers:
             for key, parameter in layer._parameters.items():
@@ -629,12 +633,12 @@ class ReloadSession:
                 changed.append(name)
         return changed
 
-    def _process(self, stage: Stage) -> None:
+    def _process(self, stage: StagedGroup) -> None:
         self._spoiled = f"processing {stage.group.name or 'the model'} did not end well"
         gave_way = False
         try:
             with self._timed("process"):
-                gave_way = self._give_way(stage)
+                gave_way = self._release_native_memory(stage)
                 original = original_process_weights()
                 process_stage(stage, self._record, original, *self._watch())
         finally:
@@ -642,13 +646,13 @@ class ReloadSession:
                 self.committed.add(stage.group.name)
         self._spoiled = None
 
-    def _give_way(self, stage: Stage) -> bool:
+    def _release_native_memory(self, stage: StagedGroup) -> bool:
         """Release the native memory of a layer that is too large for the budget twice, if it may be gone."""
         if self.policy != "streaming" or stage.group.passed_over or stage.group.nbytes <= BESIDE:
             return False
-        return give_way(stage.made_by_processing(), self._record.handles)
+        return release_native_memory(stage.made_by_processing(), self._record.handles)
 
-    def _watch(self) -> tuple[Noted, Places]:
+    def _watch(self) -> tuple[NativeWatch, ReusableOutputs]:
         """What watches processing, begun by the first layer: to begin takes longer than some layers do."""
         if self._watched_by is None:
             device = self._record.target_device
@@ -656,11 +660,11 @@ class ReloadSession:
             in_place = self.policy == "streaming" and device.type == "cpu"
             self._watching.callback(setattr, self, "_watched_by", None)
             watch = self._watching.enter_context
-            self._watched_by = watch(noted), watch(written_in_place(in_place))
+            self._watched_by = watch(noted), watch(reusing_served_outputs(in_place))
             self._watched_by[0].paused = True
         return self._watched_by
 
-    def _keep_to_budget(self, stage: Stage) -> None:
+    def _keep_to_budget(self, stage: StagedGroup) -> None:
         """Before a layer is processed: make the heap give back what it does not use, if it grew too much.
 
         Small ones are looked at together; not at all where processing leaves everything where it is.
@@ -675,7 +679,7 @@ class ReloadSession:
         needed = max(nbytes, min(4 * nbytes, PASSING))
         keep_within(self._resident + self._prepared + self._largest + BUDGET, needed)
 
-    def _keep(self, stage: Stage) -> None:
+    def _keep(self, stage: StagedGroup) -> None:
         """Commit a result at once or put it aside; staging that is not part of it is given back."""
         commit = plan_commit(stage)
         if self.policy == "streaming":
@@ -694,9 +698,9 @@ class ReloadSession:
         self._prepared += stage.group.nbytes
         self._staged.append((stage, commit))
 
-    def _let_go(self, stage: Stage, keep: set[int]) -> list[StagedStorage]:
+    def _let_go(self, stage: StagedGroup, keep: set[int]) -> list[StagedStorage]:
         """Take from a group the staging that no result needs. Returns what the pool may have."""
-        if self.ledger.routes is None:
+        if self.completeness.copy_plan is None:
             stage.release(keep)
             return []
         gone = stage.let_go(keep)
@@ -724,7 +728,7 @@ class ReloadSession:
             else:
                 self._leave(stage)
 
-    def _leave(self, stage: Stage) -> None:
+    def _leave(self, stage: StagedGroup) -> None:
         stage.served.show()
         del self._open_stages[id(stage)]
         stage.drop()
@@ -733,7 +737,7 @@ class ReloadSession:
         """Attention layers and the model's own hook, with every layer showing its new values."""
         shown = [stage for stage, _ in self._staged if stage.result is not None]
         deferred = list(self._open_stages.values())
-        done: list[Stage] = []
+        done: list[StagedGroup] = []
         try:
             for stage in shown:
                 stage.result.show()  # type: ignore[union-attr]
@@ -768,13 +772,13 @@ class ReloadSession:
 
     def _load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> Any:
         load_weights: Any = type(self.model).load_weights  # type: ignore[attr-defined]
-        with _vllm.partial_loading():  # what is missing shows in the ledger
+        with vllm_api.partial_loading():  # what is missing shows in the ledger
             return load_weights(self.model, weights)
 
     def _rule_of(self, name: str, shape: tuple[int, ...]) -> str | None:
         if name in self._expected.start_shapes:
             return "also in the engine's own checkpoint and unused there"
-        if _vllm.passes_over(self.model, name):
+        if vllm_api.passes_over(self.model, name):
             return "dropped by the model's or the quantization's name mapping"
         config = self._record.model_config
         if config is None:
@@ -795,17 +799,17 @@ class ReloadSession:
             policy=self.policy,
             tensors=self.loaded.count,
             nbytes=self.loaded.nbytes,
-            replayed=self.ledger.replayed,
-            computed=self.ledger.computed,
+            replayed=self.completeness.replayed,
+            computed=self.completeness.computed,
             layers=len(self.committed),
             kept=kept,
             ignored=ignored,
             moved=tuple(self._moved),
             staging_bytes=self._gauge.peak,
             seconds=seconds,
-            version=self._record.serving.version,
+            version=self._record.generation.version,
             weight_version=self.weight_version,
-            digest=self._record.serving.digest,
+            digest=self._record.generation.digest,
             spilled_bytes=self._spilled,
         )
 
@@ -813,7 +817,7 @@ class ReloadSession:
     def _context(self) -> Iterator[None]:
         config = self._record.model_config
         with (
-            _vllm.loading_context(self._record.vllm_config, getattr(config, "dtype", None)),
+            vllm_api.loading_context(self._record.vllm_config, getattr(config, "dtype", None)),
             contextlib.ExitStack() as self._watching,
         ):
             yield
@@ -831,7 +835,7 @@ class ReloadSession:
         if self._timing[-1:] == ["load"]:
             self._inside_load += spent
 
-    def _require(self, state: State) -> None:
+    def _require(self, state: SessionState) -> None:
         if self.state is not state:
             raise SessionError(
                 f"This needs a session that is {state.value}; it is {self.state.value}. "
@@ -863,7 +867,7 @@ def original_process_weights() -> ProcessWeights:
     """vLLM's whole-model ``process_weights_after_loading``, unpatched."""
     if _original:
         return _original[0]
-    found: ProcessWeights = _vllm.get(_vllm.LOADER_UTILS, "process_weights_after_loading")
+    found: ProcessWeights = vllm_api.get(vllm_api.LOADER_UTILS, "process_weights_after_loading")
     return found
 
 
@@ -878,12 +882,12 @@ def _shared_tensors(record: ModelRecord) -> frozenset[int]:
     return frozenset(shared)
 
 
-def _note_touched(committed: set[str], ledger: Ledger, storage: StagedStorage) -> None:
+def _note_touched(committed: set[str], completeness: Completeness, storage: StagedStorage) -> None:
     """Served memory is about to be written to. No method, so that a session is not held by what it holds."""
-    committed.add(ledger.group_of(storage.primary.name))
+    committed.add(completeness.group_of(storage.primary.name))
 
 
-def _served_storages(stages: list[Stage], bystanders: Bystanders) -> dict[int, str]:
+def _served_storages(stages: list[StagedGroup], bystanders: UntouchedLayers) -> dict[int, str]:
     """Storages of everything that is served, to keep loaders away from them."""
     found = dict(bystanders.storages)
     for stage in stages:

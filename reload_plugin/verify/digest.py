@@ -14,9 +14,9 @@ from typing import Protocol
 import torch
 
 from ..device.hashing import Hash, form_of
-from ..process.native import handle_in
-from ..record.holders import ABSENT, holds_nothing, owns_native, reachable, tables_of, values_of
-from ..record.record import HolderRecord, ModelRecord, TensorRecord
+from ..process.native_handles import handle_in
+from ..record.model_record import HolderRecord, ModelRecord, TensorRecord
+from ..record.module_state import ABSENT, holds_nothing, owns_native, reachable, tables_of, values_of
 from ..tensors import storage_id
 
 logger = logging.getLogger("vllm.reload_plugin")
@@ -28,7 +28,7 @@ making = threading.RLock()
 class Change(Protocol):
     """A reload, while the served weights may not be in their places."""
 
-    def step_aside(self) -> bool:
+    def show_served_if_idle(self) -> bool:
         """Show what is served, all of it, until the reload goes on. Says whether that could be done."""
 
 
@@ -39,10 +39,10 @@ def served_digest(record: ModelRecord) -> str | None:
     of a broken model, which serves nothing.
     """
     with making:
-        serving = record.serving
-        if serving.digest is None and all(change.step_aside() for change in list(record.changes)):
+        serving = record.generation
+        if serving.digest is None and all(change.show_served_if_idle() for change in list(record.changes)):
             made = digest_of(record, forget=not record.changes)
-            serving = record.serving = dataclasses.replace(serving, digest=made)
+            serving = record.generation = dataclasses.replace(serving, digest=made)
         return serving.digest
 
 
@@ -74,7 +74,7 @@ def digest_of(record: ModelRecord, forget: bool = True) -> str | None:
         something cannot be hashed, which is logged: the new weights are served by then.
 
     """
-    book = _Book(record)
+    book = _DigestBuilder(record)
     try:
         for layer in record.layers:
             if not layer.has_keys:
@@ -89,7 +89,7 @@ def digest_of(record: ModelRecord, forget: bool = True) -> str | None:
         return None
 
 
-class _Book:
+class _DigestBuilder:
     """Adds up one model, each tensor's values once."""
 
     def __init__(self, record: ModelRecord) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .. import vllm_api as _vllm
+from .. import vllm_api
 
 logger = logging.getLogger("vllm.reload_plugin")
 
@@ -39,15 +39,15 @@ def register() -> None:
     if os.environ.get(OFF_SWITCH) == "0":
         logger.info("reload_plugin is switched off by %s=0; vLLM's own reload stays in place.", OFF_SWITCH)
         return
-    version = _vllm.version()
-    if version is None or not version.startswith(_vllm.SUPPORTED):
+    version = vllm_api.version()
+    if version is None or not version.startswith(vllm_api.SUPPORTED):
         logger.warning(
             "reload_plugin supports vLLM %s and found %s; vLLM's own reload stays in place.",
-            ", ".join(f"{prefix}x" for prefix in _vllm.SUPPORTED),
+            ", ".join(f"{prefix}x" for prefix in vllm_api.SUPPORTED),
             version,
         )
         return
-    if missing := _vllm.missing_seams():
+    if missing := vllm_api.missing_seams():
         logger.warning(
             "reload_plugin does not find %s in vLLM %s; vLLM's own reload stays in place.",
             ", ".join(missing),
@@ -62,7 +62,7 @@ def register() -> None:
 def unregister() -> None:
     """Put back everything that ``register`` replaced."""
     from ..transaction.session import use_process_weights
-    from .transfer import withdraw
+    from .transfer_engine import withdraw
 
     if _patches:
         withdraw()
@@ -81,23 +81,23 @@ def patched() -> list[str]:
 
 
 def _patch_all() -> None:
-    from ..ranks.ranks import counting, reading_own_answers
+    from ..ranks.votes import counting, reading_own_answers
     from ..transaction.session import use_process_weights
 
-    process = _vllm.get(_vllm.LOADER_UTILS, "process_weights_after_loading")
+    process = vllm_api.get(vllm_api.LOADER_UTILS, "process_weights_after_loading")
     use_process_weights(process)
-    _replace(_vllm.LOADER_UTILS, "initialize_model", _recording_construction)
-    _replace(_vllm.LOADER_UTILS, "process_weights_after_loading", _recording_processing)
-    _replace(_vllm.INPLACE, "reload_weights", _reloading)
-    _replace(_vllm.LAYERWISE, "initialize_layerwise_reload", _opening)
-    _replace(_vllm.LAYERWISE, "finalize_layerwise_reload", _finishing)
-    _replace_method(*_vllm.EXECUTOR, "collective_rpc", reading_own_answers)
-    _replace_method(*_vllm.WORKER_PROCESS, "_execute_worker_rpc", counting)
+    _replace(vllm_api.LOADER_UTILS, "initialize_model", _recording_construction)
+    _replace(vllm_api.LOADER_UTILS, "process_weights_after_loading", _recording_processing)
+    _replace(vllm_api.INPLACE, "reload_weights", _reloading)
+    _replace(vllm_api.LAYERWISE, "initialize_layerwise_reload", _opening)
+    _replace(vllm_api.LAYERWISE, "finalize_layerwise_reload", _finishing)
+    _replace_method(*vllm_api.EXECUTOR, "collective_rpc", reading_own_answers)
+    _replace_method(*vllm_api.WORKER_PROCESS, "_execute_worker_rpc", counting)
 
 
 def _offer_transfer_engine() -> None:
     """Chunked updates from files, for whoever configures them; everything else works without."""
-    from .transfer import BACKEND, offer
+    from .transfer_engine import BACKEND, offer
 
     if reason := offer():
         logger.warning("reload_plugin offers no weight-transfer engine %r: %s.", BACKEND, reason)
@@ -105,9 +105,9 @@ def _offer_transfer_engine() -> None:
 
 def _replace(module: str, name: str, wrap: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
     """Replace a function in its module and wherever vLLM bound it by name."""
-    original = _vllm.get(module, name)
+    original = vllm_api.get(module, name)
     replacement = functools.wraps(original)(wrap(original))
-    for binder, attribute in list(_vllm.binders_of(original)):
+    for binder, attribute in list(vllm_api.binders_of(original)):
         setattr(binder, attribute, replacement)
         _patches.append((binder, attribute, original))
 
@@ -117,7 +117,7 @@ def _recording_construction(original: Callable[..., nn.Module]) -> Callable[...,
 
     def initialize_model(*args: Any, **kwargs: Any) -> nn.Module:
         global _constructing
-        from ..record.record import ConstructionTrace, record_constructed
+        from ..record.model_record import ConstructionTrace, record_constructed
 
         if _constructing:
             return original(*args, **kwargs)
@@ -141,8 +141,8 @@ def _recording_processing(original: Callable[..., None]) -> Callable[..., None]:
         model: nn.Module, model_config: Any, target_device: torch.device
     ) -> None:
         from ..checkpoint.config import start_config
-        from ..process.native import watching_native
-        from ..record.record import TailWatch, finish_record, look, record_of
+        from ..process.native_handles import watching_native
+        from ..record.model_record import TailWatch, finish_record, look, record_of
 
         record = record_of(model) if isinstance(model, nn.Module) else None
         if record is None or record.complete:
@@ -165,7 +165,7 @@ def _stamps(vllm_config: Any, model_config: Any) -> dict[str, tuple[int, int, in
     from ..errors import SourceError
 
     folder = Path(getattr(model_config, "model", ""))
-    if not _vllm.starts_from_files(vllm_config) or not folder.is_dir():
+    if not vllm_api.starts_from_files(vllm_config) or not folder.is_dir():
         return None
     try:
         return {str(file): stamp_of(str(file)) for file in sorted(folder.glob("*.safetensors"))}
@@ -175,9 +175,9 @@ def _stamps(vllm_config: Any, model_config: Any) -> dict[str, tuple[int, int, in
 
 def _patch_workers() -> None:
     """Patch the runners and the worker of this process, now that vLLM has imported them."""
-    for module, cls in _vllm.RUNNERS:
+    for module, cls in vllm_api.RUNNERS:
         _replace_method(module, cls, "reload_weights", _runner_reloading)
-    module, cls = _vllm.WORKER
+    module, cls = vllm_api.WORKER
     _replace_method(module, cls, "execute_model", _guarding)
     _replace_method(module, cls, "update_weights", _ending)
     _replace_method(module, cls, "sleep", _hashing_first)
@@ -202,8 +202,8 @@ _asked: contextvars.ContextVar[dict[str, Any] | None] = contextvars.ContextVar("
 def _runner_reloading(original: Callable[..., Any]) -> Callable[..., Any]:
     """A runner's ``reload_weights`` that takes our options and the older name of ``is_checkpoint_format``."""
     from ..options import OPTION_NAMES
-    from ..record.record import record_of
-    from ..transaction.generation import EMPTIED_BY_RUNNER, note_caches
+    from ..record.model_record import record_of
+    from ..transaction.rollback import EMPTIED_BY_RUNNER, note_caches
 
     def reload_weights(self: Any, *args: Any, **kwargs: Any) -> Any:
         if "process_weights_after_loading" in kwargs:
@@ -224,9 +224,9 @@ def _add_worker_calls(worker: type) -> None:
     """What ``collective_rpc`` reaches by name: the state of a worker's model, what became of the engine's
     caches, and the end of an update.
     """
-    from ..transaction.generation import abandon_all_updates, note_caches
-    from ..transaction.monitor import status_of
+    from ..transaction.rollback import abandon_all_updates, note_caches
     from ..transaction.session import complete_record_of
+    from ..transaction.status import status_of
 
     def reload_status(self: Any, digest: bool = True) -> dict[str, Any]:
         """The state of this worker's model, as JSON; see ``monitor.ReloadStatus``."""
@@ -254,7 +254,7 @@ def _add_worker_calls(worker: type) -> None:
 
 def _ending(original: Callable[..., Any]) -> Callable[..., Any]:
     """The worker's ``update_weights``: a chunk that fails ends the update, whoever raised it."""
-    from ..transaction.generation import abandon_all_updates
+    from ..transaction.rollback import abandon_all_updates
 
     def update_weights(self: Any, *args: Any, **kwargs: Any) -> Any:
         try:
@@ -268,7 +268,7 @@ def _ending(original: Callable[..., Any]) -> Callable[..., Any]:
 
 def _hashing_first(original: Callable[..., Any]) -> Callable[..., Any]:
     """The worker's ``sleep``, which gives the memory of the weights away: their digest is made before it."""
-    from ..record.record import record_of
+    from ..record.model_record import record_of
     from ..verify.digest import served_digest
 
     def sleep(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -284,10 +284,10 @@ def _hashing_first(original: Callable[..., Any]) -> Callable[..., Any]:
 
 def _guarding(original: Callable[..., Any]) -> Callable[..., Any]:
     """The worker's forward pass, which never runs on half-loaded weights."""
-    from ..transaction.generation import before_serving
+    from ..transaction.rollback import before_forward_pass
 
     def execute_model(self: Any, *args: Any, **kwargs: Any) -> Any:
-        before_serving()
+        before_forward_pass()
         return original(self, *args, **kwargs)
 
     return execute_model
@@ -303,7 +303,7 @@ def _reloading(original: Callable[..., None]) -> Callable[..., None]:
         weights_path: str | None,
         is_checkpoint_format: bool,
     ) -> None:
-        from ..record.record import record_of
+        from ..record.model_record import record_of
         from ..transaction.reload import reload_weights as ours
 
         if record_of(model) is None:
@@ -319,7 +319,7 @@ def _reloading(original: Callable[..., None]) -> Callable[..., None]:
 
 def _opening(original: Callable[[nn.Module], None]) -> Callable[[nn.Module], None]:
     def initialize_layerwise_reload(model: nn.Module) -> None:
-        from ..record.record import record_of
+        from ..record.model_record import record_of
         from ..transaction.reload import open_layerwise
 
         if record_of(model) is None:
@@ -332,7 +332,7 @@ def _opening(original: Callable[[nn.Module], None]) -> Callable[[nn.Module], Non
 
 def _finishing(original: Callable[..., None]) -> Callable[..., None]:
     def finalize_layerwise_reload(model: nn.Module, *args: Any, **kwargs: Any) -> None:
-        from ..record.record import record_of
+        from ..record.model_record import record_of
         from ..transaction.reload import finish_layerwise
 
         if record_of(model) is None:

@@ -17,7 +17,7 @@ from reload_plugin.checkpoint.formats import fast_readers
 from reload_plugin.checkpoint.formats.fast_files import FastSafetensors
 from reload_plugin.checkpoint.formats.fast_readers import READERS
 from reload_plugin.errors import MissingWeightsError, SourceError
-from reload_plugin.record.record import record_of
+from reload_plugin.record.model_record import record_of
 from reload_plugin.transaction import session
 from tests import oracle
 from tests.checkpoints import read_tensors
@@ -216,7 +216,7 @@ def reloads_equal_cold_starts(
     model, names = oracle.model_of(llm), set(read_tensors(folders["A"]))
     start = oracle.snapshot(llm, case)
     assert oracle.compare_values("start", start, cold["A"]) == []
-    for policy, way_back in (
+    for policy, rollback_source in (
         ("auto", "reread"),
         ("reread", "reread"),
         ("host", "host"),
@@ -226,7 +226,7 @@ def reloads_equal_cold_starts(
             read.clear()
             report = reload_plugin.reload_weights(model, weights_path=str(folders[letter]), policy=policy)
             assert set(read) == names, "the library was not used"
-            assert (report.old_generation, report.replayed) == (way_back, len(names))
+            assert (report.old_generation, report.replayed) == (rollback_source, len(names))
             now = oracle.snapshot(llm, case)
             assert oracle.compare_values(policy, now, cold[letter]) == []
             assert oracle.compare_places(policy, start, now) == []

@@ -12,14 +12,14 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from reload_plugin.checkpoint import Landed, TensorInfo
+from reload_plugin.checkpoint import DirectRead, TensorInfo
 from reload_plugin.checkpoint.formats.safetensors_files import SafetensorsSource
 from reload_plugin.checkpoint.io import readahead, vectored
 from reload_plugin.checkpoint.io import reading as reading_module
 from reload_plugin.errors import SourceError
-from reload_plugin.load.ledger import Expected, Ledger
-from reload_plugin.plan.load import Loaded, Problems
-from reload_plugin.plan.routes import Routes
+from reload_plugin.load.completeness import Completeness, KnownCheckpoint
+from reload_plugin.plan.copy_plan import CopyPlan
+from reload_plugin.plan.tracer import Loaded, Mismatches
 
 EXPERTS = 5
 ORDER = (*(f"experts.{n}.{part}" for n in range(EXPERTS) for part in ("gate", "up", "down")), "norm", "empty")
@@ -77,9 +77,12 @@ def save(folder: Path, seed: int) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def save_and_read(folder: Path, seed: int, room: StackedRoom) -> dict[str, torch.Tensor]:
+def save_and_read(folder: Path, seed: int, destinations: StackedRoom) -> dict[str, torch.Tensor]:
     tensors = save(folder, seed)
-    assert all(isinstance(landed, Landed) for landed in source_of(folder).read(ORDER, room=room))
+    assert all(
+        isinstance(direct_read, DirectRead)
+        for direct_read in source_of(folder).read(ORDER, destinations=destinations)
+    )
     return tensors
 
 
@@ -94,51 +97,53 @@ def small_parcels(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_what_lands_is_where_it_goes_and_is_accounted_for(tmp_path: Path) -> None:
     tensors = save(tmp_path / "1", seed=1)
-    room = StackedRoom()
-    found = list(source_of(tmp_path / "1").read(ORDER, room=room))
-    assert all(isinstance(landed, Landed) for landed in found)
-    room.holds(tensors)
-    assert [name for landed in found for name in landed.names] == list(ORDER)
-    assert sum(landed.nbytes for landed in found) == sum(tensor.nbytes for tensor in tensors.values())
-    assert {name: shape for landed in found for name, shape in landed.shapes.items()} == {
+    destinations = StackedRoom()
+    found = list(source_of(tmp_path / "1").read(ORDER, destinations=destinations))
+    assert all(isinstance(direct_read, DirectRead) for direct_read in found)
+    destinations.holds(tensors)
+    assert [name for direct_read in found for name in direct_read.names] == list(ORDER)
+    assert sum(direct_read.nbytes for direct_read in found) == sum(
+        tensor.nbytes for tensor in tensors.values()
+    )
+    assert {name: shape for direct_read in found for name, shape in direct_read.shapes.items()} == {
         name: tuple(tensor.shape) for name, tensor in tensors.items()
     }
 
 
 def test_the_next_save_is_read_by_the_same_plan_and_has_its_own_values(tmp_path: Path) -> None:
-    room = StackedRoom()
-    room.holds(save_and_read(tmp_path / "1", 1, room))
-    asked = room.asked
+    destinations = StackedRoom()
+    destinations.holds(save_and_read(tmp_path / "1", 1, destinations))
+    asked = destinations.asked
     assert asked, "nothing was planned for this room"
-    tensors = save_and_read(tmp_path / "2", 2, room)
-    room.holds(tensors)
-    assert room.asked == asked, "the second save was planned again"
+    tensors = save_and_read(tmp_path / "2", 2, destinations)
+    destinations.holds(tensors)
+    assert destinations.asked == asked, "the second save was planned again"
     other = StackedRoom()
-    list(source_of(tmp_path / "2").read(ORDER, room=other))
+    list(source_of(tmp_path / "2").read(ORDER, destinations=other))
     assert other.asked == asked, "another room has other places"
     other.holds(tensors)
 
 
 def test_other_shapes_under_the_same_names_are_planned_anew(tmp_path: Path) -> None:
     save(tmp_path / "1", seed=1)
-    list(source_of(tmp_path / "1").read(ORDER, room=StackedRoom()))
+    list(source_of(tmp_path / "1").read(ORDER, destinations=StackedRoom()))
     changed = save(tmp_path / "2", seed=2) | {"norm": torch.arange(4.0)}
     for file in (tmp_path / "2").iterdir():
         file.unlink()
     save_file(changed, tmp_path / "2" / "model-0.safetensors")
-    room = StackedRoom()
-    list(source_of(tmp_path / "2").read(ORDER, room=room))
-    assert room.norm.tolist() == [0, 1, 2, 3, 0, 0, 0, 0]
-    assert torch.equal(room.down[4], changed["experts.4.down"])
+    destinations = StackedRoom()
+    list(source_of(tmp_path / "2").read(ORDER, destinations=destinations))
+    assert destinations.norm.tolist() == [0, 1, 2, 3, 0, 0, 0, 0]
+    assert torch.equal(destinations.down[4], changed["experts.4.down"])
 
 
 def test_a_cut_file_and_its_tensor_are_named(tmp_path: Path) -> None:
     save(tmp_path / "1", seed=1)
-    list(source_of(tmp_path / "1").read(ORDER, room=StackedRoom()))
+    list(source_of(tmp_path / "1").read(ORDER, destinations=StackedRoom()))
     save(tmp_path / "2", seed=2)
     source, second = source_of(tmp_path / "2"), tmp_path / "2" / "model-1.safetensors"
     last = max((place for place in source.places if place.file == second.name), key=lambda place: place.start)
-    reading = source.read(ORDER, room=StackedRoom())
+    reading = source.read(ORDER, destinations=StackedRoom())
     next(reading)
     os.truncate(second, second.stat().st_size - 4)
     with pytest.raises(
@@ -157,11 +162,11 @@ def test_reads_that_stop_early_go_on_where_they_stopped(
         (address, nbytes), *_ = parts.tolist()
         return preadv(handle, vectored.parts_at([address], [min(next(lengths), nbytes)]), start, flags)
 
-    tensors, room = save(tmp_path / "1", seed=1), StackedRoom()
+    tensors, destinations = save(tmp_path / "1", seed=1), StackedRoom()
     monkeypatch.setattr(vectored, "preadv", some)
-    found = list(source_of(tmp_path / "1").read(ORDER, room=room if landing else None))
+    found = list(source_of(tmp_path / "1").read(ORDER, destinations=destinations if landing else None))
     if landing:
-        room.holds(tensors)
+        destinations.holds(tensors)
     else:
         assert all(torch.equal(tensor, tensors[name]) for name, tensor in found)
 
@@ -184,14 +189,16 @@ class ReversedRoom(StackedRoom):
 def test_neighbours_in_a_file_that_are_none_in_memory_go_to_their_own_places(tmp_path: Path) -> None:
     tensors = save(tmp_path / "1", seed=1)
     source = source_of(tmp_path / "1")
-    room = ReversedRoom([next(info for info in source.infos() if info.name == name) for name in ORDER])
-    list(source.read(ORDER, room=room))
+    destinations = ReversedRoom(
+        [next(info for info in source.infos() if info.name == name) for name in ORDER]
+    )
+    list(source.read(ORDER, destinations=destinations))
     for name, tensor in tensors.items():
-        found = room.all[room.starts[name] :][: tensor.nbytes]
+        found = destinations.all[destinations.starts[name] :][: tensor.nbytes]
         assert torch.equal(found, tensor.view(torch.uint8).reshape(-1)), name
     written = sum(tensor.nbytes for tensor in tensors.values())
-    assert room.all.numel() == written + 4 * len(tensors)
-    gaps = [room.all[start - 4 : start] for start in room.starts.values()]
+    assert destinations.all.numel() == written + 4 * len(tensors)
+    gaps = [destinations.all[start - 4 : start] for start in destinations.starts.values()]
     assert not torch.cat(gaps).any()
 
 
@@ -208,11 +215,11 @@ def test_what_is_large_is_read_in_pieces_by_a_team(
     monkeypatch.setattr(reading_module, "SHARED", 50)
     monkeypatch.setattr(readahead, "SHARED", 50)
     monkeypatch.setattr(readahead, "WORTH_SHARING", 1)
-    tensors, room = save(tmp_path / "1", seed=1), StackedRoom()
+    tensors, destinations = save(tmp_path / "1", seed=1), StackedRoom()
     monkeypatch.setattr(vectored, "preadv", noting)
-    found = list(source_of(tmp_path / "1").read(ORDER, room=room if landing else None))
+    found = list(source_of(tmp_path / "1").read(ORDER, destinations=destinations if landing else None))
     if landing:
-        room.holds(tensors)
+        destinations.holds(tensors)
     else:
         assert all(torch.equal(tensor, tensors[name]) for name, tensor in found)
     assert sum(reads) == sum(tensor.nbytes for tensor in tensors.values())
@@ -221,10 +228,10 @@ def test_what_is_large_is_read_in_pieces_by_a_team(
 
 def test_memory_that_is_too_small_is_not_written_past(tmp_path: Path) -> None:
     save(tmp_path / "1", seed=1)
-    room = StackedRoom()
-    room.norm = torch.zeros(8)[:4].clone()
+    destinations = StackedRoom()
+    destinations.norm = torch.zeros(8)[:4].clone()
     with pytest.raises(IndexError, match=r"longer than its place in .*norm"):
-        list(source_of(tmp_path / "1").read(ORDER, room=room))
+        list(source_of(tmp_path / "1").read(ORDER, destinations=destinations))
 
 
 # --- several readers, and a disk that is told what comes ---
@@ -248,12 +255,12 @@ def spare_cores(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 @pytest.mark.parametrize("landing", [True, False], ids=["to where they go", "to tensors"])
 def test_several_readers_bring_what_one_does(tmp_path: Path, spare_cores: list[str], landing: bool) -> None:
-    tensors, room = save(tmp_path / "1", seed=1), StackedRoom()
-    found = list(source_of(tmp_path / "1").read(ORDER, room=room if landing else None))
+    tensors, destinations = save(tmp_path / "1", seed=1), StackedRoom()
+    found = list(source_of(tmp_path / "1").read(ORDER, destinations=destinations if landing else None))
     assert len(set(spare_cores)) == readahead.READERS
     assert threading.main_thread().name not in spare_cores
     if landing:
-        room.holds(tensors)
+        destinations.holds(tensors)
     else:
         assert [name for name, _ in found] == list(ORDER)
         assert all(torch.equal(tensor, tensors[name]) for name, tensor in found)
@@ -265,9 +272,9 @@ def test_threads_that_only_read_have_half_as_much_each_as_a_team(monkeypatch: py
         reading_module.Place(TensorInfo(str(n), (25,), torch.float32), "file", 100 * n, 100) for n in range(6)
     ]
     monkeypatch.setattr(readahead, "_cores", torch.get_num_threads)
-    assert [len(parcel.places) for parcel in reading_module.parcels_of(places)] == [3, 3]
+    assert [len(parcel.places) for parcel in reading_module.read_batches_of(places)] == [3, 3]
     monkeypatch.setattr(readahead, "_cores", lambda: torch.get_num_threads() + 8)
-    assert [len(parcel.places) for parcel in reading_module.parcels_of(places)] == [2, 2, 2]
+    assert [len(parcel.places) for parcel in reading_module.read_batches_of(places)] == [2, 2, 2]
 
 
 def test_what_one_of_the_readers_meets_is_raised_and_all_of_them_end(
@@ -317,10 +324,10 @@ class Storage:
 def test_once_a_read_has_to_wait_the_system_is_told_of_what_comes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refusal: int
 ) -> None:
-    tensors, room = save(tmp_path / "1", seed=1), StackedRoom()
+    tensors, destinations = save(tmp_path / "1", seed=1), StackedRoom()
     storage = Storage(monkeypatch, cached=False, refusal=refusal)
-    list(source_of(tmp_path / "1").read(ORDER, room=room))
-    room.holds(tensors)
+    list(source_of(tmp_path / "1").read(ORDER, destinations=destinations))
+    destinations.holds(tensors)
     told = [told for told, _ in storage.reads]
     assert told == sorted(told), "a read of what the system was not told of, after one that had to wait"
     assert 0 < told.index(True) < len(told) // 2
@@ -331,10 +338,10 @@ def test_once_a_read_has_to_wait_the_system_is_told_of_what_comes(
 
 @pytest.mark.skipif(not hasattr(os, "RWF_NOWAIT"), reason="this system does not say what is in its cache")
 def test_nobody_is_told_of_what_is_in_the_page_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    tensors, room = save(tmp_path / "1", seed=1), StackedRoom()
+    tensors, destinations = save(tmp_path / "1", seed=1), StackedRoom()
     storage = Storage(monkeypatch, cached=True)
-    list(source_of(tmp_path / "1").read(ORDER, room=room))
-    room.holds(tensors)
+    list(source_of(tmp_path / "1").read(ORDER, destinations=destinations))
+    destinations.holds(tensors)
     assert storage.tries == len(storage.reads)
     assert not storage.told
 
@@ -346,7 +353,7 @@ def test_what_the_storage_fails_at_is_raised_and_not_tried_again(
     save(tmp_path / "1", seed=1)
     storage = Storage(monkeypatch, cached=False, refusal=errno.EIO)
     with pytest.raises(SourceError, match="Input/output error"):
-        list(source_of(tmp_path / "1").read(ORDER, room=StackedRoom()))
+        list(source_of(tmp_path / "1").read(ORDER, destinations=StackedRoom()))
     assert storage.tries == 1
     assert not storage.reads
 
@@ -356,14 +363,16 @@ def test_what_the_storage_fails_at_is_raised_and_not_tried_again(
 
 def test_a_layer_is_complete_when_the_last_weight_of_each_of_its_parameters_has_landed() -> None:
     names = {"a": frozenset({"a1", "a2", "both"}), "b": frozenset({"b1", "both"})}
-    ledger = Ledger(Loaded(), Problems(), Expected(names, planned=True, routes=Routes(None, {})))
+    completeness = Completeness(
+        Loaded(), Mismatches(), KnownCheckpoint(names, planned=True, copy_plan=CopyPlan(None, {}))
+    )
     for group, parameters in {"a": ("p", "q"), "b": ("r",)}.items():
         storages = [SimpleNamespace(primary=SimpleNamespace(name=name), key=id(name)) for name in parameters]
-        ledger.admit(SimpleNamespace(group=SimpleNamespace(name=group), storages=storages))
+        completeness.admit(SimpleNamespace(group=SimpleNamespace(name=group), storages=storages))
 
-    def complete(**landed: list[str]) -> list[str]:
-        names = tuple(dict.fromkeys(name for found in landed.values() for name in found))
-        stages = ledger.note_landed(Landed(names, dict.fromkeys(names, (1,)), 4, landed))
+    def complete(**direct_read: list[str]) -> list[str]:
+        names = tuple(dict.fromkeys(name for found in direct_read.values() for name in found))
+        stages = completeness.note_direct_read(DirectRead(names, dict.fromkeys(names, (1,)), 4, direct_read))
         return [stage.group.name for stage in stages]
 
     assert complete(p=["a1"]) == []

@@ -17,13 +17,12 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from reload_plugin import convert
-from reload_plugin import vllm_api as _vllm
+from reload_plugin import convert, vllm_api
 from reload_plugin.cli import main
-from reload_plugin.vllm_hooks import transfer
+from reload_plugin.vllm_hooks import transfer_engine as transfer
 from tests import oracle
 from tests.checkpoints import read_tensors
-from tests.vllm_hooks.test_faces import environment, wait_until_healthy, write_tokenizer
+from tests.vllm_hooks.test_worker_and_server import environment, wait_until_healthy, write_tokenizer
 from tests.zoo import case_named
 
 CASE = case_named("llama_tied")
@@ -224,7 +223,7 @@ def test_plan_leaves_nothing_on_meta_for_the_next_model_of_the_process(
     run: Run, folders: dict[str, Path]
 ) -> None:
     """vLLM keeps rotary embeddings; an engine started here later would get one without values."""
-    rotary = _vllm.get("vllm.model_executor.layers.rotary_embedding", "_ROPE_DICT")
+    rotary = vllm_api.get("vllm.model_executor.layers.rotary_embedding", "_ROPE_DICT")
     rotary.clear()
     assert run("plan", folders["B"], folders["A"]).code == 0
     assert not rotary
@@ -258,7 +257,7 @@ def test_doctor_names_switches_that_are_off_and_seams_that_are_gone(
 ) -> None:
     monkeypatch.setenv("RELOAD_PLUGIN", "0")
     monkeypatch.setenv("VLLM_PLUGINS", "lora_resolver,other")
-    monkeypatch.setattr(_vllm, "SEAMS", (*_vllm.SEAMS, ("vllm.config", "gone")))
+    monkeypatch.setattr(vllm_api, "SEAMS", (*vllm_api.SEAMS, ("vllm.config", "gone")))
     said = run("doctor")
     assert said.code == 1
     assert "missing: vllm.config.gone" in said.out

@@ -15,7 +15,7 @@ import torch
 import reload_plugin
 from reload_plugin.checkpoint.io import reading
 from reload_plugin.record import staging
-from reload_plugin.record.record import record_of
+from reload_plugin.record.model_record import record_of
 from reload_plugin.transaction import session
 from tests import oracle
 from tests.checkpoints import read_tensors

@@ -18,16 +18,15 @@ import torch
 from safetensors.torch import save_file
 
 import reload_plugin
-from reload_plugin import errors
-from reload_plugin import vllm_api as _vllm
+from reload_plugin import errors, vllm_api
 from reload_plugin.checkpoint.formats import safetensors_files
 from reload_plugin.checkpoint.io import reading
-from reload_plugin.device import memory
-from reload_plugin.process import native
+from reload_plugin.device import host_memory as memory
+from reload_plugin.process import native_handles as native
 from reload_plugin.record import staging
-from reload_plugin.record.record import record_of
+from reload_plugin.record.model_record import record_of
 from reload_plugin.transaction import session
-from reload_plugin.transaction.reload import before_serving
+from reload_plugin.transaction.rollback import before_forward_pass
 from tests import oracle
 from tests.checkpoints import read_tensors
 from tests.processor import packs_bf16
@@ -107,14 +106,14 @@ def by_shuffled_iterator(engine: Engine) -> None:
 def by_one_buffer(engine: Engine) -> None:
     """The caller overwrites the same memory for every weight."""
     weights = engine.weights("B")
-    room = torch.empty(max(t.nbytes for _, t in weights), dtype=torch.uint8)
+    destinations = torch.empty(max(t.nbytes for _, t in weights), dtype=torch.uint8)
 
     def reusing() -> Iterator[tuple[str, torch.Tensor]]:
         for name, tensor in weights:
-            view = room[: tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+            view = destinations[: tensor.nbytes].view(tensor.dtype).view(tensor.shape)
             view.copy_(tensor)
             yield name, view
-            room.fill_(0xFF)
+            destinations.fill_(0xFF)
 
     engine.push(reusing())
 
@@ -732,11 +731,11 @@ def test_auto_takes_the_policy_that_there_is_memory_for_and_the_report_says_whic
         return reload_plugin.status(on_a.model)[0].report.old_generation
 
     needed = sum(group.nbytes for group in record_of(on_a.model).groups)
-    for room, policy in ((2 * needed, "host"), (needed, "spill")):
+    for destinations, policy in ((2 * needed, "host"), (needed, "spill")):
         on_a.reload(on_a.folders["A"])  # whatever was served before, what is served now is in files
         on_a.reload(on_a.folders["A"])
         assert chosen() == "reread", "both are in files, so memory does not matter"
-        monkeypatch.setattr(reload, "available", lambda _, room=room: room)
+        monkeypatch.setattr(reload, "available", lambda _, destinations=destinations: destinations)
         on_a.push(iter(on_a.weights("B")))
         assert chosen() == policy
         on_a.assert_is("B")
@@ -816,7 +815,7 @@ def test_a_streaming_reload_that_fails_refuses_to_serve_until_healed(on_a: Engin
     with pytest.raises(reload_plugin.EngineBrokenError, match="Reload a complete checkpoint"):
         on_a.push(failing(), policy="streaming")
     with pytest.raises(reload_plugin.EngineBrokenError):
-        before_serving()
+        before_forward_pass()
     assert reload_plugin.status(on_a.model)[0].state == "broken"
     on_a.reload(on_a.folders["B"])
     assert reload_plugin.status(on_a.model)[0].state == "serving"
@@ -827,7 +826,7 @@ def failing_at(
     count: int, calls: list[object], first: Callable[[], object] = lambda: None
 ) -> Callable[..., None]:
     """vLLM's processing of some layers, which runs out of memory at the `count`-th time."""
-    process = _vllm.process_layers
+    process = vllm_api.process_layers
 
     def failing(*args: object) -> None:
         calls.append(args)
@@ -842,7 +841,7 @@ def failing_at(
 def test_processing_that_raises_leaves_the_old_weights(on_a: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     """Under both policies: staged (iterator), and streaming with earlier layers committed (folder)."""
     calls: list[object] = []
-    monkeypatch.setattr(_vllm, "process_layers", failing_at(6, calls))
+    monkeypatch.setattr(vllm_api, "process_layers", failing_at(6, calls))
     with pytest.raises(reload_plugin.ProcessingError, match="no room"):
         on_a.push(iter(on_a.weights("B")))
     on_a.assert_is("A")
@@ -882,7 +881,7 @@ def test_processing_that_raises_after_native_memory_gave_way(
 ) -> None:
     """From the first layer on: its old values are gone and have to be read again."""
     for number in range(1, 7):
-        monkeypatch.setattr(_vllm, "process_layers", failing_at(number, []))
+        monkeypatch.setattr(vllm_api, "process_layers", failing_at(number, []))
         with pytest.raises(reload_plugin.ProcessingError, match="no room"):
             on_a.reload(on_a.folders["B"])
         monkeypatch.undo()
@@ -898,12 +897,12 @@ def test_an_engine_whose_native_memory_gave_way_for_nothing_does_not_serve(
     """Before anything was committed, and there is no way back: the caller chose so."""
     if not record_of(on_a.model).handles:
         pytest.skip("nothing of this model is packed on this processor")
-    monkeypatch.setattr(_vllm, "process_layers", failing_at(1, []))
+    monkeypatch.setattr(vllm_api, "process_layers", failing_at(1, []))
     packed_first = sorted(on_a.weights("B"), key=lambda weight: "layers.0.self_attn" not in weight[0])
     with pytest.raises(reload_plugin.EngineBrokenError, match="no room"):
         on_a.push(iter(packed_first), policy="streaming")
     with pytest.raises(reload_plugin.EngineBrokenError):
-        before_serving()
+        before_forward_pass()
 
 
 def test_the_folder_of_the_old_weights_may_be_deleted_while_a_reload_may_need_it(
@@ -913,7 +912,7 @@ def test_the_folder_of_the_old_weights_may_be_deleted_while_a_reload_may_need_it
     shutil.copytree(on_a.folders["A"], folder)
     on_a.reload(folder)
     failing = failing_at(6, [], lambda: shutil.rmtree(folder))
-    monkeypatch.setattr(_vllm, "process_layers", failing)
+    monkeypatch.setattr(vllm_api, "process_layers", failing)
     with pytest.raises(reload_plugin.ProcessingError, match="no room"):
         on_a.reload(on_a.folders["B"])
     assert not folder.exists(), "nothing was committed when it failed"
@@ -934,12 +933,12 @@ def test_when_the_old_weights_are_gone_the_engine_refuses_until_healed(
             file.write_bytes(b"the next step")
 
     failing = failing_at(6, [], overwrite)
-    monkeypatch.setattr(_vllm, "process_layers", failing)
+    monkeypatch.setattr(vllm_api, "process_layers", failing)
     with pytest.raises(reload_plugin.EngineBrokenError, match="heal"):
         on_a.reload(on_a.folders["B"])
     monkeypatch.undo()
     with pytest.raises(reload_plugin.EngineBrokenError, match="does not serve"):
-        before_serving()
+        before_forward_pass()
     on_a.reload(on_a.folders["B"])
     on_a.assert_is("B")
 
@@ -951,8 +950,8 @@ def test_staging_memory_is_used_again_from_layer_to_layer(
     monkeypatch.setattr(memory, "SMALL", 1)
     monkeypatch.setattr(staging, "SMALL", 1)
     monkeypatch.setattr(reading, "BATCH", 1)
-    anew = safetensors_files._remembered_parcels.__wrapped__  # those of earlier tests are larger
-    monkeypatch.setattr(safetensors_files, "_remembered_parcels", anew)
+    anew = safetensors_files._cached_read_batches.__wrapped__  # those of earlier tests are larger
+    monkeypatch.setattr(safetensors_files, "_cached_read_batches", anew)
     taken, in_use = [], []
     take = memory.HostPool.take
 

@@ -31,12 +31,12 @@ from hypothesis.stateful import (
 from safetensors.torch import save_file
 
 import reload_plugin
-from reload_plugin import vllm_api as _vllm
+from reload_plugin import vllm_api
 from reload_plugin.errors import EngineBrokenError, PartialUpdateError, ReloadError
-from reload_plugin.record.record import record_of
-from reload_plugin.transaction.generation import before_serving
-from reload_plugin.transaction.monitor import ReloadStatus
-from reload_plugin.verify.verify import ReloadReport
+from reload_plugin.record.model_record import record_of
+from reload_plugin.transaction.rollback import before_forward_pass
+from reload_plugin.transaction.status import ReloadStatus
+from reload_plugin.verify.slots import ReloadReport
 from tests import oracle
 from tests.checkpoints import read_tensors
 from tests.zoo import Case, case_named
@@ -220,7 +220,7 @@ def machine_for(world: World) -> type[RuleBasedStateMachine]:  # noqa: C901 - on
         def whose_processing_fails(self, letter: str, count: int, path: bool) -> None:
             name = world.name()
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(_vllm, "process_layers", failing_at(count))
+                patch.setattr(vllm_api, "process_layers", failing_at(count))
                 try:
                     if path:
                         world.pull(letter, weight_version=name)
@@ -320,9 +320,9 @@ def machine_for(world: World) -> type[RuleBasedStateMachine]:  # noqa: C901 - on
                 return
             if self.now.broken:
                 with pytest.raises(EngineBrokenError):
-                    before_serving()
+                    before_forward_pass()
                 return
-            before_serving()
+            before_forward_pass()
             assert world.differences(self.now.mix) == []
 
         @invariant()
@@ -393,7 +393,7 @@ def faulty(weights: dict[str, torch.Tensor], at: int, fault: str) -> Iterator[tu
 
 
 def failing_at(count: int) -> object:
-    process, calls = _vllm.process_layers, []
+    process, calls = vllm_api.process_layers, []
 
     def failing(*args: object) -> None:
         calls.append(args)

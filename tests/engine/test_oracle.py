@@ -21,7 +21,7 @@ OWN_FAILURES = ("llama_tied", "mixtral", "mamba2", "w8a8_dynamic")
 PACKED = ("llama_tied", "mamba2")
 """Those that go wrong because bf16 weights of linear layers are packed."""
 PROCESSES = 2
-PATIENCE = 800.0
+VOTE_TIMEOUT = 800.0
 
 
 class Runs:
@@ -73,7 +73,7 @@ def runs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 def test_warm_equals_cold(runs: Runs, case: Case) -> None:
     """Reloaded through A, B, A, B it is the engine of a cold start on B, and nothing has moved."""
     skip_without(case.needs)
-    result = runs.futures[case.name, True].result(PATIENCE)
+    result = runs.futures[case.name, True].result(VOTE_TIMEOUT)
     assert result.verdict == RIGHT, result.summary(limit=40)
     assert result.tensors > 0
     assert result.reload_from.startswith("reload_plugin"), "the plugin was not in use"
@@ -84,7 +84,7 @@ def test_the_oracle_sees_what_vllm_gets_wrong(runs: Runs, own_failure: str) -> N
     """With the plugin switched off the same oracle reports the difference that the zoo says there is."""
     if own_failure in PACKED and not packs_bf16():
         pytest.skip("nothing of it is packed on this processor, so vLLM's own reload gets it right")
-    result = runs.futures[own_failure, False].result(PATIENCE)
+    result = runs.futures[own_failure, False].result(VOTE_TIMEOUT)
     assert result.verdict == case_named(own_failure).own, result.summary()
     assert result.reload_from.startswith("vllm.")
 

@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import save_file
 
 import reload_plugin
-from reload_plugin.checkpoint import HostCopy, Landed
+from reload_plugin.checkpoint import DirectRead, HostCopy
 from reload_plugin.errors import SourceError
 from reload_plugin.load import progress
 from tests import oracle
@@ -59,7 +59,7 @@ def looking(terminal: Terminal | None = None) -> contextlib.redirect_stderr[Term
 def test_bytes_are_counted_on_a_terminal() -> None:
     source = kept()
     with looking() as shown:
-        found = [name for name, _ in progress.watched(source.read(), source, None)]
+        found = [name for name, _ in progress.with_progress(source.read(), source, None)]
     assert len(found) == 40
     assert "reloading twelve tensors of step-7: 100%" in shown.getvalue()
     assert "160k/160k" in shown.getvalue()
@@ -73,7 +73,7 @@ def test_without_a_bar_the_stream_is_the_one_that_was_given(
         source = kept()
         weights = source.read()
         with contextlib.redirect_stderr(stream):
-            assert progress.watched(weights, source, wanted) is weights
+            assert progress.with_progress(weights, source, wanted) is weights
 
 
 def closed_file() -> io.StringIO:
@@ -87,16 +87,16 @@ def test_only_the_first_rank_speaks(monkeypatch: pytest.MonkeyPatch) -> None:
     source = kept()
     weights = source.read()
     with looking() as shown:
-        assert progress.watched(weights, source, None) is weights
-        list(progress.watched(weights, source, True))
+        assert progress.with_progress(weights, source, None) is weights
+        list(progress.with_progress(weights, source, True))
     assert "(rank 1): 100%" in shown.getvalue()
 
 
 def test_a_stand_in_for_many_tensors_counts_as_all_of_them() -> None:
     source = kept()
-    landed = Landed(["a", "b"], {"a": (3,), "b": (4,)}, 160 << 10, {"p": ["a", "b"]})
+    direct_read = DirectRead(["a", "b"], {"a": (3,), "b": (4,)}, 160 << 10, {"p": ["a", "b"]})
     with looking() as shown:
-        assert list(progress.watched((item for item in [landed]), source, True)) == [landed]
+        assert list(progress.with_progress((item for item in [direct_read]), source, True)) == [direct_read]
     assert "160k/160k" in shown.getvalue()
 
 
@@ -112,7 +112,7 @@ def test_nothing_that_was_handed_on_is_kept() -> None:
             yield name, found.pop()
 
     with looking():
-        weights = progress.watched(fresh(), kept(), True)
+        weights = progress.with_progress(fresh(), kept(), True)
         for _ in "abc":
             assert next(weights)[1].sum() == 3
             assert alive[-1]() is None
@@ -122,14 +122,14 @@ def test_nothing_that_was_handed_on_is_kept() -> None:
 def test_a_terminal_that_goes_away_takes_no_reload_along() -> None:
     source = kept(1000)
     with looking(Closed()):
-        assert len(list(progress.watched(source.read(), source, True))) == 1000
+        assert len(list(progress.with_progress(source.read(), source, True))) == 1000
 
 
 def test_the_bar_is_drawn_in_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     drawn: list[int] = []
     source = kept(1000)
     with looking():
-        weights = progress.watched(source.read(), source, True)
+        weights = progress.with_progress(source.read(), source, True)
         monkeypatch.setattr(weights._bar, "update", drawn.append)
         list(weights)
     assert len(drawn) <= progress.STEPS
@@ -147,7 +147,7 @@ def test_an_error_closes_the_bar_and_the_stream() -> None:
             closed.append(True)
 
     with looking() as shown:
-        weights = progress.watched(failing(), kept(), True)
+        weights = progress.with_progress(failing(), kept(), True)
         next(weights)
         with pytest.raises(SourceError, match="the disk is gone"):
             next(weights)

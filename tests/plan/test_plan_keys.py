@@ -17,9 +17,9 @@ from vllm.model_executor.layers.fused_moe import expert_map_manager
 
 import reload_plugin
 from reload_plugin.errors import WeightsError
+from reload_plugin.record.model_record import record_constructed, record_of
 from reload_plugin.record.placement import SHARDS, placement
-from reload_plugin.record.record import record_constructed, record_of
-from reload_plugin.transaction import generation
+from reload_plugin.transaction import rollback as generation
 from tests import oracle
 from tests.checkpoints import Tensors, read_tensors
 from tests.zoo import case_named
@@ -32,7 +32,7 @@ NORM = "model.layers.0.input_layernorm.weight"
 EXPERT = "model.layers.1.mlp.experts.2.up_proj.weight"
 HEAD = "lm_head.weight"
 
-Places = tuple[int, ...]
+ReusableOutputs = tuple[int, ...]
 
 
 @dataclass
@@ -41,7 +41,7 @@ class Engine:
 
     llm: object
     folders: Mapping[str, Path]
-    cold: Mapping[tuple[str, Places], oracle.Snapshot]
+    cold: Mapping[tuple[str, ReusableOutputs], oracle.Snapshot]
     traced: list[str] = field(default_factory=list)
     """What was traced since this list was last emptied."""
 
@@ -64,7 +64,7 @@ class Engine:
         assert report.replayed == report.tensors > 0
         assert report.computed == 0
 
-    def assert_is(self, letter: str, places: Places = AT_START) -> None:
+    def assert_is(self, letter: str, places: ReusableOutputs = AT_START) -> None:
         now = oracle.snapshot(self.llm, CASE)
         assert oracle.compare_values("", now, self.cold[letter, places]) == []
 
@@ -108,7 +108,7 @@ def face(engine: Engine, request: pytest.FixtureRequest) -> Iterator[Callable]:
     engine.assert_is("A")
 
 
-def table_of(places: Places) -> Callable:
+def table_of(places: ReusableOutputs) -> Callable:
     """vLLM's function that says where experts are; it makes no table for one rank."""
     return lambda *_, **__: (len(places), torch.tensor(places, dtype=torch.int32), None)
 
@@ -142,13 +142,13 @@ def experts_of(model: torch.nn.Module) -> list[torch.nn.Module]:
     return found
 
 
-def write_into_tables(model: torch.nn.Module, places: Places) -> None:
+def write_into_tables(model: torch.nn.Module, places: ReusableOutputs) -> None:
     for experts in experts_of(model):
         experts.expert_map.copy_(torch.tensor(places))
         assert experts.expert_map is experts.expert_map_manager.expert_map
 
 
-def exchange_tables(model: torch.nn.Module, places: Places) -> None:
+def exchange_tables(model: torch.nn.Module, places: ReusableOutputs) -> None:
     """As vLLM does when the number of ranks changes (``update_expert_map``)."""
     for experts in experts_of(model):
         experts.expert_map_manager._expert_map = torch.tensor(places, dtype=torch.int32)
@@ -157,7 +157,7 @@ def exchange_tables(model: torch.nn.Module, places: Places) -> None:
 
 @pytest.mark.parametrize("move", [write_into_tables, exchange_tables])
 def test_experts_that_moved_are_loaded_to_where_they_are_now(
-    engine: Engine, face: Callable, move: Callable[[torch.nn.Module, Places], None]
+    engine: Engine, face: Callable, move: Callable[[torch.nn.Module, ReusableOutputs], None]
 ) -> None:
     """Twice in a row: the second table must not be taken for the first."""
     for letter, places in (("B", MOVED), ("A", AT_START)) * 2:

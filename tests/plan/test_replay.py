@@ -7,9 +7,9 @@ import torch
 from safetensors.torch import save_file
 
 import reload_plugin
-from reload_plugin.commit.commit import Commit
-from reload_plugin.transaction import generation
-from reload_plugin.transaction.reload import before_serving
+from reload_plugin.commit.group_commit import Commit
+from reload_plugin.transaction import rollback as generation
+from reload_plugin.transaction.rollback import before_forward_pass
 from tests import oracle
 from tests.checkpoints import Tensors, read_tensors
 from tests.zoo import case_named
@@ -105,6 +105,6 @@ def test_a_first_commit_that_fails_half_way_brings_the_start_back(
                 by_iterator(model, folders["B"])
         assert len(applied) > 3, "nothing was brought back"
         assert values(model) == before
-        before_serving()
+        before_forward_pass()
         by_iterator(model, folders["B"])
         assert values(model) != before

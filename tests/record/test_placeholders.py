@@ -5,10 +5,10 @@ import weakref
 import pytest
 import torch
 
-from reload_plugin.device.memory import Gauge, HostPool
-from reload_plugin.record.formats import Constant, Geometry, TensorFormat
-from reload_plugin.record.record import TensorRecord
+from reload_plugin.device.host_memory import HostPool, MemoryGauge
+from reload_plugin.record.model_record import TensorRecord
 from reload_plugin.record.staging import StagedStorage
+from reload_plugin.record.tensor_layout import Constant, Geometry, TensorFormat
 
 CPU = torch.device("cpu")
 
@@ -25,7 +25,7 @@ def staged(*geometries: Geometry, dtype: torch.dtype = torch.bfloat16) -> Staged
         )
         for number, geometry in enumerate(geometries)
     ]
-    storage = StagedStorage(records, CPU, Gauge())
+    storage = StagedStorage(records, CPU, MemoryGauge())
     storage.objects = {id(record): storage.views[id(record)] for record in records}
     return storage
 

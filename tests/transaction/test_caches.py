@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import reload_plugin
-from reload_plugin import vllm_api as _vllm
-from reload_plugin.transaction import monitor
+from reload_plugin import vllm_api
+from reload_plugin.transaction import status as monitor
 from tests import oracle
 from tests.zoo import case_named
 
@@ -212,7 +212,7 @@ def test_a_cache_that_does_not_exist_is_refused_before_anything_is_reloaded(
     assert reload_plugin.status(engine)[0].version == before
 
 
-@pytest.mark.parametrize(("module", "cls"), _vllm.RUNNERS)
+@pytest.mark.parametrize(("module", "cls"), vllm_api.RUNNERS)
 def test_both_runners_empty_their_outputs_of_encoders_after_a_reload(module: str, cls: str) -> None:
     import importlib
     import inspect

@@ -73,12 +73,12 @@ def test_parameters_and_buffers_are_copied_in_place() -> None:
 
 
 def test_the_callers_buffer_may_be_reused() -> None:
-    model, room = served(), torch.empty(12)
+    model, destinations = served(), torch.empty(12)
 
     def weights() -> Iterator[tuple[str, torch.Tensor]]:
-        yield "weight", room.fill_(7.0).view(3, 4)
-        yield "bias", room[:3].fill_(8.0)
-        room.fill_(9.0)
+        yield "weight", destinations.fill_(7.0).view(3, 4)
+        yield "bias", destinations[:3].fill_(8.0)
+        destinations.fill_(9.0)
 
     reload_plugin.reload_weights(model, weights(), is_checkpoint_format=False)
     assert torch.equal(model.weight.data, torch.full((3, 4), 7.0))

@@ -20,13 +20,12 @@ from vllm.model_executor.model_loader.reload.layerwise import initialize_online_
 from vllm.model_executor.model_loader.weight_utils import default_weight_loader
 from vllm.model_executor.utils import replace_parameter, set_weight_attrs
 
-from reload_plugin import ReloadSession, record_for_reloading, reload_weights, restore_for_reloading
-from reload_plugin import vllm_api as _vllm
+from reload_plugin import ReloadSession, record_for_reloading, reload_weights, restore_for_reloading, vllm_api
 from reload_plugin.checkpoint import TensorInfo
-from reload_plugin.commit import commit
-from reload_plugin.commit.commit import Commit
-from reload_plugin.device import results
-from reload_plugin.device.memory import Gauge
+from reload_plugin.commit import group_commit as commit
+from reload_plugin.commit.group_commit import Commit
+from reload_plugin.device import output_reuse as results
+from reload_plugin.device.host_memory import MemoryGauge
 from reload_plugin.errors import (
     DuplicateWeightsError,
     EngineBrokenError,
@@ -42,16 +41,16 @@ from reload_plugin.errors import (
     UnexpectedWeightsError,
     WeightsError,
 )
-from reload_plugin.load.ledger import Expected
-from reload_plugin.plan.plan import make_plan
-from reload_plugin.process import native
+from reload_plugin.load.completeness import KnownCheckpoint
+from reload_plugin.plan.checkpoint_plan import make_plan
+from reload_plugin.process import native_handles as native
 from reload_plugin.record import staging
-from reload_plugin.record.holders import holders_of, read, tensors_in
-from reload_plugin.record.record import ConstructionTrace, record_constructed, record_of
-from reload_plugin.record.staging import POISON, Stage
+from reload_plugin.record.model_record import ConstructionTrace, record_constructed, record_of
+from reload_plugin.record.module_state import holders_of, read, tensors_in
+from reload_plugin.record.staging import POISON, StagedGroup
 from reload_plugin.tensors import storage_id
 from reload_plugin.transaction import session as session_module
-from reload_plugin.transaction.reload import before_serving
+from reload_plugin.transaction.rollback import before_forward_pass
 from reload_plugin.verify import digest
 from reload_plugin.vllm_hooks import plugin
 
@@ -432,7 +431,7 @@ def test_what_no_checkpoint_has_and_no_constructor_set_stays_as_it_is(
     sent = {"first.weight": B["first.weight"]}
     model = cold(lambda: Model(method), A, trace=True)
     expected = values(cold(lambda: Model(method), A | sent))
-    kept = Expected(was_written=lambda name: "none" if name == "lm_head.weight" else "whole")
+    kept = KnownCheckpoint(was_written=lambda name: "none" if name == "lm_head.weight" else "whole")
     with ReloadSession(model, policy=policy, expected=kept) as session:
         session.load(sent.items())
         assert list(session.finish().kept) == ["lm_head.weight"]
@@ -589,9 +588,9 @@ def test_small_layers_are_looked_at_together(
 def test_what_a_group_serves_is_known_before_while_and_after_it_is_staged(make: Make) -> None:
     model = cold(make, A)
     for group in record_of(model).groups:
-        stage = Stage(group, CPU, frozenset(), Gauge())
+        stage = StagedGroup(group, CPU, frozenset(), MemoryGauge())
 
-        def served(stage: Stage = stage) -> set[int | None]:
+        def served(stage: StagedGroup = stage) -> set[int | None]:
             return {storage_id(tensor) for _, tensor in stage.served_tensors()}
 
         before = served()
@@ -927,12 +926,12 @@ FAILING = [(stage, how) for stage in ("materialise", "take_result") for how in (
 def test_a_stage_that_fails_changes_nothing(
     monkeypatch: pytest.MonkeyPatch, stage: str, how: Callable
 ) -> None:
-    from reload_plugin.record.staging import Stage
+    from reload_plugin.record.staging import StagedGroup
 
     model = start()
     before, ids = values(model), identities(model)
     with monkeypatch.context() as patch:
-        failing_once(patch, Stage, stage, MemoryError("no memory"))
+        failing_once(patch, StagedGroup, stage, MemoryError("no memory"))
         with pytest.raises((ReloadError, MemoryError)):
             how(model, B)
     check_unharmed(model, Model, before, ids)
@@ -992,9 +991,9 @@ def test_a_commit_that_stops_half_way_is_never_served(monkeypatch: pytest.Monkey
         with pytest.raises(EngineBrokenError, match="refuses to serve"):
             reload(model, B)
     with pytest.raises(EngineBrokenError, match="does not serve"):
-        before_serving()
+        before_forward_pass()
     reload(model, B)
-    before_serving()
+    before_forward_pass()
     assert values(model) == values(cold(Model, B))
 
 
@@ -1094,9 +1093,9 @@ def test_a_session_that_is_over_holds_no_staging() -> None:
         session = ReloadSession(model)
         with session:
             session.load(B.items())
-            storages = [weakref.ref(s) for s, _ in session.ledger._storages.values()]
+            storages = [weakref.ref(s) for s, _ in session.completeness._storages.values()]
             getattr(session, end)()
-        session.ledger._storages.clear()
+        session.completeness._storages.clear()
         del session
         gc.collect()
         assert [ref() for ref in storages] == [None] * len(storages)
@@ -1201,7 +1200,7 @@ def test_nobody_looks_for_served_memory_before_somebody_wants_some() -> None:
         asked.append(1)
         return [torch.zeros(2)]
 
-    with results.written_in_place() as places, places.offered(served):
+    with results.reusing_served_outputs() as places, places.offered(served):
         torch.zeros(2).add_(1)
         assert asked == []
         torch.empty_like(torch.zeros(2))
@@ -1211,7 +1210,7 @@ def test_nobody_looks_for_served_memory_before_somebody_wants_some() -> None:
 
 def test_served_memory_is_offered_layer_by_layer() -> None:
     first, second = torch.zeros(2, 3), torch.zeros(2, 3)
-    with results.written_in_place() as places:
+    with results.reusing_served_outputs() as places:
         for served in (first, second):
             with places.offered(lambda served=served: [served]) as given:
                 assert torch.empty_like(served).data_ptr() == served.data_ptr()
@@ -1250,7 +1249,7 @@ def test_what_the_caller_does_between_weights_is_its_own(
             assert not served & {torch.empty_like(parameter).data_ptr() for parameter in model.parameters()}
             yield item
 
-    monkeypatch.setattr(_vllm, "native_constructors", lambda: [(Library, "make", None)])
+    monkeypatch.setattr(vllm_api, "native_constructors", lambda: [(Library, "make", None)])
     monkeypatch.setattr(native, "_digest_of", lambda given: hashed.append(given[0].numel()) or b"")
     model = cold(lambda: Model(Making), A)
     hashed.clear()
@@ -1264,7 +1263,7 @@ def test_what_the_caller_does_between_weights_is_its_own(
 def test_only_the_plain_call_is_given_served_memory() -> None:
     served = torch.arange(6.0).reshape(2, 3)
     like = torch.zeros(2, 3)
-    with results.written_in_place() as places, places.offered(lambda: [served]) as given:
+    with results.reusing_served_outputs() as places, places.offered(lambda: [served]) as given:
         others = [
             torch.empty_like(like, dtype=torch.float64),
             torch.empty_like(like, device="meta"),

@@ -3,12 +3,12 @@
 import pytest
 import torch
 
-from reload_plugin import vllm_api as _vllm
+from reload_plugin import vllm_api
 from reload_plugin.device import hashing
 from reload_plugin.device.hashing import _CHUNK, Hash, device_sums
-from reload_plugin.process import native
-from reload_plugin.process.native import watching_native
-from reload_plugin.record.record import finish_record, look, record_constructed
+from reload_plugin.process import native_handles as native
+from reload_plugin.process.native_handles import watching_native
+from reload_plugin.record.model_record import finish_record, look, record_constructed
 from reload_plugin.verify.digest import digest_of
 
 
@@ -111,7 +111,7 @@ def packed(value: float, hashes: bool = True, watched: bool = True) -> str | Non
     layer.weight.data[3, 5] = value
     record = record_constructed(layer, None, None)
     loaded = look(record)
-    if not _vllm.native_constructors():
+    if not vllm_api.native_constructors():
         pytest.skip("this build of vLLM has no native constructors")
     with watching_native(torch.device("cpu" if watched else "meta"), record.handles, hashes):
         layer.process()
@@ -137,7 +137,7 @@ def test_what_a_constructor_refuses_is_not_hashed(monkeypatch: pytest.MonkeyPatc
         def make(_: torch.Tensor) -> int:
             raise RuntimeError("could not create a primitive descriptor")
 
-    monkeypatch.setattr(_vllm, "native_constructors", lambda: [(Library, "make", None)])
+    monkeypatch.setattr(vllm_api, "native_constructors", lambda: [(Library, "make", None)])
     monkeypatch.setattr(native, "_digest_of", lambda _: pytest.fail("hashed in vain"))
     handles: native.Handles = {}
     with watching_native(torch.device("cpu"), handles), pytest.raises(RuntimeError, match="primitive"):
@@ -155,8 +155,8 @@ def test_a_handle_whose_arguments_cannot_be_hashed_is_released(monkeypatch: pyte
         raise MemoryError
 
     released: list[tuple[str, int]] = []
-    monkeypatch.setattr(_vllm, "native_constructors", lambda: [(Library, "make", None)])
-    monkeypatch.setattr(_vllm, "release_native", lambda *what: released.append(what))
+    monkeypatch.setattr(vllm_api, "native_constructors", lambda: [(Library, "make", None)])
+    monkeypatch.setattr(vllm_api, "release_native", lambda *what: released.append(what))
     monkeypatch.setattr(native, "_digest_of", no_memory)
     handles: native.Handles = {}
     with watching_native(torch.device("cpu"), handles), pytest.raises(MemoryError):

@@ -18,8 +18,8 @@ from reload_plugin import (
     status,
 )
 from reload_plugin.errors import EngineBrokenError, ReloadError
-from reload_plugin.record.record import record_of
-from reload_plugin.transaction.weight_update import finish_layerwise, open_layerwise
+from reload_plugin.record.model_record import record_of
+from reload_plugin.transaction.chunked_update import finish_layerwise, open_layerwise
 from reload_plugin.verify import digest
 from reload_plugin.vllm_hooks import plugin
 from tests.transaction.test_session import A, B, Model, cold, registered, reload, start  # noqa: F401 - a fixture among them

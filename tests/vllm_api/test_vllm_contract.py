@@ -9,26 +9,26 @@ import sys
 
 import pytest
 
-from reload_plugin import vllm_api as _vllm
+from reload_plugin import vllm_api
 from reload_plugin.vllm_hooks import plugin
 
 
-@pytest.mark.parametrize(("module", "name"), _vllm.SEAMS, ids=lambda part: part)
+@pytest.mark.parametrize(("module", "name"), vllm_api.SEAMS, ids=lambda part: part)
 def test_seam_is_there(module: str, name: str) -> None:
     assert hasattr(importlib.import_module(module), name)
 
 
 def test_no_seam_is_missing() -> None:
-    assert _vllm.missing_seams() == []
+    assert vllm_api.missing_seams() == []
 
 
 @pytest.mark.parametrize(
     ("module", "name", "parameters"),
     [
-        (_vllm.LOADER_UTILS, "process_weights_after_loading", ["model", "model_config", "target_device"]),
-        (_vllm.LAYERWISE, "initialize_layerwise_reload", ["model"]),
+        (vllm_api.LOADER_UTILS, "process_weights_after_loading", ["model", "model_config", "target_device"]),
+        (vllm_api.LAYERWISE, "initialize_layerwise_reload", ["model"]),
         (
-            _vllm.INPLACE,
+            vllm_api.INPLACE,
             "reload_weights",
             ["vllm_config", "model", "weights_iterator", "weights_path", "is_checkpoint_format"],
         ),
@@ -43,7 +43,7 @@ def test_patched_functions_have_the_parameters_we_answer_to(
 
 def test_processing_asks_a_model_for_its_layers_only() -> None:
     """The view we hand to vLLM's own processing offers `named_modules` and the hook, and no more."""
-    original = inspect.unwrap(_vllm.get(_vllm.LOADER_UTILS, "process_weights_after_loading"))
+    original = inspect.unwrap(vllm_api.get(vllm_api.LOADER_UTILS, "process_weights_after_loading"))
     used = {
         line.split("model.")[1].split("(")[0]
         for line in inspect.getsource(original).splitlines()
@@ -52,7 +52,7 @@ def test_processing_asks_a_model_for_its_layers_only() -> None:
     assert used <= {"named_modules", "process_weights_after_loading"}
 
 
-@pytest.mark.parametrize(("module", "cls"), _vllm.RUNNERS)
+@pytest.mark.parametrize(("module", "cls"), vllm_api.RUNNERS)
 def test_runners_take_what_we_translate(module: str, cls: str) -> None:
     runner = getattr(importlib.import_module(module), cls)
     parameters = inspect.signature(inspect.unwrap(runner.reload_weights)).parameters
@@ -60,7 +60,7 @@ def test_runners_take_what_we_translate(module: str, cls: str) -> None:
 
 
 def test_an_executor_asks_the_ranks_and_reads_their_answers_as_we_expect() -> None:
-    executor, worker = _vllm.get(*_vllm.EXECUTOR), _vllm.get(*_vllm.WORKER_PROCESS)
+    executor, worker = vllm_api.get(*vllm_api.EXECUTOR), vllm_api.get(*vllm_api.WORKER_PROCESS)
     asks = inspect.unwrap(executor.collective_rpc)
     wanted = {"unique_reply_rank", "kv_output_aggregator", "ec_output_aggregator"}
     assert wanted <= inspect.signature(asks).parameters.keys()
@@ -100,7 +100,7 @@ class Lines(logging.Handler):
 
 def test_an_unsupported_vllm_is_left_alone_with_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     plugin.unregister()
-    monkeypatch.setattr(_vllm, "version", lambda: "0.99.0")
+    monkeypatch.setattr(vllm_api, "version", lambda: "0.99.0")
     lines = Lines()
     plugin.logger.addHandler(lines)
     monkeypatch.setattr(plugin.logger, "level", logging.INFO)

@@ -8,9 +8,9 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from ...device.memory import HostPool
+from ...device.host_memory import HostPool
 from ...errors import SourceError
-from ...plan.source import Room, Stream
+from ...plan.source import Destinations, Stream
 from ..io.stamps import check_same
 from .fast_readers import READERS, Pairs
 from .safetensors_files import SafetensorsSource
@@ -44,11 +44,14 @@ class FastSafetensors(SafetensorsSource):
         self._device = device
 
     def read(
-        self, order: Sequence[str] | None = None, pool: HostPool | None = None, room: Room | None = None
+        self,
+        order: Sequence[str] | None = None,
+        pool: HostPool | None = None,
+        destinations: Destinations | None = None,
     ) -> Stream:
         names = list(self._places if order is None else order)
         if len(names) < len(self._places) or self._open:
-            yield from super().read(order, pool, room)
+            yield from super().read(order, pool, destinations)
             return
         check_same(self.stamps)
         left = dict.fromkeys(names)
@@ -64,7 +67,7 @@ class FastSafetensors(SafetensorsSource):
                 del left[pair[0][0]]
                 yield pair.pop()
         if left:
-            yield from super().read([name for name in names if name in left], pool, room)
+            yield from super().read([name for name in names if name in left], pool, destinations)
         check_same(self.stamps)
 
     def _check(self, name: str, tensor: torch.Tensor, left: dict[str, None]) -> None:

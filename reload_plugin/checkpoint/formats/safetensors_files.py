@@ -24,12 +24,12 @@ import xxhash
 
 from ...errors import SourceError
 from ...plan.source import Span, TensorInfo, tensor_info
-from ...record.formats import shared
+from ...record.tensor_layout import shared
 from ..checkpoint import Checkpoint
 from ..dtypes import STORABLE
 from ..io.json_files import open_regular, strict_items
 from ..io.readahead import Piece, read_piece
-from ..io.reading import Parcel, Place, parcels_of
+from ..io.reading import Place, ReadBatch, read_batches_of
 from ..io.stamps import WRITE_AGAIN, Stamp, stamped
 
 _DTYPES: dict[str, torch.dtype] = {name: dtype for dtype, name in STORABLE.items()}
@@ -80,10 +80,10 @@ class SafetensorsSource(Checkpoint):
         """Name -> the path of the file that holds the tensor."""
         return {name: self.paths[place.files[0]] for name, place in self._places.items()}
 
-    def _parcels(self, order: Sequence[str] | None) -> Sequence[Parcel]:
+    def _parcels(self, order: Sequence[str] | None) -> Sequence[ReadBatch]:
         if not isinstance(order, tuple):
             return ()  # nobody asks for the same again
-        return _remembered_parcels(order, self._layouts, tuple(self.paths))
+        return _cached_read_batches(order, self._layouts, tuple(self.paths))
 
     def read_spans(self, name: str, spans: Sequence[Span], out: torch.Tensor) -> None:
         place = self._places[name]
@@ -191,14 +191,14 @@ def _layout_of(text: bytes) -> Layout:
 
 
 @functools.lru_cache(maxsize=2)
-def _remembered_parcels(
+def _cached_read_batches(
     order: tuple[str, ...], layouts: tuple[Layout, ...], files: tuple[str, ...]
-) -> Sequence[Parcel]:
+) -> Sequence[ReadBatch]:
     """The tensors of some files in parcels; the same for every save of the same layout."""
     places: dict[str, Place] = {}
     for layout, file in zip(layouts, files, strict=True):
         places.update(layout.placed(file))
-    return list(parcels_of(places[name] for name in order))
+    return list(read_batches_of(places[name] for name in order))
 
 
 def _parse(text: bytes) -> Layout:

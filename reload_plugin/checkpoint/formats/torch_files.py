@@ -194,8 +194,8 @@ class _Window(io.RawIOBase):
         return self._at
 
     def readinto(self, buffer: Any) -> int:
-        room = memoryview(buffer).cast("B")[: max(0, self._nbytes - self._at)]
-        got = os.preadv(self._handle, [room], self._start + self._at) if len(room) else 0
+        destinations = memoryview(buffer).cast("B")[: max(0, self._nbytes - self._at)]
+        got = os.preadv(self._handle, [destinations], self._start + self._at) if len(destinations) else 0
         self._at += got
         return got
 

@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 
-from ...device.memory import HostPool
+from ...device.host_memory import HostPool
 from ...errors import SourceError
-from ...plan.source import Room, Stream, TensorInfo, layer_order
+from ...plan.source import Destinations, Stream, TensorInfo, layer_order
 
 _LAYER = re.compile(r"(?:^|\.)(\d+)(?:\.|$)")
 Tensors = dict[str, torch.Tensor]
@@ -79,10 +79,13 @@ class TransformersSource:
         return self.read()
 
     def read(
-        self, order: Sequence[str] | None = None, pool: HostPool | None = None, room: Room | None = None
+        self,
+        order: Sequence[str] | None = None,
+        pool: HostPool | None = None,
+        destinations: Destinations | None = None,
     ) -> Stream:
         """Tensors may share memory with the model: they are to be read, not written."""
-        del pool, room
+        del pool, destinations
         sources = list(self._groups)
         current, tensors = -1, Tensors()
         for name in self._infos if order is None else order:

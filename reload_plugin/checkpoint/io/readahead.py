@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import torch
 
-from ...device.team import share
+from ...device.openmp import run_on_openmp_threads
 from ...errors import SourceError
 from . import vectored
 from .vectored import IOV_MAX, Parts
@@ -127,7 +127,7 @@ class Batch:
         try:
             if self.by_waiter and sum(run.nbytes for run in self.runs) >= WORTH_SHARING:
                 runs, cache = self.runs, self.cache
-                share(lambda number: _read_run(runs[number], cache), len(runs))
+                run_on_openmp_threads(lambda number: _read_run(runs[number], cache), len(runs))
                 return
             for run in self.runs:
                 _read_run(run, self.cache)

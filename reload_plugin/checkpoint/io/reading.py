@@ -15,8 +15,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from ...device.memory import HostPool
-from ...plan.source import Landed, Room, Stream, TensorInfo
+from ...device.host_memory import HostPool
+from ...plan.source import Destinations, DirectRead, Stream, TensorInfo
 from .readahead import SHARED, Batch, PageCache, Piece, ReadAhead, Run, read_piece, runs_of, spare_readers
 from .vectored import IOV_MAX, parts_at
 
@@ -123,7 +123,7 @@ class Deferred:
 Placed = Place | Assembly | Deferred
 
 
-class Stretch(NamedTuple):
+class FileRange(NamedTuple):
     """Neighbouring bytes of a file, at most ``SHARED``, and the parameters' memory that they go to."""
 
     file: str
@@ -135,11 +135,11 @@ class Stretch(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False)
-class Landing:
+class DirectReadPlan:
     """How tensors that go as they are get from files to parameters."""
 
-    landed: Landed
-    stretches: Sequence[Stretch]
+    direct_read: DirectRead
+    stretches: Sequence[FileRange]
     parts: npt.NDArray[np.int64]
     """[3, parts]: number of the parameter, first byte, and number of bytes of each."""
 
@@ -147,41 +147,47 @@ class Landing:
     def ends(self) -> Sequence[int]:
         """Bytes that the memory of each parameter has at least."""
         numbers, first, length = self.parts
-        found = np.zeros(len(self.landed.parameters), dtype=np.int64)
+        found = np.zeros(len(self.direct_read.parameters), dtype=np.int64)
         np.maximum.at(found, numbers, first + length)
         return found.tolist()
 
 
 @dataclass(eq=False)
-class Parcel:
+class ReadBatch:
     """Tensors that one request reads. May be kept for the next reading of the same listing."""
 
     places: Sequence[Place | Assembly]
     nbytes: int
-    _landing: tuple[object, Landing | None] = (None, None)
-    """The last answer of ``landing``, and the key it was found by."""
+    _landing: tuple[object, DirectReadPlan | None] = (None, None)
+    """The last answer of ``direct_read_plan``, and the key it was found by."""
 
-    def landing(self, room: Room) -> Landing | None:
+    def direct_read_plan(self, destinations: Destinations) -> DirectReadPlan | None:
         """How to read all of it to where it goes; None unless that can be."""
-        key = room.key
+        key = destinations.key
         if key is None:
             return None
         if self._landing[0] is not key:
-            self._landing = key, self._landing_in(room)
+            self._landing = key, self._direct_read_plan_in(destinations)
         return self._landing[1]
 
-    def _landing_in(self, room: Room) -> Landing | None:
+    def _direct_read_plan_in(self, destinations: Destinations) -> DirectReadPlan | None:
         places = [place for place in self.places if isinstance(place, Place)]
-        targets = room.targets([place.info for place in places]) if len(places) == len(self.places) else None
+        targets = (
+            destinations.targets([place.info for place in places])
+            if len(places) == len(self.places)
+            else None
+        )
         if targets is None:
             return None
         parameters: dict[str, list[str]] = {}
         for place, (parameter, _) in zip(places, targets, strict=True):
             parameters.setdefault(parameter, []).append(place.info.name)
         shapes = {place.info.name: place.info.shape for place in places}
-        landed = Landed(tuple(shapes), shapes, self.nbytes, parameters)
+        direct_read = DirectRead(tuple(shapes), shapes, self.nbytes, parameters)
         numbers = {parameter: number for number, parameter in enumerate(parameters)}
-        return Landing(landed, *_stretches(places, [(numbers[name], start) for name, start in targets]))
+        return DirectReadPlan(
+            direct_read, *_file_ranges(places, [(numbers[name], start) for name, start in targets])
+        )
 
     @functools.cached_property
     def extents(self) -> Sequence[tuple[str, int, int]]:
@@ -199,17 +205,17 @@ class Parcel:
         return path, next(p.info.name for p in inside if p.start <= position < p.start + p.nbytes)
 
 
-def _stretches(
+def _file_ranges(
     places: Sequence[Place], targets: Sequence[tuple[int, int]]
-) -> tuple[list[Stretch], npt.NDArray[np.int64]]:
+) -> tuple[list[FileRange], npt.NDArray[np.int64]]:
     """Neighbours in a file together, and in memory too where they are neighbours in both; and their parts."""
-    found: list[Stretch] = []
+    found: list[FileRange] = []
     parts: list[tuple[int, int, int]] = []
     file, start, end, first = "", 0, -1, 0
 
     def ended() -> None:
         if end > start:
-            found.append(Stretch(file, start, end - start, first, len(parts)))
+            found.append(FileRange(file, start, end - start, first, len(parts)))
 
     for place, (parameter, target) in zip(places, targets, strict=True):
         done = 0
@@ -232,7 +238,7 @@ def _stretches(
     return found, np.array(parts, dtype=np.int64).reshape(-1, 3).T.copy()
 
 
-_Asked = tuple[Parcel, list[torch.Tensor] | Landed, Batch]
+_Asked = tuple[ReadBatch, list[torch.Tensor] | DirectRead, Batch]
 """A parcel, the tensors it is read to or where it lands, and its reading."""
 
 
@@ -244,33 +250,33 @@ def placed(info: TensorInfo, part: Part) -> Place | Assembly:
 
 
 def read_places(
-    places: Iterable[Placed], handles: Mapping[str, int], pool: HostPool, room: Room | None
+    places: Iterable[Placed], handles: Mapping[str, int], pool: HostPool, destinations: Destinations | None
 ) -> Stream:
     """The tensors at ``places``, in that order.
 
     Args:
         places: what to read.
         handles: file -> descriptor; the caller's, open until the iterator is closed.
-        pool: memory for tensors that ``room`` has no place for.
-        room: see ``Source.read``.
+        pool: memory for tensors that ``destinations`` has no place for.
+        destinations: see ``Source.read``.
 
     """
     settled = (place.resolve(handles) if isinstance(place, Deferred) else place for place in places)
-    yield from read_parcels(parcels_of(settled), handles, {}, pool, room)
+    yield from read_in_batches(read_batches_of(settled), handles, {}, pool, destinations)
 
 
-def read_parcels(
-    parcels: Iterable[Parcel],
+def read_in_batches(
+    batches: Iterable[ReadBatch],
     handles: Mapping[str, int],
     paths: Mapping[str, str],
     pool: HostPool,
-    room: Room | None,
+    destinations: Destinations | None,
 ) -> Stream:
     """The same for tensors that are sorted into parcels; ``paths`` says where files are that have names."""
-    yield from _Reading(handles, paths, pool, room).all(iter(parcels))  # type: ignore[misc]
+    yield from _Reading(handles, paths, pool, destinations).all(iter(batches))  # type: ignore[misc]
 
 
-def parcels_of(places: Iterable[Place | Assembly]) -> Iterator[Parcel]:
+def read_batches_of(places: Iterable[Place | Assembly]) -> Iterator[ReadBatch]:
     """Tensors that are read by one request: small ones together."""
     enough = BATCH // 2 if spare_readers() > 0 else BATCH
     batch: list[Place | Assembly] = []
@@ -279,25 +285,27 @@ def parcels_of(places: Iterable[Place | Assembly]) -> Iterator[Parcel]:
         batch.append(place)
         nbytes += place.nbytes
         if nbytes >= enough:
-            yield Parcel(batch, nbytes)
+            yield ReadBatch(batch, nbytes)
             batch, nbytes = [], 0
     if batch:
-        yield Parcel(batch, nbytes)
+        yield ReadBatch(batch, nbytes)
 
 
-def _announced(parcels: Iterable[Parcel], handles: Mapping[str, int], cache: PageCache) -> Iterator[Parcel]:
+def _announced(
+    batches: Iterable[ReadBatch], handles: Mapping[str, int], cache: PageCache
+) -> Iterator[ReadBatch]:
     """The parcels; once reads have to wait, the system is told of each some time before, so that a cold disk
     reads meanwhile.
     """
-    parcels = iter(parcels)
-    window: deque[Parcel] = deque()
-    untold: deque[Parcel] = deque()
+    batches = iter(batches)
+    window: deque[ReadBatch] = deque()
+    untold: deque[ReadBatch] = deque()
     nbytes = 0
     while True:
-        while nbytes <= ANNOUNCED and (parcel := next(parcels, None)) is not None:
-            window.append(parcel)
-            untold.append(parcel)
-            nbytes += parcel.nbytes
+        while nbytes <= ANNOUNCED and (batch := next(batches, None)) is not None:
+            window.append(batch)
+            untold.append(batch)
+            nbytes += batch.nbytes
         while cache.missed and untold:
             _announce(untold.popleft(), handles)
         if not window:
@@ -309,8 +317,8 @@ def _announced(parcels: Iterable[Parcel], handles: Mapping[str, int], cache: Pag
         yield first
 
 
-def _announce(parcel: Parcel, handles: Mapping[str, int]) -> None:
-    for file, start, end in parcel.extents if hasattr(os, "posix_fadvise") else ():
+def _announce(batch: ReadBatch, handles: Mapping[str, int]) -> None:
+    for file, start, end in batch.extents if hasattr(os, "posix_fadvise") else ():
         with contextlib.suppress(OSError):  # it is advice
             os.posix_fadvise(handles[file], start, end - start, os.POSIX_FADV_WILLNEED)
 
@@ -319,73 +327,87 @@ class _Reading:
     """One pass over the tensors: parcels are asked for ahead of the tensor that is handed out."""
 
     def __init__(
-        self, handles: Mapping[str, int], paths: Mapping[str, str], pool: HostPool, room: Room | None
+        self,
+        handles: Mapping[str, int],
+        paths: Mapping[str, str],
+        pool: HostPool,
+        destinations: Destinations | None,
     ) -> None:
         self._handles = handles
         self._paths = paths
         self._pool = pool
-        self._room = room
+        self._destinations = destinations
 
-    def all(self, parcels: Iterator[Parcel]) -> Iterator[tuple[str, torch.Tensor] | Landed]:
+    def all(self, batches: Iterator[ReadBatch]) -> Iterator[tuple[str, torch.Tensor] | DirectRead]:
         waiting: deque[_Asked] = deque()
         ahead = 0
         with ReadAhead() as reader:
-            parcels = _announced(parcels, self._handles, reader.cache)
+            batches = _announced(batches, self._handles, reader.cache)
             more = True
             while True:
                 while more and (not waiting or (reader.threaded and ahead < AHEAD)):
-                    following = next(parcels, None)
+                    following = next(batches, None)
                     if more := following is not None:
                         waiting.append(self._ask(reader, following))
                         ahead += following.nbytes
                 if not waiting:
                     return
-                parcel, tensors, read = waiting.popleft()
+                batch, tensors, read = waiting.popleft()
                 read.wait()
-                ahead -= parcel.nbytes
+                ahead -= batch.nbytes
                 del read
-                if isinstance(tensors, Landed):
+                if isinstance(tensors, DirectRead):
                     yield tensors
                     continue
                 tensors.reverse()
-                for place in parcel.places:
+                for place in batch.places:
                     if isinstance(place, Assembly):
                         self._gather(place, tensors[-1])
                     yield place.info.name, tensors.pop()
 
-    def _ask(self, reader: ReadAhead, parcel: Parcel) -> _Asked:
+    def _ask(self, reader: ReadAhead, batch: ReadBatch) -> _Asked:
         """Have a parcel read: to where all of it goes if that is known, else to a tensor each."""
-        landing = parcel.landing(self._room) if self._room is not None else None
-        if landing is not None and (memory := self._memory_for(landing)) is not None:
-            return parcel, landing.landed, reader.submit(self._runs(parcel, landing, memory), memory)
-        tensors = [self._memory(place) for place in parcel.places]
-        return parcel, tensors, reader.submit(runs_of(self._pieces(parcel.places, tensors)), tensors[:])
+        direct_read_plan = (
+            batch.direct_read_plan(self._destinations) if self._destinations is not None else None
+        )
+        if direct_read_plan is not None and (memory := self._memory_for(direct_read_plan)) is not None:
+            return (
+                batch,
+                direct_read_plan.direct_read,
+                reader.submit(self._runs(batch, direct_read_plan, memory), memory),
+            )
+        tensors = [self._memory(place) for place in batch.places]
+        return batch, tensors, reader.submit(runs_of(self._pieces(batch.places, tensors)), tensors[:])
 
-    def _memory_for(self, landing: Landing) -> list[torch.UntypedStorage] | None:
-        assert self._room is not None, "only a room has a landing"
+    def _memory_for(self, direct_read_plan: DirectReadPlan) -> list[torch.UntypedStorage] | None:
+        assert self._destinations is not None, "only a room has a landing"
         found = []
-        for parameter in landing.landed.parameters:
-            memory = self._room.memory(parameter)
+        for parameter in direct_read_plan.direct_read.parameters:
+            memory = self._destinations.memory(parameter)
             if memory is None:
                 return None
             found.append(memory)
         return found
 
-    def _runs(self, parcel: Parcel, landing: Landing, memory: Sequence[torch.UntypedStorage]) -> list[Run]:
+    def _runs(
+        self, batch: ReadBatch, direct_read_plan: DirectReadPlan, memory: Sequence[torch.UntypedStorage]
+    ) -> list[Run]:
         """Raises IndexError where a part would lie outside of its parameter."""
-        numbers, first, length = landing.parts
-        if any(end > storage.nbytes() for end, storage in zip(landing.ends, memory, strict=True)):
-            raise IndexError(f"A weight is longer than its place in {', '.join(landing.landed.parameters)}")
+        numbers, first, length = direct_read_plan.parts
+        if any(end > storage.nbytes() for end, storage in zip(direct_read_plan.ends, memory, strict=True)):
+            raise IndexError(
+                f"A weight is longer than its place in {', '.join(direct_read_plan.direct_read.parameters)}"
+            )
         addresses = np.array([storage.data_ptr() for storage in memory], dtype=np.int64)
         parts = parts_at(addresses[numbers] + first, length)
         handles = self._handles
         of = {
-            file: functools.partial(parcel.place_at, file, self._paths.get(file, file))
-            for file in {stretch.file for stretch in landing.stretches}
+            file: functools.partial(batch.place_at, file, self._paths.get(file, file))
+            for file in {stretch.file for stretch in direct_read_plan.stretches}
         }
         return [
             Run(handles[file], start, parts.rows(begin, end), nbytes, of[file])
-            for file, start, nbytes, begin, end in landing.stretches
+            for file, start, nbytes, begin, end in direct_read_plan.stretches
         ]
 
     def _pieces(self, places: Sequence[Place | Assembly], tensors: Sequence[torch.Tensor]) -> list[Piece]:
@@ -412,7 +434,7 @@ class _Reading:
 
     def _memory(self, place: Place | Assembly) -> torch.Tensor:
         """Where a tensor is read to: the room it will end up in, or memory of the pool."""
-        found = None if self._room is None else self._room(place.info)
+        found = None if self._destinations is None else self._destinations(place.info)
         if found is not None:
             return found
         empty = torch.empty(0, dtype=place.info.dtype, device="cpu")

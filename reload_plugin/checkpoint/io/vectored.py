@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from ...device.memory import view_of
+from ...device.host_memory import view_of
 
 IOV_MAX = 512
 """Parts of one call (POSIX promises 16, Linux takes 1024)."""

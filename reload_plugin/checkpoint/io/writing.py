@@ -25,7 +25,7 @@ import torch
 from ...errors import SourceError
 from .. import TensorInfo
 from ..dtypes import RESERVED, STORABLE
-from ..kept import bytes_of
+from ..stores import bytes_of
 
 PARTIAL = ".partial"
 """End of the name of what is not whole yet; it begins with a dot as well."""

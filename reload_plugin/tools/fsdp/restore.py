@@ -15,8 +15,8 @@ from pydantic import BaseModel, ConfigDict
 from torch import nn
 
 from ...checkpoint import Source, open_source
-from ...ranks.ranks import PATIENCE
-from .council import Council
+from ...ranks.votes import VOTE_TIMEOUT
+from .coordinator import Coordinator
 from .filling import Filling
 from .layout import Rename, drop_gathered, needs_of, targets_of
 
@@ -53,7 +53,7 @@ def restore_fsdp(
     rename: Rename | None = None,
     strict: bool = True,
     cast: bool = False,
-    timeout: float = PATIENCE,
+    timeout: float = VOTE_TIMEOUT,
     group: Any = None,
 ) -> RestoreReport:
     """Fill a model wrapped by FSDP1 (``FullyShardedDataParallel``) or FSDP2 (``fully_shard``) in place.
@@ -91,7 +91,7 @@ def restore_fsdp(
 
     """
     started = time.perf_counter()
-    council = Council(group, timeout)
+    council = Coordinator(group, timeout)
     filling = council.agree(lambda: _checked(model, source, rename or str, strict, cast))
 
     def commit() -> None:

@@ -15,13 +15,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from ...checkpoint import Checkpoint, Room, Stream, TensorInfo
+from ...checkpoint import Checkpoint, Destinations, Stream, TensorInfo
 from ...checkpoint.dtypes import STORABLE
 from ...checkpoint.formats.torch_files import TorchFile, read_torch_file
 from ...checkpoint.io.reading import Part, placed
 from ...checkpoint.io.stamps import WRITE_AGAIN
 from ...checkpoint.pickle.pickles import ForeignTensor, Inert, Ordered, StoredTensor
-from ...device.memory import HostPool
+from ...device.host_memory import HostPool
 from ...errors import SourceError
 from .table import lay_out
 from .walk import NotMade
@@ -60,9 +60,12 @@ class NestedFile(Checkpoint):
         return [_info(name, tensor) for name, tensor in self._stored.items()]
 
     def read(
-        self, order: Sequence[str] | None = None, pool: HostPool | None = None, room: Room | None = None
+        self,
+        order: Sequence[str] | None = None,
+        pool: HostPool | None = None,
+        destinations: Destinations | None = None,
     ) -> Stream:
-        with contextlib.closing(super().read(order, pool, room)) as tensors:
+        with contextlib.closing(super().read(order, pool, destinations)) as tensors:
             for name, tensor in tensors:
                 yield name, _as_stored(tensor, self._stored[name])
 

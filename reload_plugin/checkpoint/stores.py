@@ -1,0 +1,264 @@
+"""Weights kept for later: a stream becomes a source that can be listed and read again, in any order."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import itertools
+import os
+import tempfile
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from typing import IO, Any
+
+import torch
+
+from ..device.host_memory import HostPool
+from ..errors import SourceError
+from ..plan.source import Destinations, Source, Stream, TensorInfo
+from .checkpoint import Checkpoint
+from .io.reading import Place, read_places
+
+SPILL_DIRECTORY = "RELOAD_PLUGIN_SPILL_DIR"
+"""Environment variable: where spill files go when the caller names no folder (else the system's)."""
+
+_PIECE = 8 << 20
+"""Bytes of a weight that are brought to the CPU and written at once."""
+
+
+class SpillFile:
+    """Weights in a temporary file that has no name, so that nothing is left behind however this ends.
+
+    Costs disk, not memory (a folder in a memory file system costs memory all the same). Owned by whoever
+    holds it; ``close`` gives the disk space back.
+
+    Args:
+        folder: where the file is made; None for RELOAD_PLUGIN_SPILL_DIR or the system's temporary folder.
+        description: what to call these weights in messages.
+
+    """
+
+    def __init__(self, folder: str | None, description: str) -> None:
+        self.description = description
+        self.folder = folder or os.environ.get(SPILL_DIRECTORY) or tempfile.gettempdir()
+        self.nbytes = 0
+        """Of the file, which grows no further while the weights that are added replace others."""
+        self._places: dict[str, Place] = {}
+        self._free: dict[int, list[int]] = defaultdict(list)
+        """Bytes -> where so many lie that no weight needs any more."""
+        try:
+            self._file: IO[Any] = tempfile.TemporaryFile(dir=self.folder, buffering=0)  # noqa: SIM115 - kept
+        except OSError as error:
+            raise self._failed(error) from error
+
+    def add(self, name: str, tensor: torch.Tensor) -> None:
+        """Append a weight, on any device and in any layout; its memory is the caller's again afterwards.
+
+        Raises:
+            SourceError: the disk is full or cannot be written.
+
+        """
+        info = TensorInfo(name, tuple(tensor.shape), tensor.dtype)
+        free = self._free[tensor.nbytes]
+        start = free.pop() if free else self.nbytes
+        place = Place(info, self.description, start, tensor.nbytes)
+        try:
+            self._write(tensor, start)
+        except OSError as error:
+            if start < self.nbytes:
+                free.append(start)
+            else:
+                with contextlib.suppress(OSError):
+                    self._file.truncate(start)
+            raise self._failed(error) from error
+        self.nbytes = max(self.nbytes, start + place.nbytes)
+        before = self._places.get(name)
+        self._places[name] = place
+        if before is not None:
+            self._free[before.nbytes].append(before.start)
+
+    def _write(self, tensor: torch.Tensor, start: int) -> None:
+        for piece in bytes_of(tensor):
+            while len(piece):
+                done = os.pwrite(self._file.fileno(), piece, start)
+                start += done
+                piece = piece[done:]
+
+    def _failed(self, error: OSError) -> SourceError:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        what = "No space is left" if full else f"Writing failed ({error})"
+        return SourceError(
+            f"{what} in the spill folder {self.folder} after {self.nbytes:,} bytes of {self.description}. "
+            "The engine serves what it served before. Name a folder with more space (spill_dir= or "
+            f"{SPILL_DIRECTORY}), or keep the weights in memory (policy='host')."
+        )
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._places
+
+    def infos(self) -> Sequence[TensorInfo]:
+        return [place.info for place in self._places.values()]
+
+    def read(
+        self,
+        order: Sequence[str] | None = None,
+        pool: HostPool | None = None,
+        destinations: Destinations | None = None,
+    ) -> Stream:
+        places = [self._places[name] for name in (self._places if order is None else order)]
+        handles = {self.description: self._file.fileno()}
+        try:
+            yield from read_places(places, handles, HostPool() if pool is None else pool, destinations)
+        except OSError as error:
+            raise SourceError(f"The spill file of {self.description} could not be read: {error}.") from error
+
+    def unchanged(self) -> bool:
+        return not self._file.closed
+
+    def close(self) -> None:
+        """Give the disk space back."""
+        self._file.close()
+
+
+def bytes_of(tensor: torch.Tensor) -> Iterator[memoryview]:
+    """A tensor's elements in order, as pieces of plain memory on the CPU."""
+    dense = tensor.detach().resolve_conj().resolve_neg().contiguous()
+    flat = dense.as_strided((dense.numel(),), (1,))  # one element may have any stride and count as contiguous
+    step = max(1, _PIECE // max(1, flat.element_size()))
+    for start in range(0, flat.numel(), step):
+        piece = flat[start : start + step].cpu().view(torch.uint8)
+        yield memoryview(piece.numpy())  # type: ignore[arg-type]
+
+
+class HostCopy:
+    """Weights kept in host memory: one copy of the checkpoint."""
+
+    def __init__(self, description: str) -> None:
+        self.description = description
+        self._tensors: dict[str, torch.Tensor] = {}
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all the weights."""
+        return sum(tensor.nbytes for tensor in self._tensors.values())
+
+    def add(self, name: str, tensor: torch.Tensor) -> None:
+        """Keep a copy of a weight; its memory is the caller's again afterwards."""
+        self._tensors[name] = tensor.detach().to("cpu", copy=True).contiguous()
+
+    def infos(self) -> Sequence[TensorInfo]:
+        return [TensorInfo(name, tuple(t.shape), t.dtype) for name, t in self._tensors.items()]
+
+    def read(
+        self,
+        order: Sequence[str] | None = None,
+        pool: HostPool | None = None,
+        destinations: Destinations | None = None,
+    ) -> Stream:
+        del pool, destinations  # they are in memory already
+        for name in list(self._tensors) if order is None else order:
+            yield name, self._tensors[name]
+
+    def unchanged(self) -> bool:
+        return True
+
+    def close(self) -> None:
+        """Give the memory back."""
+        self._tensors = {}
+
+
+class Overlay:
+    """Checkpoints laid over one another: a weight is that of the last one which has it.
+
+    What they hold is listed once: nothing may be added to any of them as long as this is read from.
+
+    Args:
+        sources: the lowest first; those that are overlays themselves count as their layers.
+
+    """
+
+    def __init__(self, *sources: Source) -> None:
+        layers = [layer for source in sources for layer in layers_of(source)]
+        self._infos: dict[str, TensorInfo] = {}
+        self._owner: dict[str, Source] = {}
+        for layer in layers:
+            for info in layer.infos() or ():
+                self._infos[info.name], self._owner[info.name] = info, layer
+        seen = {id(layer) for layer in self._owner.values()}
+        self.layers: Sequence[Source] = [layer for layer in layers if id(layer) in seen]
+        """Those of which something still shows, the lowest first."""
+        self.description = " over ".join(layer.description for layer in (layers[-1], *layers[:1]))
+        self.in_order = all(getattr(layer, "in_order", True) for layer in self.layers)
+        """Whether ``read`` keeps to the order it is asked for."""
+
+    def infos(self) -> Sequence[TensorInfo]:
+        return list(self._infos.values())
+
+    def read(
+        self,
+        order: Sequence[str] | None = None,
+        pool: HostPool | None = None,
+        destinations: Destinations | None = None,
+    ) -> Stream:
+        names = list(self._infos) if order is None else order
+        for _, neighbours in itertools.groupby(names, key=lambda name: id(self._owner[name])):
+            some = list(neighbours)
+            yield from self._owner[some[0]].read(some, pool, destinations)
+
+    def unchanged(self) -> bool:
+        return all(layer.unchanged() for layer in self.layers)
+
+    def close(self) -> None:
+        """Give back what any of them holds."""
+        for layer in self.layers:
+            give_back(layer)
+
+
+def layers_of(source: Source | None) -> Sequence[Source]:
+    """A source as what it is made of, the lowest first."""
+    if source is None:
+        return ()
+    return source.layers if isinstance(source, Overlay) else (source,)
+
+
+@contextlib.contextmanager
+def kept_open(source: Source | None) -> Iterator[None]:
+    """While entered, a source can be read though its files are deleted, or others come to have their names.
+
+    Raises:
+        OSError: a file is not there any more, or no more files can be opened.
+        SourceError: a file is another one than was listed.
+
+    """
+    with contextlib.ExitStack() as stack:
+        for layer in layers_of(source):
+            if isinstance(layer, Checkpoint):
+                stack.enter_context(layer.kept_open())
+        yield
+
+
+def give_back(source: Source | None) -> None:
+    """Close a source that holds something; most hold nothing between two readings."""
+    close = getattr(source, "close", None)
+    if close is not None:
+        close()
+
+
+def in_a_file(kept: HostCopy, folder: str | None) -> SpillFile:
+    """The same weights in a spill file. ``kept`` stays the caller's.
+
+    Raises:
+        SourceError: the disk is full.
+
+    """
+    file = SpillFile(folder, kept.description)
+    try:
+        for name, tensor in kept.read():
+            file.add(name, tensor)
+    except BaseException:
+        file.close()
+        raise
+    return file

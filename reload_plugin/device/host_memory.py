@@ -1,0 +1,302 @@
+"""Host memory that is used again from layer to layer and from reload to reload.
+
+Fresh pages cost more than the copy into them, and a heap that staging of many sizes passes through never
+gets small again. Blocks lie in anonymous mappings, so that what is given back is really given back.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import functools
+import mmap
+import os
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from .gc_pause import collect_young
+
+SMALL = 1 << 20
+"""Requests below this come from torch's allocator."""
+ROOM = 64 << 20
+"""Bytes of a pool for a layer, at least, and for the beginning of the next one, at most."""
+KEPT = 2 * ROOM
+"""Bytes of a pool that stay with the process between reloads, at most: to get pages from the system once more
+takes as long as reading into them."""
+IDLE = 256 << 20
+"""Bytes that the C heap may keep unused between reloads: to get pages from the system once more takes longer
+than to write to them."""
+BLOCK = 96 << 20
+"""Bytes from which on a block of the C heap goes back to the system as soon as it is free: what two of that
+size leave behind is about all that the heap may keep."""
+SPARE = 16 << 20
+"""Bytes of a pool beyond its largest layer, at least: for layers that are not processed, and small ones that
+one request reads together."""
+_PAGE = 1 << 21
+_OURS = 2
+"""References to a block's storage when nobody else has it: the block's and the counter's argument."""
+_STATM = "/proc/self/statm"
+
+
+@dataclass
+class MemoryGauge:
+    """Bytes held now and at the peak."""
+
+    held: int = 0
+    peak: int = 0
+
+    def add(self, nbytes: int) -> None:
+        """Note that ``nbytes`` more are held (fewer, when negative)."""
+        self.held += nbytes
+        self.peak = max(self.peak, self.held)
+
+
+class HostPool:
+    """Blocks of host memory, cut from one stretch that is used again from its beginning.
+
+    A block that was just processed is still in the processor's cache when the next layer is read into it.
+    Blocks come back by themselves when nobody refers to them any more. What the stretch has no place for is
+    mapped for itself. Not for several threads at once: a reload has one.
+    """
+
+    def __init__(self) -> None:
+        self._stretch: mmap.mmap | None = None
+        self._size = ROOM + SPARE
+        self._blocks: list[_Block] = []
+        """In order; those that nobody else refers to are free, and are handed out again as they are if they
+        fit: an object that is made anew for each layer lies in the heap where the last one's results were."""
+
+    def reserve(self, nbytes: int) -> None:
+        """Make the stretch large enough for a layer of ``nbytes`` bytes and for a part of the next, whose
+        beginning the same request brings along, unless it is in use. What nobody writes to takes no memory.
+        """
+        self._size = max(ROOM, nbytes) + max(SPARE, min(nbytes, ROOM))
+        if self._stretch is not None and len(self._stretch) < self._size and not any(self._used()):
+            self._stretch, self._blocks = None, []
+
+    def take(self, nbytes: int) -> torch.UntypedStorage:
+        """A storage of at least ``nbytes`` bytes with any content."""
+        if nbytes < SMALL:
+            return torch.empty(nbytes, dtype=torch.uint8, device="cpu").untyped_storage()
+        size = -(-nbytes // mmap.PAGESIZE) * mmap.PAGESIZE
+        if self._stretch is None:
+            self._stretch = _mapped(-(-self._size // _PAGE) * _PAGE)
+            if hasattr(mmap, "MADV_HUGEPAGE"):
+                self._stretch.madvise(mmap.MADV_HUGEPAGE)
+        start = self._first_gap(size)
+        if start + size > len(self._stretch) and collect_young():
+            start = self._first_gap(size)
+        if start + size > len(self._stretch):
+            return torch.frombuffer(_mapped(size), dtype=torch.uint8).untyped_storage()
+        for block in self._blocks:
+            if block.start == start and block.end == start + size:
+                return block.storage
+        cut = torch.frombuffer(self._stretch, dtype=torch.uint8, offset=start, count=size).untyped_storage()
+        apart = [block for block in self._blocks if block.end <= start or block.start >= start + size]
+        self._blocks = sorted([*apart, _Block(start, start + size, cut)], key=lambda block: block.start)
+        return cut
+
+    def settle(self) -> None:
+        """Give back to the system what is not worth keeping for the next reload."""
+        if self._stretch is None or not hasattr(mmap, "MADV_DONTNEED"):
+            return
+        end = max((block.end for block in self._used()), default=0)
+        first = max(KEPT, -(-end // mmap.PAGESIZE) * mmap.PAGESIZE)
+        if first < len(self._stretch):
+            self._stretch.madvise(mmap.MADV_DONTNEED, first, len(self._stretch) - first)
+
+    def _used(self) -> Iterator[_Block]:
+        return (block for block in self._blocks if block.used)
+
+    def _first_gap(self, size: int) -> int:
+        """Where the first ``size`` bytes are that nobody uses; the end of the last block, if need be."""
+        start = 0
+        for block in self._used():
+            if block.start - start >= size:
+                break
+            start = block.end
+        return start
+
+
+class _Block(NamedTuple):
+    """A part of a pool's stretch: first byte, end, and the storage over it."""
+
+    start: int
+    end: int
+    storage: torch.UntypedStorage
+
+    @property
+    def used(self) -> bool:
+        """Whether a tensor has this memory, or somebody else the object."""
+        return torch._C._storage_Use_Count(self.storage._cdata) > 1 or sys.getrefcount(self.storage) > _OURS
+
+
+def _mapped(size: int) -> mmap.mmap:
+    """Memory of its own, which goes back to the system as soon as nobody refers to it.
+
+    Huge pages are asked for only where memory stays. The host of a virtual machine takes back whole ones that
+    are free, and to get them once more took from half to three times what small ones take in their place.
+    """
+    return mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+
+
+def view_of(address: int, nbytes: int) -> memoryview:
+    """Memory as something to read from or into. Owns nothing."""
+    return memoryview((ctypes.c_char * nbytes).from_address(address)).cast("B")
+
+
+def resident() -> int:
+    """Bytes of this process in memory, as far as the system tells (Linux)."""
+    try:
+        statm = os.open(_STATM, os.O_RDONLY)
+    except OSError:
+        return 0
+    try:
+        return int(os.read(statm, 200).split()[1]) * mmap.PAGESIZE
+    finally:
+        os.close(statm)
+
+
+def available(device: torch.device) -> int:
+    """Bytes that can still be allocated on a device; on the CPU what the system and its cgroup leave."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    found = [_cgroup_left()]
+    with contextlib.suppress(OSError, ValueError, StopIteration):
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        found.append(int(next(line for line in lines if line.startswith("MemAvailable")).split()[1]) << 10)
+    return min(left for left in (*found, 1 << 62) if left is not None)
+
+
+def _cgroup_left() -> int | None:
+    with contextlib.suppress(OSError, ValueError):
+        group = Path("/sys/fs/cgroup")
+        limit, used = (int((group / f"memory.{name}").read_text()) for name in ("max", "current"))
+        return max(0, limit - used)
+    return None
+
+
+class Allocator(NamedTuple):
+    """What the C library's ``malloc`` offers for giving back memory it does not use."""
+
+    name: str
+    unused: Callable[[], int] | None
+    """Bytes it holds in memory for later; None where it does not say."""
+    give_back: Callable[[int], object]
+    """At least so many of them to the system, if there are so many; glibc's gives back all it can."""
+    keep: Callable[[int, int], object] | None = None
+    """From now on hold so many unused bytes, of blocks that are smaller than so many; None where it does that
+    by itself."""
+
+
+@functools.cache
+def allocator() -> Allocator | None:
+    """The allocator of this process: tcmalloc, which vLLM preloads on a CPU where it has it, or glibc's."""
+    if sys.platform != "linux":
+        return None
+    library = ctypes.CDLL(None)
+    if hasattr(library, "MallocExtension_ReleaseToSystem"):
+        return _tcmalloc(library)
+    if not hasattr(library, "malloc_trim"):
+        return None
+    keep = functools.partial(_keep_in_glibc, library)
+    return Allocator("glibc", None, lambda _: library.malloc_trim(0), keep)
+
+
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+"""Parameters of glibc's ``mallopt`` (``malloc.h``)."""
+_MMAP_THRESHOLD_MAX = 32 << 20
+"""How far glibc raises the size from which blocks are mapped for themselves, and as far as ``mallopt(3)``
+says that others may (64 bits); version 2.36 takes more."""
+_HEAP_SETTINGS = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "GLIBC_TUNABLES")
+
+
+def _keep_in_glibc(library: ctypes.CDLL, unused: int, block: int) -> None:
+    """Have glibc map blocks for themselves only from ``block`` bytes on, which go back as soon as they are
+    free, and give back the end of its heap only when that is larger than ``unused``.
+
+    By itself it maps all from 32 MiB on and gives the end back at 64 MiB, so what one layer's processing is
+    done with is got from the system once more for the next. Both are left alone where the environment sets
+    one of them.
+    """
+    settings = " ".join(f"{name}={os.environ[name]}" for name in _HEAP_SETTINGS if name in os.environ)
+    if any(word in settings.upper() for word in ("TRIM_THRESHOLD", "MMAP_THRESHOLD")):
+        return
+    if not library.mallopt(_M_MMAP_THRESHOLD, max(block, _MMAP_THRESHOLD_MAX)):
+        library.mallopt(_M_MMAP_THRESHOLD, _MMAP_THRESHOLD_MAX)
+    library.mallopt(_M_TRIM_THRESHOLD, unused)
+
+
+def _tcmalloc(library: ctypes.CDLL) -> Allocator:
+    """By its C interface (gperftools, ``malloc_extension_c.h``)."""
+    ask, release = library.MallocExtension_GetNumericProperty, library.MallocExtension_ReleaseToSystem
+    ask.argtypes = [ctypes.c_char_p, ctypes.POINTER(ctypes.c_size_t)]
+    release.argtypes, release.restype = [ctypes.c_size_t], None
+
+    def unused() -> int:
+        found = ctypes.c_size_t(0)
+        return int(found.value) if ask(b"tcmalloc.pageheap_free_bytes", ctypes.byref(found)) else 0
+
+    return Allocator("tcmalloc", unused, release)
+
+
+def keep_within(limit: int, nbytes: int) -> None:
+    """Before ``nbytes`` bytes are asked of the C heap: make it give back what it does not use, if the process
+    would have more than ``limit`` bytes in memory otherwise.
+    """
+    found = allocator()
+    if found is None:
+        return
+    at_hand = 0 if found.unused is None else found.unused()
+    excess = resident() + max(0, nbytes - at_hand) - limit
+    if excess > 0:
+        collect_young()
+        found.give_back(excess)
+
+
+@dataclass
+class Growth:
+    """How large this process was when it was smallest, to tell how much of its heap may be unused."""
+
+    least: int | None = None
+    """Bytes in memory; None before there was a reload."""
+
+    def begin(self) -> int:
+        """A reload begins. Returns the bytes that are in memory now."""
+        now = resident()
+        found = allocator()
+        if self.least is None and found is not None and found.keep is not None:
+            found.keep(IDLE, BLOCK)
+        self.least = now if self.least is None else min(self.least, now)
+        return now
+
+    def settle(self, found: Allocator) -> None:
+        """A reload is over: have the heap give back what it does not use, if that may be too much."""
+        now = resident()
+        if self.least is None or now - self.least > KEPT + IDLE:
+            found.give_back(0)
+            self.least = resident()
+
+
+growth = Growth()
+"""Of this process."""
+
+
+def settle_heap() -> None:
+    """Between reloads: leave the C heap at most ``IDLE`` bytes that it does not use.
+
+    One that does not tell how many those are has no more of them than the process has grown by; then what
+    the pool keeps may be part of that.
+    """
+    found = allocator()
+    if found is None:
+        return
+    if found.unused is None:
+        growth.settle(found)
+    elif (excess := found.unused() - IDLE) > 0:
+        found.give_back(excess)

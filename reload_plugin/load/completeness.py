@@ -1,0 +1,292 @@
+"""Who has come and who is still missing: the book that a reload keeps of weights and layers."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from ..checkpoint import DirectRead
+from ..plan.copy_plan import CopyPlan, TensorPlan
+from ..plan.tracer import Loaded, Mismatches
+from ..record.model_record import ModelRecord
+from ..record.staging import StagedGroup, StagedStorage
+
+
+def unknown(parameter: str) -> str | None:  # noqa: ARG001 - the shape of an answer
+    """Nothing is known about the checkpoint the engine started with."""
+    return None
+
+
+@dataclass(frozen=True)
+class KnownCheckpoint:
+    """What is known of the weights before they come."""
+
+    names_of_group: Mapping[str, frozenset[str]] = field(default_factory=dict)
+    """Group name -> all the weights that go into it, where that is known; such a group is processed when
+    it has them. Without it, when every element of it has been written."""
+    planned: bool = False
+    """``names_of_group`` comes from a plan of these very weights."""
+    copy_plan: CopyPlan | None = None
+    """Where weights go, learnt before; weights without a route take the model's loader."""
+    was_written: Callable[[str], str | None] = unknown
+    """How completely the checkpoint the engine started with writes a parameter (``whole``, ``part``,
+    ``none``, or None when nothing is known)."""
+    start_shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    """Name -> shape in the checkpoint the engine started with, in the order in which a cold start loads them;
+    what it passes over or takes in part there is no surprise here."""
+    groups: frozenset[str] | None = None
+    """Names of the groups that change, for a partial update; None for all."""
+
+    @functools.cached_property
+    def _places(self) -> Mapping[str, int]:
+        return {name: place for place, name in enumerate(self.start_shapes)}
+
+    def is_later(self, name: str, than: str) -> bool:
+        """Whether a cold start loads one weight after another: in the order of the engine's own checkpoint,
+        if it has them, else in that of their names, as in a file of safetensors.
+        """
+        last = len(self._places)
+        ours, theirs = self._places.get(name, last), self._places.get(than, last)
+        return (ours, name) > (theirs, than)
+
+    def only(self, groups: frozenset[str] | None) -> KnownCheckpoint:
+        """The same of some groups; None for all."""
+        if groups is None:
+            return self
+        names = {group: names for group, names in self.names_of_group.items() if group in groups}
+        return dataclasses.replace(self, names_of_group=names, groups=groups)
+
+
+class Completeness:
+    """Which weights came, which layers they belong to, and which layers have everything.
+
+    Args:
+        loaded: what the stream has brought; written by whoever loads.
+        problems: what does not fit.
+        expected: what is known of the weights before they come.
+
+    """
+
+    def __init__(self, loaded: Loaded, mismatches: Mismatches, expected: KnownCheckpoint) -> None:
+        self.loaded = loaded
+        self.copy_plan = expected.copy_plan
+        self._mismatches = mismatches
+        self._planned = expected.planned
+        self._expected = expected
+        self._waiting = {group: set(names) for group, names in expected.names_of_group.items()}
+        self._uncopied_of: dict[str, int] = defaultdict(int)
+        self._copied: list[str] = []
+        """Weights loaded by a route whose coverage has not been noted yet."""
+        self._copied_names: set[str] = set()
+        self._settled = 0
+        """How many of the landings had their coverage noted."""
+        self._stages: dict[str, StagedGroup] = {}
+        self._stage_of: dict[int, StagedGroup] = {}
+        self._storages: dict[str, tuple[StagedStorage, StagedGroup]] = {}
+        self._last_written: dict[int, StagedGroup] = {}
+
+    def admit(self, stage: StagedGroup) -> None:
+        """Keep the book of one more group, which was just put into load format."""
+        self._stages[stage.group.name] = stage
+        for storage in stage.storages:
+            self._storages[storage.primary.name] = (storage, stage)
+            self._stage_of[storage.key] = stage
+
+    def renewed(self, storage: StagedStorage) -> None:
+        """A storage has new memory: find it by that from now on."""
+        self._stage_of[storage.key] = self._storages[storage.primary.name][1]
+
+    def storage_of(self, parameter: str) -> StagedStorage:
+        return self._storages[parameter][0]
+
+    def group_of(self, parameter: str) -> str:
+        """The name of a parameter's group."""
+        return self._storages[parameter][1].group.name
+
+    @functools.cached_property
+    def _groups_of(self) -> Mapping[str, Sequence[str]]:
+        """Weight -> the groups it goes into, as expected."""
+        found: dict[str, list[str]] = defaultdict(list)
+        for group, names in self._expected.names_of_group.items():
+            for name in names:
+                found[name].append(group)
+        return found
+
+    # -- weights ----------------------------------------------------------------------------------
+
+    def plan_for_tensor(self, name: str, tensor: torch.Tensor) -> TensorPlan | None:
+        """The route of a weight, if it has one that fits and needs no loader."""
+        tensor_plan = self.copy_plan.of.get(name) if self.copy_plan is not None else None
+        return (
+            tensor_plan
+            if tensor_plan is not None and tensor_plan.copies is not None and tensor_plan.fits(tensor)
+            else None
+        )
+
+    def without_overwritten_slots(self, name: str, tensor_plan: TensorPlan) -> TensorPlan:
+        """A weight's route without the slots in which a cold start would overwrite it by one that came."""
+        assert self.copy_plan is not None, "the route is one of these"
+        if name not in self.copy_plan.contenders or tensor_plan.copies is None:
+            return tensor_plan
+        contested = self.copy_plan.contested
+        left = [
+            copy
+            for copy in tensor_plan.copies
+            if not any(
+                self._expected.is_later(other, name) and self.loaded.has(other)
+                for other in contested.get((copy.parameter, copy.target), ())
+            )
+        ]
+        return dataclasses.replace(tensor_plan, copies=tuple(left))
+
+    def note_copied(self, name: str, tensor_plan: TensorPlan) -> None:
+        """A weight was loaded by its route."""
+        self.loaded.tensor_plans[name] = tensor_plan
+        self._copied.append(name)
+        self._copied_names.add(name)
+
+    def note_direct_read(self, direct_read: DirectRead) -> list[StagedGroup]:
+        """Weights were read to where their routes lead. Returns the groups that have everything now."""
+        assert self.copy_plan is not None, "only routes tell where weights go"
+        touched: dict[str, StagedGroup] = {}
+        for parameter, names in direct_read.parameters.items():
+            stage = self._storages[parameter][1]
+            if (waiting := self._waiting.get(stage.group.name)) is not None:
+                waiting.difference_update(names)
+                touched[stage.group.name] = stage
+        arrived = [stage for group, stage in touched.items() if not self._waiting[group]]
+        return [stage for stage in arrived if self._is_trusted(stage)]
+
+    @property
+    def took_loader(self) -> bool:
+        """Whether the model's loader took a weight and no route said so: then there is something to learn."""
+        foreseen = self.copy_plan.of if self.copy_plan is not None else {}
+        arrived = self.loaded.tensor_plans
+        return any(
+            name not in foreseen or foreseen[name] != arrived.get(name)
+            for name in self.loaded.shapes.keys() - self._copied_names
+        )
+
+    @property
+    def replayed(self) -> int:
+        """How many weights were loaded by their routes."""
+        return len(self._copied_names) + sum(
+            len(direct_read.names) for direct_read in self.loaded.direct_read
+        )
+
+    @property
+    def arrived(self) -> Mapping[str, TensorPlan]:
+        """The routes of all weights that came."""
+        of = self.copy_plan.of if self.copy_plan is not None else {}
+        direct_read = {
+            name: of[name] for direct_read in self.loaded.direct_read for name in direct_read.names
+        }
+        return direct_read | self.loaded.tensor_plans
+
+    @property
+    def computed(self) -> int:
+        """How many weights the model's loader makes something else of, so that it takes them every time."""
+        copy_plan = self.loaded.tensor_plans
+        return sum(copy_plan[name].copies is None for name in copy_plan.keys() - self._copied_names)
+
+    def took_by_name(self, parameter: str) -> bool:
+        """Whether a parameter's layer was complete by the names of its weights, as at the last reload."""
+        found = self._storages.get(parameter)
+        return found is not None and found[0].closed and not found[0].coverage.touched
+
+    # -- layers -----------------------------------------------------------------------------------
+
+    def complete_after(self, name: str, recent: set[int]) -> list[StagedGroup]:
+        """Groups that have everything now that ``name`` came and the storages ``recent`` were written."""
+        arrived = [group for group in self._groups_of.get(name, ()) if self._arrived(group, name)]
+        complete = [stage for group in arrived if self._is_trusted(stage := self._stages[group])]
+        return complete + self._covered_before(recent) if recent else complete
+
+    def _arrived(self, group: str, name: str) -> bool:
+        self._uncopied_of[group] += name not in self._copied_names
+        self._waiting[group].discard(name)
+        return not self._waiting[group]
+
+    def _is_trusted(self, stage: StagedGroup) -> bool:
+        """Whether having all its weights by name means that a group is complete: when they are those that
+        were planned, came by routes of the same shapes, or are seen to cover everything.
+        """
+        return self._planned or is_covered(stage) or self._uncopied_of[stage.group.name] == 0
+
+    def _covered_before(self, recent: set[int]) -> list[StagedGroup]:
+        """Groups nobody knows the weights of, which are covered and were left for another group.
+
+        Left, because a fused layer may get one more weight after its last element (compressed-tensors
+        sends ``weight_shape`` once for each part); where that has been seen the group waits for the end.
+        """
+        now = {id(stage): stage for key in recent if (stage := self._stage_of.get(key))}
+        left = [stage for key, stage in self._last_written.items() if key not in now]
+        self._last_written = now
+        return [
+            stage
+            for stage in left
+            if stage.group.name not in self._waiting
+            and is_covered(stage)
+            and not any(storage.coverage.overlaps for storage in stage.storages)
+        ]
+
+    # -- the account ------------------------------------------------------------------------------
+
+    def settle(self) -> None:
+        """Bring coverage up to date, for the layers that are not complete yet."""
+        for name, tensor_plan in self._unsettled():
+            for copy in tensor_plan.copies or ():
+                storage = self.storage_of(copy.parameter)
+                if not storage.closed:
+                    storage.coverage.add(copy.target)
+                    self.loaded.note_written(name, copy.parameter)
+        self._copied, self._settled = [], len(self.loaded.direct_read)
+        for name in self._mismatches.misshapen:
+            # It came and did not fit: not missing as well, where its place is known.
+            known = self.copy_plan.of.get(name) if self.copy_plan is not None else None
+            for copy in (known.copies or ()) if known is not None else ():
+                self.storage_of(copy.parameter).coverage.add(copy.target)
+
+    def _unsettled(self) -> Iterator[tuple[str, TensorPlan]]:
+        """Weights that came by routes, and those routes; without most of which every layer is complete."""
+        for name in self._copied:
+            yield name, self.loaded.tensor_plans[name]
+        for direct_read in self.loaded.direct_read[self._settled :]:
+            assert self.copy_plan is not None, "only routes tell where weights land"
+            if any(not self._storages[parameter][1].processed for parameter in direct_read.parameters):
+                yield from ((name, self.copy_plan.of[name]) for name in direct_read.names)
+
+    def coverage(self) -> dict[str, str]:
+        """Parameter -> ``whole``, ``part`` or ``none``: how much of it the weights so far write."""
+        found = {}
+        for name, (storage, _) in self._storages.items():
+            if storage.primary.is_parameter:
+                part = "part" if storage.coverage.touched else "none"
+                found[name] = "whole" if storage.coverage.complete else part
+        return found
+
+    def names_of_group(self, record: ModelRecord) -> dict[str, frozenset[str]]:
+        """Group name -> weights that went into it; empty for loaders that collect weights first."""
+        if not self.loaded.repeatable:
+            return {}
+        found: dict[str, set[str]] = defaultdict(set)
+        for name, parameter in self._destinations():
+            found[record.group_with(parameter).name].add(name)
+        return {group: frozenset(names) for group, names in found.items()}
+
+    def _destinations(self) -> Iterator[tuple[str, str]]:
+        for name, parameters in self.loaded.written.items():
+            yield from ((name, parameter) for parameter in parameters)
+        for name, tensor_plan in self.arrived.items():
+            yield from ((name, copy.parameter) for copy in tensor_plan.copies or ())
+
+
+def is_covered(stage: StagedGroup) -> bool:
+    """Whether every element of every parameter of a group has been written."""
+    parameters = [storage for storage in stage.storages if storage.primary.is_parameter]
+    return bool(parameters) and all(storage.coverage.complete for storage in parameters)

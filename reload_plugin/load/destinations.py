@@ -1,0 +1,113 @@
+"""Where weights are read to: staging, for those that go there as they are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+
+from ..checkpoint import TensorInfo
+from ..device.host_memory import HostPool
+from ..plan.copy_plan import StridedCopy
+from ..plan.tracer import LoadTrace, Touching
+from .completeness import Completeness
+
+
+class StagingMemory:
+    """Staging of parameters by their names, allocated when it is first asked for.
+
+    Args:
+        ledger: knows the staging.
+        trace: watches over it.
+        pool: memory for it.
+        touching: called with staging that lies in served memory, before that is given to anybody.
+
+    """
+
+    def __init__(
+        self, completeness: Completeness, trace: LoadTrace, pool: HostPool, touching: Touching
+    ) -> None:
+        self._completeness = completeness
+        self._trace = trace
+        self._pool = pool
+        self._touching = touching
+
+    def __call__(self, parameter: str) -> torch.UntypedStorage:
+        """Raises ``LateWriteError`` when the parameter's group is processed already."""
+        storage = self._completeness.storage_of(parameter)
+        if storage.closed:
+            raise self._trace.late(parameter)
+        if not storage.materialised:
+            if storage.final is not None:
+                self._touching(storage)
+            storage.materialise(pool=self._pool)
+            self._completeness.renewed(storage)
+            self._trace.watch([storage])
+        return storage.storage
+
+
+class StagingDestinations:
+    """Staging of a session as a place to read files into.
+
+    The memory is the session's and goes with it: whoever reads into it has to stop before that.
+
+    Args:
+        ledger: knows the routes of weights and the staging of parameters.
+        memory: staging of a parameter, allocated.
+        by_hand: every weight has to be handed over, because somebody wants to see it.
+
+    """
+
+    def __init__(
+        self, completeness: Completeness, memory: Callable[[str], torch.UntypedStorage], by_hand: bool = False
+    ) -> None:
+        self._completeness = completeness
+        self._memory = memory
+        self._by_hand = by_hand
+        self._given: dict[str, torch.Tensor] = {}
+        """Weights that are read to where they go."""
+
+    def __call__(self, info: TensorInfo) -> torch.Tensor | None:
+        copy = self._copy_of(info)
+        if copy is None:
+            return None
+        memory = self._memory(copy.parameter)
+        if memory.device.type != "cpu":
+            return None
+        place = torch.empty(0, dtype=info.dtype, device="cpu")
+        place.set_(memory, copy.target.offset, copy.target.size, copy.target.stride)
+        self._given[info.name] = place
+        return place
+
+    @property
+    def key(self) -> object | None:
+        return None if self._by_hand else self._completeness.copy_plan
+
+    def targets(self, infos: Sequence[TensorInfo]) -> Sequence[tuple[str, int]] | None:
+        found = []
+        for info in infos:
+            copy = self._copy_of(info)
+            if copy is None:
+                return None
+            found.append((copy.parameter, copy.target.offset * copy.target_dtype.itemsize))
+        return found
+
+    def memory(self, parameter: str) -> torch.UntypedStorage | None:
+        memory = self._memory(parameter)
+        return memory if memory.device.type == "cpu" else None
+
+    def took(self, name: str, tensor: torch.Tensor) -> bool:
+        """Whether this weight was read to where it goes."""
+        return self._given.pop(name, None) is tensor
+
+    def _copy_of(self, info: TensorInfo) -> StridedCopy | None:
+        """The one write of a weight that goes as it is to a layer which is still open, and alone."""
+        copy_plan = self._completeness.copy_plan
+        if copy_plan is None or info.name in copy_plan.contenders:
+            return None
+        tensor_plan = copy_plan.of.get(info.name)
+        if tensor_plan is None or tensor_plan.dtype != info.dtype or tensor_plan.shape != info.shape:
+            return None
+        copy = tensor_plan.plain
+        closed = copy is not None and self._completeness.storage_of(copy.parameter).closed
+        return None if closed else copy

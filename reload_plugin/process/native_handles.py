@@ -1,0 +1,144 @@
+"""Native handles: what they were made of, since nobody can look into them afterwards.
+
+oneDNN's matmul handlers own a packed copy of the weights that no tensor shows. Their constructors are
+watched while layers are processed: the memory that a handle goes on reading has to live as long as it
+does, and a digest of what it was made of stands for what it holds.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from .. import vllm_api
+from ..device.hashing import Hash
+from ..record.module_state import owns_native, reachable, values_of
+
+Handles = dict[int, bytes | None]
+"""Handle -> digest of all that its constructor was given; None where that was not hashed."""
+
+
+@dataclass
+class NativeWatch:
+    """What the watch over native handles notes."""
+
+    captured: list[torch.Tensor] = field(default_factory=list)
+    """The tensors that new handles point into: oneDNN's int8 handler keeps the address of the weight scales
+    it was made with."""
+    paused: bool = False
+    """Whether handles that are made now are nobody's business."""
+
+
+@contextlib.contextmanager
+def watching_native(
+    device: torch.device | None, handles: Handles, hashed: bool = True
+) -> Iterator[NativeWatch]:
+    """Notes what native handles are made of while they are made.
+
+    The constructors themselves are wrapped for the time: a dispatch mode does not see them (they are
+    composite), and a function mode breaks the ``torch.compile`` that some methods use while processing.
+
+    Args:
+        device: where layers are processed; only a CPU has such constructors. None watches nothing.
+        handles: receives every handle that is made.
+        hashed: whether its arguments are hashed.
+
+    """
+    noted = NativeWatch()
+
+    def wrap(
+        name: str, constructor: Callable[..., Any], positions: tuple[int, ...] | None
+    ) -> Callable[..., Any]:
+        def noting(*args: Any, **kwargs: Any) -> Any:
+            if noted.paused:
+                return constructor(*args, **kwargs)
+            given = (*args, *kwargs.values())
+            kept = given if positions is None or kwargs else tuple(args[position] for position in positions)
+            noted.captured.extend(value.detach() for value in kept if isinstance(value, torch.Tensor))
+            handle = constructor(*args, **kwargs)  # raises where a processor cannot do it, and vLLM goes on
+            try:
+                handles[int(handle)] = _digest_of(given) if hashed else None
+            except BaseException:
+                vllm_api.release_native(name, int(handle))
+                raise
+            return handle
+
+        return noting
+
+    replaced = []
+    try:
+        if device is not None and device.type == "cpu":
+            for library, name, positions in vllm_api.native_constructors():
+                constructor = getattr(library, name)
+                setattr(library, name, wrap(name, constructor, positions))
+                replaced.append((library, name, constructor))
+        yield noted
+    finally:
+        for library, name, constructor in replaced:
+            setattr(library, name, constructor)
+
+
+def handle_in(tensor: torch.Tensor) -> int | None:
+    """The native handle that a tensor may hold: vLLM keeps one as a number in a tensor, so that compiled code
+    does not inline it.
+    """
+    may_hold = tensor.dtype == torch.int64 and tensor.numel() == 1 and tensor.device.type == "cpu"
+    return int(tensor) if may_hold else None
+
+
+def release_native_memory(values: Iterable[object], handles: Handles) -> bool:
+    """Release the native memory that served values own, to make room for what takes its place.
+
+    An owner and its tensors stay the objects they are, with a null handle, until a new twin trades contents
+    with them. Whoever computes with one before that ends the process.
+
+    Args:
+        values: as they are served.
+        handles: those that are known; owners of others keep them.
+
+    Returns:
+        Whether anything was released.
+
+    """
+    seen: set[int] = set()
+    owners = [found for value in values for found in reachable(value, seen) if owns_native(found)]
+    return sum(_empty(owner, handles) for owner in owners) > 0  # every one, not the first alone
+
+
+def _empty(owner: Any, handles: Handles) -> bool:
+    held = _handles_of(owner)
+    if not held or any(handle not in handles for _, handle in held):
+        return False
+    contents = {k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in vars(owner).items()}
+    for tensor, handle in held:
+        tensor.zero_()
+        handles.pop(handle, None)
+    heir = object.__new__(type(owner))  # its class knows how to release what it holds, and does so now
+    heir.__dict__ = contents
+    return True
+
+
+def forget_handles(owner: object, handles: Handles) -> None:
+    """An owner of native handles is about to release them: what was made of them is of no use any more."""
+    for _, handle in _handles_of(owner):
+        handles.pop(handle, None)
+
+
+def _handles_of(owner: object) -> list[tuple[torch.Tensor, int]]:
+    """The tensors in which an owner may hold native handles, and those; null is none."""
+    tensors = (value for value in values_of(owner) if isinstance(value, torch.Tensor))
+    return [(tensor, handle) for tensor in tensors if (handle := handle_in(tensor))]
+
+
+def _digest_of(arguments: tuple[Any, ...]) -> bytes:
+    total = Hash()
+    for value in arguments:
+        if isinstance(value, torch.Tensor):
+            total.add_tensor(value)
+        else:
+            total.add_text(f"{value!r};")
+    return total.digest()

@@ -1,0 +1,82 @@
+"""Load format to kernel format: vLLM's own processing, run on one group of layers at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import nn
+
+from .. import vllm_api
+from ..device.output_reuse import ReusableOutputs
+from ..errors import ProcessingError, ReloadError
+from ..record.model_record import ModelRecord
+from ..record.staging import StagedGroup
+from .native_handles import NativeWatch
+
+ProcessWeights = Callable[..., None]
+"""vLLM's ``process_weights_after_loading(model, model_config, target_device)``, unpatched."""
+
+
+def process_stage(
+    stage: StagedGroup,
+    record: ModelRecord,
+    original: ProcessWeights,
+    noted: NativeWatch,
+    places: ReusableOutputs,
+) -> None:
+    """Process a loaded group; afterwards its layers are in kernel format with the new values.
+
+    Layers of online methods are first processed the way they are while a cold start streams the
+    weights in, and then once more with everything else, as a cold start does.
+
+    Args:
+        stage: the group.
+        record: of the model.
+        original: vLLM's own processing.
+        noted: the watch over native handles, paused.
+        places: takes results where they may be written to where they are served; then a failure may leave the
+            group's served values half written, and ``stage.overwritten`` is not empty.
+
+    """
+    stage.materialise()
+    if stage.group.passed_over:
+        stage.overwritten = stage.final_storages()
+        stage.processed = True
+        return
+    noted.captured = []
+    noted.paused = not stage.group.effect
+    try:
+        with places.offered(stage.replaceable) as stage.overwritten:
+            for layer in stage.group.layers:
+                module = layer.ref()
+                if module is not None and layer.online:
+                    vllm_api.process_online(module)
+            vllm_api.process_layers(original, stage.layers, record.model_config, record.target_device)
+    except ReloadError:
+        raise
+    except Exception as error:
+        raise ProcessingError(
+            f"Processing {stage.group.name or 'the model'} raised {type(error).__name__}: {error}. "
+            "The engine serves what it served before."
+        ) from error
+    finally:
+        noted.paused = True
+        stage.overwritten = stage.overwritten | stage.final_storages()
+        stage.captured = noted.captured
+    stage.processed = True
+
+
+def process_tail(model: nn.Module, record: ModelRecord, original: ProcessWeights) -> None:
+    """The end of vLLM's processing that concerns the model as a whole: its own hook, if it has one.
+
+    Every layer must show its new values while this runs.
+    """
+    try:
+        vllm_api.process_layers(original, [], record.model_config, record.target_device, model)
+    except ReloadError:
+        raise
+    except Exception as error:
+        raise ProcessingError(
+            f"{type(model).__name__}.process_weights_after_loading raised {type(error).__name__}: {error}. "
+            "The engine serves what it served before."
+        ) from error

@@ -1,0 +1,389 @@
+"""Many ranks, one decision: every rank of a model commits a reload, or none does.
+
+A rank that has prepared everything says so and waits; a rank that failed says why. The last one to get
+ready decides to commit, the first one to fail or to lose patience decides against it, and all obey the
+decision that came first: it is one key of the process group's store, set by compare-and-swap. No
+collective is involved, so a rank that fails or is slow leaves nothing half-entered behind.
+
+Each replica of the model (``data_parallel_size``) decides for itself. Where experts are spread over
+replicas, take a failure of one for a failure of all.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+import logging
+import math
+import os
+import time
+import weakref
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ..errors import RanksDisagreeError, ReloadError
+from ..interrupts import deliver
+from ..record.model_record import ModelRecord
+
+logger = logging.getLogger("vllm.reload_plugin")
+
+TIMEOUT = "RELOAD_PLUGIN_TIMEOUT"
+"""Environment variable: seconds that a rank waits for the others, once it is ready itself."""
+VOTE_TIMEOUT = 600.0
+
+READY, COMMIT = "ready", "commit"
+LONGEST = 2000
+"""Characters of a reason that travel to the other ranks."""
+
+
+@dataclass(frozen=True)
+class RankPlace:
+    """A rank's place among the ``ranks`` that hold one model together; ``group`` is what they share."""
+
+    group: str
+    rank: int
+    ranks: int
+
+
+class Vote:
+    """One rank's voice in one reload. Call it with None when ready, else with the error; once counts.
+
+    A ready rank waits for the decision, and returns if that is to commit. From then on the other ranks
+    commit too, so whatever can fail comes before. Should the commit itself fail on one rank, the others
+    cannot know: that rank must not serve.
+
+    Args:
+        store: a store of torch.distributed that all the ranks share.
+        seat: who votes.
+        ballot: name of this reload: the same on every rank, and never used again.
+        past: keys of earlier reloads in this room, deleted once no rank can read them any more.
+
+    Raises:
+        RanksDisagreeError: another rank failed or did not answer; names each with its reason.
+
+    """
+
+    def __init__(self, store: Any, place: RankPlace, ballot: str, past: list[str]) -> None:
+        self.vote_timeout = VOTE_TIMEOUT
+        """Seconds to wait for the others."""
+        self.committed = False
+        """Whether the ranks decided to commit."""
+        self.postponed: BaseException | None = None
+        """What interrupted the wait when commit was decided already; to be raised after the commit."""
+        self._cast = False
+        self._store = store
+        self._place = place
+        self._past = past
+        self._prefix = f"reload_plugin/{place.group}/{ballot}/"
+
+    def __call__(self, error: BaseException | None) -> None:
+        if self._cast:
+            return
+        self._cast = True
+        if error is None:
+            self._agree()
+        else:
+            self._refuse(f"{type(error).__name__}: {error}"[:LONGEST])
+
+    def following(self) -> Vote:
+        """A second vote in the same matter, for those who agreed in this one."""
+        vote = Vote(self._store, self._place, "", self._past)
+        vote._prefix, vote.vote_timeout = self._prefix + "then/", self.vote_timeout
+        return vote
+
+    @property
+    def missed(self) -> bool:
+        """Whether the others gave up on this rank before it came to this ballot."""
+        if not self._store.check([self._prefix + "decision"]):
+            return False
+        decision: str = self._store.get(self._prefix + "decision").decode()
+        return decision != COMMIT and str(self._place.rank) in json.loads(decision)
+
+    def note(self, text: str) -> None:
+        """Leave a text for ``notes``; to be called before the vote."""
+        self._store.set(self._note(self._place.rank), text)
+
+    def notes(self) -> list[str]:
+        """What every rank left, by rank; once all have decided to commit."""
+        found = [self._store.get(self._note(rank)).decode() for rank in range(self._place.ranks)]
+        self._past.append(self._note(self._place.rank))
+        return found
+
+    def _note(self, rank: int) -> str:
+        return f"{self._prefix}note/{rank}"
+
+    def _refuse(self, reason: str) -> None:
+        try:
+            self._store.set(self._key(self._place.rank), reason)
+            self._decide({self._place.rank: reason})
+        except Exception as error:  # noqa: BLE001 - the reload's own error is the one to raise
+            logger.warning("The other ranks could not be told that this one failed: %s", error)
+        self._past += self._keys()
+
+    def _agree(self) -> None:
+        try:
+            decision = self._ready()
+            reasons = {} if decision == COMMIT else self._reasons(decision)
+        except Exception as error:
+            raise _disagree({self._place.rank: f"could not reach the others: {error}"}) from error
+        self.committed = decision == COMMIT
+        if self.committed:
+            self._forget()
+        self._past += self._keys()
+        if not self.committed:
+            raise _disagree(reasons)
+
+    def _ready(self) -> str:
+        """Be ready, and wait; returns the decision."""
+        try:
+            self._store.set(self._key(self._place.rank), READY)
+            if self._store.add(self._prefix + "ready", 1) == self._place.ranks:
+                return self._decide(COMMIT)
+            return self._decide({} if self._decided() else self._silent())
+        except KeyboardInterrupt as interrupt:
+            decision = self._decide({self._place.rank: "was interrupted"})
+            if decision != COMMIT:
+                raise
+            self.postponed = interrupt
+            return decision
+
+    def _decided(self) -> bool:
+        """Wait for a decision by looking often: a wait inside the store would lock other threads out."""
+        deadline = time.monotonic() + self.vote_timeout
+        pause = 0.0005
+        while not self._store.check([self._prefix + "decision"]):
+            if time.monotonic() > deadline:
+                return False
+            deliver()
+            time.sleep(pause)
+            pause = min(2 * pause, 0.02)
+        return True
+
+    def _decide(self, wish: str | dict[int, str]) -> str:
+        """Decide, unless it has been decided; returns the decision that holds."""
+        text = wish if isinstance(wish, str) else json.dumps(wish)
+        held: bytes = self._store.compare_set(self._prefix + "decision", "", text)
+        return held.decode()
+
+    def _silent(self) -> dict[int, str]:
+        ranks = [rank for rank in range(self._place.ranks) if not self._store.check([self._key(rank)])]
+        return dict.fromkeys(ranks, f"did not answer rank {self._place.rank} within {self.vote_timeout:g} s")
+
+    def _reasons(self, decision: str) -> dict[int, str]:
+        """Rank -> why it refused: what was decided on, and whatever other ranks have said since."""
+        reasons = {int(rank): str(reason) for rank, reason in json.loads(decision).items()}
+        for rank in range(self._place.ranks):
+            if self._store.check([self._key(rank)]):
+                said = self._store.get(self._key(rank)).decode()
+                if said != READY:
+                    reasons[rank] = said
+        return reasons
+
+    def _forget(self) -> None:
+        """All ranks have come to this reload, so nobody is in an earlier one."""
+        try:
+            for key in self._past:
+                self._store.delete_key(key)
+        except Exception as error:  # noqa: BLE001 - commit is decided; a key too many hurts nobody
+            logger.warning("Keys of earlier reloads could not be deleted: %s", error)
+        self._past.clear()
+
+    def _key(self, rank: int) -> str:
+        return f"{self._prefix}{rank}"
+
+    def _keys(self) -> list[str]:
+        return [self._key(self._place.rank), self._prefix + "ready", self._prefix + "decision"]
+
+
+def _disagree(reasons: dict[int, str]) -> RanksDisagreeError:
+    lines = [f"  rank {rank}: {reason}" for rank, reason in sorted(reasons.items())]
+    text = "\n".join(["Not every rank is ready to commit this reload, so none does.", *lines])
+    return RanksDisagreeError(f"{text}\nEvery rank serves what it served before.", reasons)
+
+
+class ReloadIds:
+    """Names of reloads that all ranks find alike, without talking to one another.
+
+    A worker counts the calls of its executor, which every rank gets in the same order: a rank that fails on
+    its way to a reload, or begins one alone, is in step again at the next call. Outside of such a worker
+    (Ray, external launchers) the reloads themselves are counted.
+    """
+
+    def __init__(self) -> None:
+        self._call = 0
+        self._numbers: dict[str, int] = defaultdict(int)
+        self._past: dict[str, list[str]] = defaultdict(list)
+        self._store: Callable[[], object] = lambda: None
+
+    def begin_call(self) -> None:
+        """The executor calls this worker."""
+        self._call += 1
+        self._numbers.clear()
+
+    def next(self, store: Any, place: RankPlace) -> Vote:
+        """The vote in the reload that begins now; to be called at its very beginning."""
+        if self._store() is not store:
+            self._store = weakref.ref(store)
+            self._numbers.clear()
+            self._past.clear()
+        self._numbers[place.group] += 1
+        ballot = f"{self._call}.{self._numbers[place.group]}"
+        return Vote(store, place, ballot, self._past[place.group])
+
+
+_reload_ids = ReloadIds()
+
+
+def vote_for(record: ModelRecord) -> Vote | None:
+    """The vote of this rank in a reload that begins now; None where one rank holds the whole model.
+
+    Raises:
+        ReloadError: ``RELOAD_PLUGIN_TIMEOUT`` is not a number of seconds.
+
+    """
+    ranks = ranks_of(record)
+    if ranks == 1:
+        return None
+    import torch.distributed as dist
+
+    if not dist.is_available() or not dist.is_initialized():
+        return None
+    store = dist.distributed_c10d._get_default_store()
+    vote = _reload_ids.next(store, rank_place_of(record, dist.get_rank()))
+    try:
+        vote.vote_timeout = vote_timeout()
+    except ReloadError as error:
+        vote(error)
+        raise
+    return vote
+
+
+def vote_among(purpose: str, ranks: Sequence[int], rank: int) -> Vote:
+    """The vote of a rank in something that ``ranks`` do together, each in the same order.
+
+    A rank that comes when the others have lost patience takes part in their next attempt.
+
+    Args:
+        purpose: what they do; counted by itself.
+        ranks: global ranks that take part.
+        rank: this one's global rank.
+
+    """
+    import torch.distributed as dist
+
+    group = f"{purpose}/{hashlib.sha256(repr(list(ranks)).encode()).hexdigest()[:16]}"
+    store = dist.distributed_c10d._get_default_store()
+    place = RankPlace(group, list(ranks).index(rank), len(ranks))
+    vote = _reload_ids.next(store, place)
+    while vote.missed:  # they may have begun anew since
+        vote = _reload_ids.next(store, place)
+    return vote
+
+
+def ranks_of(record: ModelRecord) -> int:
+    """How many ranks hold a model together. A draft model lives in the last pipeline stage only."""
+    parallel = getattr(record.vllm_config, "parallel_config", None)
+    sizes = ["tensor_parallel_size", "prefill_context_parallel_size"]
+    if getattr(record.model_config, "runner_type", "") != "draft":
+        sizes.append("pipeline_parallel_size")
+    return math.prod(getattr(parallel, size, 1) for size in sizes)
+
+
+def rank_place_of(record: ModelRecord, rank: int) -> RankPlace:
+    """The seat of a global rank; vLLM numbers ranks by replica, pipeline stage, then shard."""
+    ranks = ranks_of(record)
+    kind = getattr(record.model_config, "runner_type", "model")
+    return RankPlace(f"{kind}/{rank // ranks}", rank % ranks, ranks)
+
+
+def vote_timeout() -> float:
+    """Seconds to wait for other ranks."""
+    text = os.environ.get(TIMEOUT, str(VOTE_TIMEOUT))
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = math.nan
+    if not 0 < seconds < math.inf:
+        raise ReloadError(f"{TIMEOUT} is {text!r} and not seconds. The engine serves what it served before.")
+    return seconds
+
+
+# -- vLLM's executor ------------------------------------------------------------------------------
+
+
+def counting(original: Callable[..., None]) -> Callable[..., None]:
+    """A worker's ``_execute_worker_rpc`` that counts the calls it gets."""
+
+    def _execute_worker_rpc(self: Any, *args: Any, **kwargs: Any) -> None:
+        _reload_ids.begin_call()
+        original(self, *args, **kwargs)
+
+    return _execute_worker_rpc
+
+
+class _Answers:
+    """The answers of one rank: how many were asked for, and how many were read."""
+
+    def __init__(self, queue: Any) -> None:
+        self.queue = queue
+        self.asked = 0
+        self.read = 0
+
+
+class _Answer:
+    """One answer of a rank; stands for the rank's queue in one call."""
+
+    def __init__(self, answers: _Answers) -> None:
+        self.awaited = False
+        self._answers = answers
+        self._number = answers.asked
+
+    def dequeue(self, timeout: float | None = None) -> Any:
+        self.awaited = True
+        deadline = None if timeout is None else time.monotonic() + timeout
+        while True:
+            left = None if deadline is None else max(0.0, deadline - time.monotonic())
+            found = self._answers.queue.dequeue(timeout=left)
+            self._answers.read += 1
+            if self._answers.read == self._number:
+                return found
+
+
+ANSWERS = "_reload_plugin_answers"
+AGGREGATORS = ("kv_output_aggregator", "ec_output_aggregator")
+"""With one of these, every rank answers whatever ``unique_reply_rank`` says."""
+
+
+def reading_own_answers(original: Callable[..., Any]) -> Callable[..., Any]:
+    """The executor's ``collective_rpc``, where each call reads its own answers.
+
+    vLLM's stops at the first rank that failed, and the answers of the ranks after it are read by the next
+    call: after one failed reload, every later one would report what became of the one before.
+    """
+    signature = inspect.signature(original)
+
+    def collective_rpc(self: Any, *args: Any, **kwargs: Any) -> Any:
+        queues = self.response_mqs
+        known: list[_Answers] = self.__dict__.setdefault(ANSWERS, [])
+        if [answers.queue for answers in known] != queues:
+            known[:] = [_Answers(queue) for queue in queues]
+        given = signature.bind(self, *args, **kwargs).arguments
+        only = None if any(given.get(name) for name in AGGREGATORS) else given.get("unique_reply_rank")
+        asked = known if only is None else known[only : only + 1]
+        for answers in asked:
+            answers.asked += 1
+        self.response_mqs = own = [_Answer(answers) for answers in known]
+        try:
+            return original(self, *args, **kwargs)
+        except BaseException:
+            if not any(answer.awaited for answer in own):  # it was never sent
+                for answers in asked:
+                    answers.asked -= 1
+            raise
+        finally:
+            self.response_mqs = queues
+
+    return collective_rpc

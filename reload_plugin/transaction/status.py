@@ -1,0 +1,142 @@
+"""What a model serves and how its last reload went, for people and for monitoring."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable
+from typing import Any, Literal, get_args
+
+from pydantic import BaseModel, ConfigDict
+from torch import nn
+
+from ..errors import ReloadError
+from ..verify.digest import served_digest
+from ..verify.slots import ReloadReport
+from .session import complete_record_of
+
+
+class ReloadStatus(BaseModel):
+    """State of one model on one rank."""
+
+    model_config = ConfigDict(frozen=True)
+
+    state: Literal["serving", "updating", "broken"]
+    """``updating``: an update is open and the old weights are served; ``broken``: nothing is served."""
+    version: int
+    """Reloads committed since the start."""
+    weight_version: str | None
+    """The caller's name for the served weights."""
+    digest: str | None
+    """Of what the kernels read (``digest.digest_of``); None when nobody asked, or it cannot be known."""
+    source: str
+    """Where the served weights came from."""
+    since: float
+    """Unix time (s) of the commit."""
+    update: str | None
+    """The open update: whose it is and how far it got."""
+    last_error: str | None
+    """What the last reload failed with; None once one succeeded."""
+    report: ReloadReport | None = None
+    """Of the last reload that succeeded, without the lists of what it kept and ignored."""
+    rank: int = 0
+
+
+def status_of(model: nn.Module, digest: bool = True, rank: int = 0) -> ReloadStatus:
+    """The state of a model.
+
+    Args:
+        model: a recorded model.
+        digest: where nobody asked for the digest of these weights before, make it and remember it. Reads all
+            weights once; not done inside a block of ``restore_for_reloading``.
+        rank: what to put into the answer.
+
+    Raises:
+        NotRecordedError: the model was built without the plugin.
+
+    """
+    record = complete_record_of(model)
+    known = served_digest(record) if digest and record.broken is None else record.generation.digest
+    serving, session, report = record.generation, record.session, record.last_report
+    update = None
+    if session is not None:
+        update = f"{session.source}, {session.holder}, {session.loaded.count} weights so far"
+        update += f", failed: {session.failed}" if session.failed else ""
+    return ReloadStatus(
+        state="broken" if record.broken is not None else "updating" if update else "serving",
+        version=serving.version,
+        weight_version=serving.weight_version,
+        digest=None if record.broken is not None else known,
+        source=serving.source,
+        since=serving.since,
+        update=update,
+        last_error=record.broken or record.last_error,
+        report=None if report is None else report.model_copy(update={"digest": known}),
+        rank=rank,
+    )
+
+
+def status(engine: Any, digest: bool = True) -> list[ReloadStatus]:
+    """The state of every rank of a running engine; over HTTP: ``/collective_rpc`` with ``reload_status``.
+
+    Args:
+        engine: a ``vllm.LLM`` (or anything else with ``collective_rpc``), or a model in this process.
+        digest: hash what the kernels read, if nobody asked for that before.
+
+    """
+    if isinstance(engine, nn.Module):
+        return [status_of(engine, digest)]
+    answers = engine.collective_rpc("reload_status", kwargs={"digest": digest})
+    return [ReloadStatus.model_validate(answer) for answer in answers]
+
+
+logger = logging.getLogger("vllm.reload_plugin")
+
+Cache = Literal["prefix", "encoder", "multimodal"]
+
+
+def reload_engine(
+    llm: Any, weights_path: str | None = None, reset_caches: Iterable[Cache] = (), **how: Any
+) -> list[ReloadStatus]:
+    """Reload all ranks of a ``vllm.LLM`` from disk, and reset caches that depend on its weights when asked.
+
+    Args:
+        llm: a running engine.
+        weights_path: folder to read; None for the engine's own model path.
+        reset_caches: ``prefix`` (keys and values of shared prompts), ``encoder`` and ``multimodal`` (outputs
+            of encoders). What is not named keeps what it holds, but for outputs of encoders in the workers,
+            which vLLM's runners drop after every reload.
+        **how: options of ``reload_weights``.
+
+    Returns:
+        The state of every rank; ``report.caches`` says of each cache whether it was reset, and why not: vLLM
+        resets no prefix cache of which a running request holds a block. The new weights are served then.
+
+    Raises:
+        ReloadError: the reload failed and the engine serves what it served before.
+
+    """
+    asked = tuple(reset_caches)
+    if unknown := sorted(set(asked) - set(get_args(Cache))):
+        raise ReloadError(f"No cache is called {', '.join(unknown)}: {', '.join(get_args(Cache))} are.")
+    llm.collective_rpc("reload_weights", kwargs={"weights_path": weights_path, **how})
+    engine = llm.llm_engine
+    calls = {
+        "prefix": engine.reset_prefix_cache,
+        "encoder": engine.reset_encoder_cache,
+        "multimodal": engine.reset_mm_cache,
+    }
+    if asked:
+        outcomes = {cache: _reset(cache, calls[cache]) for cache in asked}
+        llm.collective_rpc("note_reset_caches", kwargs={"outcomes": outcomes})
+    return status(llm)
+
+
+def _reset(cache: Cache, call: Callable[[], object]) -> str:
+    """Reset one cache; how that went. Never raises: the new weights are served already."""
+    try:
+        reason = "running requests hold parts of it; reset it when they have ended" if call() is False else ""
+    except Exception as error:  # noqa: BLE001 - whatever it was, it is told and not lost
+        reason = f"{type(error).__name__}: {error}"
+    if reason:
+        logger.warning("The %s cache holds results of the old weights. It was not reset: %s", cache, reason)
+    return f"not reset: {reason}" if reason else "reset"

@@ -1,0 +1,56 @@
+"""Layers that a partial update is not to change: what they are, and whether they still are."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from ..errors import CrossGroupEffectError
+from ..record.model_record import ModelRecord
+from ..record.module_state import Snapshot, holds_same, put_back, read
+from ..tensors import storage_id
+
+_SHOWN = 3
+
+
+class UntouchedLayers:
+    """The groups of a model beside those that are reloaded, and what their layers held at first.
+
+    Args:
+        record: of the model.
+        reloaded: names of the groups that are.
+
+    """
+
+    def __init__(self, record: ModelRecord, reloaded: Iterable[str]) -> None:
+        chosen = set(reloaded)
+        groups = [group for group in record.groups if group.name not in chosen]
+        tensors = [(tensor.ref(), tensor.name) for group in groups for tensor in group.tensors]
+        self.storages: dict[int, str] = {
+            key: name for tensor, name in tensors if tensor is not None and (key := storage_id(tensor))
+        }
+        """Identity of the memory that a loader has no business in -> name of a tensor there."""
+        layers = [layer for group in groups for layer in group.layers]
+        held = [(layer.name, holder.ref()) for layer in layers for holder in layer.holders]
+        self._held: list[tuple[str, object, Snapshot]] = [
+            (name, holder, read(holder)) for name, holder in held if holder is not None
+        ]
+
+    def put_back(self) -> list[str]:
+        """Give the layers what they held. Returns the names of those that held something else."""
+        changed = []
+        for name, holder, contents in self._held:
+            now = read(holder)
+            if not holds_same(now, contents):
+                changed.append(name)
+                put_back(holder, contents, now)
+        return changed
+
+    def check(self, source: str) -> None:
+        """Raises EntangledError when layers hold something else now, which is put back."""
+        if changed := self.put_back():
+            shown = ", ".join(name or "the model" for name in changed[:_SHOWN])
+            more = f" and {len(changed) - _SHOWN} more" if len(changed) > _SHOWN else ""
+            raise CrossGroupEffectError(
+                f"Processing the layers that {source} has weights of also changes {shown}{more}, of which "
+                "nothing came. The engine serves what it served before. Send all weights."
+            )
