@@ -28,6 +28,7 @@ if TYPE_CHECKING:
         UnsupportedError,
         WeightsError,
     )
+    from .report import ReloadReport
     from .tools.conversion import convert, is_stale, read_nested
     from .tools.fsdp import RestoreReport, restore_fsdp
     from .tools.nested import flatten, unflatten
@@ -35,7 +36,6 @@ if TYPE_CHECKING:
     from .transaction.reload import record_for_reloading, reload_weights
     from .transaction.session import ReloadSession
     from .transaction.status import ReloadStatus, reload_engine, status
-    from .verify.slots import ReloadReport
 
 _HOME = {
     "DuplicateWeightsError": "errors",
@@ -49,7 +49,7 @@ _HOME = {
     "ProcessingError": "errors",
     "RanksDisagreeError": "errors",
     "ReloadError": "errors",
-    "ReloadReport": "verify.slots",
+    "ReloadReport": "report",
     "ReloadSession": "transaction.session",
     "ReloadStatus": "transaction.status",
     "RestoreReport": "tools.fsdp",

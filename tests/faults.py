@@ -44,7 +44,7 @@ from reload_plugin.checkpoint.io import reading, vectored
 from reload_plugin.commit import group_commit as commit
 from reload_plugin.device import host_memory as memory
 from reload_plugin.errors import EngineBrokenError, ReloadError
-from reload_plugin.record import staging
+from reload_plugin.record import staged_group, staged_storage
 from reload_plugin.record.model_record import record_of
 from reload_plugin.transaction.chunked_update import restore_for_reloading
 from reload_plugin.transaction.rollback import before_forward_pass
@@ -488,7 +488,7 @@ def allocating(lab: Lab, trap: Trap) -> Iterator[None]:
 @contextlib.contextmanager
 def pooling(lab: Lab, trap: Trap) -> Iterator[None]:
     """A step at each block that is taken from the pool, which here serves small tensors as well."""
-    small = [patch.object(module, "SMALL", 1) for module in (memory, staging)]
+    small = [patch.object(module, "SMALL", 1) for module in (memory, staged_storage)]
     take = patch.object(memory.HostPool, "take", trap.before(memory.HostPool.take))
     with small[0], small[1], take:
         yield
@@ -948,7 +948,7 @@ def run(name: str, root: Path) -> Iterator[Result]:
 def sessions_alive() -> int:
     """Reloads that are over and still in memory."""
     gc.collect()
-    return sum(isinstance(found, (ReloadSession, staging.StagedGroup)) for found in gc.get_objects())
+    return sum(isinstance(found, (ReloadSession, staged_group.StagedGroup)) for found in gc.get_objects())
 
 
 def run_in_subprocess(name: str, root: Path, plugin: bool) -> dict[str, Result]:

@@ -268,7 +268,7 @@ def the_tail_raises(engine: Engine) -> None:
 
 def memory_runs_out(engine: Engine) -> None:
     fails = failing_in(
-        "reload_plugin.record.staging", "StagedStorage.materialise", MemoryError("full"), after=3
+        "reload_plugin.record.staged_storage", "StagedStorage.materialise", MemoryError("full"), after=3
     )
     engine.assert_refused(engine.on(1, fails), "rank 1: ", "full")
 

@@ -13,8 +13,8 @@ import httpx
 
 from ..checkpoint import open_source
 from ..errors import ReloadError
+from ..report import ReloadReport
 from ..transaction.status import ReloadStatus
-from ..verify.slots import ReloadReport
 from .show import FINE, NO, CommandError, as_json, human, progress, table, waiting
 
 QUICK = 30.0

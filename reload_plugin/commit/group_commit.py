@@ -1,40 +1,17 @@
-"""Kernel-format results into the served tensors, without moving an object or an address.
-
-The served state and the result of processing are walked side by side. Tensors are copied into the
-ones already there; objects that own native resources trade their contents with their new twin, so
-that the old resource is released exactly once; plain values are replaced.
-"""
+"""One group's new values become the served ones, at the addresses of the old ones."""
 
 from __future__ import annotations
 
-import functools
-import types
-from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
-from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-defined]
 
 from ..plan.copy_plan import copy_into
-from ..record.module_state import (
-    ABSENT,
-    OUR_ATTRIBUTES,
-    Key,
-    Snapshot,
-    cell_content,
-    equal,
-    has_attributes,
-    is_foreign,
-    owns_native,
-    reachable,
-    read,
-    tensors_in,
-    write,
-)
-from ..record.staging import GroupState, StagedGroup
-from ..tensors import storage_id, wraps_others
+from ..record.module_state import tensors_in
+from ..record.snapshot import ABSENT, OUR_ATTRIBUTES, Key, read, write
+from ..record.staged_group import StagedGroup
+from ..tensors import storage_id
 
 
 @dataclass(eq=False)
@@ -105,205 +82,6 @@ class Commit:
                 tensor.__dict__ = attributes
 
 
-def plan_commit(stage: StagedGroup) -> Commit:
-    """Compare a group's served state with its result; the group must show its served state."""
-    assert stage.result is not None, "a commit needs the result of processing"
-    commit = Commit(stage.group.name)
-    graft = _Comparison(stage.served, stage.result, commit, stage.overwritten)
-    for (holder, served), (_, result) in zip(stage.served.contents, stage.result.contents, strict=True):
-        graft.contents(stage.group.name, holder, served, result)
-    commit.native = _still_reachable(stage)
-    return commit
-
-
-def _still_reachable(stage: StagedGroup) -> list[torch.Tensor]:
-    """What native code was given and the result still holds: a cold start would keep it alive too."""
-    assert stage.result is not None
-    if not stage.captured:
-        return []
-    sought = {storage_id(tensor) for tensor in stage.captured}
-    held: set[int | None] = set()
-    # Of all values together: helpers hold one another, and a large config.
-    seen: set[int] = set()
-    for _, contents in stage.result.contents:
-        for value in contents.values():
-            if sought <= held:  # nearly always soon: it is the layer's own scales that are captured
-                break
-            tensors = (found for found in reachable(value, seen) if isinstance(found, torch.Tensor))
-            held |= {storage_id(stage.result.data_of(tensor)) for tensor in tensors}
-    return [tensor for tensor in stage.captured if storage_id(tensor) in held]
-
-
-class _Comparison:
-    """Walks served values and their new twins in parallel and notes what makes them equal."""
-
-    def __init__(
-        self, served: GroupState, result: GroupState, commit: Commit, overwritten: Collection[int] = ()
-    ) -> None:
-        self._overwritten = overwritten
-        self._served = served
-        self._result = result
-        self._commit = commit
-        self._restaged = served.tensors.keys()
-        """Tensors (by identity) that may have other values, though the object is the same."""
-        self._done: dict[tuple[int, int], object] = {}
-        self._sources: dict[int, int] = {}
-        self._alive: list[object] = []
-
-    def contents(self, path: str, holder: object, served: Snapshot, result: Snapshot) -> None:
-        """Make ``holder``, which holds ``served``, hold the values of ``result``."""
-        if result is served and not self._restaged:
-            return
-        for key, old, new in served.changes_to(result, self._restaged):
-            value = new if old is ABSENT else self.value(f"{path}.{key[1]}", old, new)
-            if value is not old:
-                self._commit.writes.append((holder, key, value))
-        for key in served.gone_from(result):
-            self._commit.writes.append((holder, key, ABSENT))
-
-    def value(self, path: str, old: object, new: object) -> object:
-        """What to hold in place of ``old``: ``old`` itself wherever it can be made equal to ``new``."""
-        if isinstance(old, torch.Tensor) and isinstance(new, torch.Tensor):
-            return self._tensor(path, old, new)
-        if old is new:
-            return old
-        known = (id(old), id(new))
-        if known not in self._done:
-            self._done[known] = old
-            self._alive += [old, new]
-            self._done[known] = self._other(path, old, new)
-        return self._done[known]
-
-    def _other(self, path: str, old: Any, new: Any) -> object:
-        if type(old) is not type(new):
-            return new
-        if isinstance(old, types.FunctionType):
-            return self._function(path, old, new)
-        if isinstance(old, types.MethodType):
-            owner = self.value(path, old.__self__, new.__self__)
-            same = owner is old.__self__ and old.__func__ is new.__func__
-            return old if same else types.MethodType(new.__func__, owner)
-        if isinstance(old, functools.partial):
-            return self._partial(path, old, new)
-        if isinstance(old, tuple):
-            return self._tuple(path, old, new)
-        if isinstance(old, (list, dict)):
-            self.contents(path, old, read(old), read(new))
-            return old
-        if owns_native(old):
-            self._commit.trades.append((old, new))
-            return old
-        if isinstance(old, nn.Module) or _is_plain_object(old):
-            self.contents(path, old, read(old), read(new))
-            return old
-        return old if equal(old, new) else new
-
-    def _tensor(self, path: str, old: torch.Tensor, new: torch.Tensor) -> object:
-        if wraps_others(type(new)) or wraps_others(type(old)):
-            return self._wrapper(path, old, new)
-        if self._sources.setdefault(id(old), id(new)) != id(new):
-            return new
-        target, source = self._served.data_of(old), self._result.data_of(new)
-        if storage_id(source) in self._overwritten and not _same_memory(target, source):
-            source = source.clone()  # it lies where something else is served, whose own value goes there
-        if _same_memory(target, source):
-            pass
-        elif _same_layout(target, source):
-            self._commit.copies.append((target, source))
-        else:
-            self._commit.moves.append((old, source, path))
-        self._look(old, new)
-        self._alive.append(new)
-        return old
-
-    def _look(self, old: torch.Tensor, new: torch.Tensor) -> None:
-        state = self._result.tensors.get(id(new))
-        cls = type(new) if state is None else state.cls
-        attributes = dict(new.__dict__ if state is None else state.attributes)
-        if cls is not type(old) or attributes.keys() != old.__dict__.keys() or old is not new:
-            if cls is not type(old) and not _can_become(old, cls):
-                cls = type(old)
-            merged = {
-                name: self.value(name, old.__dict__[name], value) if name in old.__dict__ else value
-                for name, value in attributes.items()
-            }
-            kept = old.__dict__
-            differs = merged.keys() != kept.keys() or any(merged[k] is not kept[k] for k in merged)
-            if cls is not type(old) or differs:
-                self._commit.looks.append((old, cls, merged))
-
-    def _wrapper(self, path: str, old: Any, new: Any) -> object:
-        if old is new:
-            return old
-        if not (wraps_others(type(old)) and wraps_others(type(new))):
-            return new
-        names, context = old.__tensor_flatten__()
-        new_names, new_context = new.__tensor_flatten__()
-        if names != new_names or not equal(context, new_context):
-            return new
-        for name in names:
-            if self._tensor(f"{path}.{name}", getattr(old, name), getattr(new, name)) is not getattr(
-                old, name
-            ):
-                return new
-        return old
-
-    def _function(self, path: str, old: types.FunctionType, new: types.FunctionType) -> object:
-        if old.__code__ is not new.__code__:
-            return new
-        for name, cell, twin in zip(
-            old.__code__.co_freevars, old.__closure__ or (), new.__closure__ or (), strict=True
-        ):
-            held, new_held = cell_content(cell), cell_content(twin)
-            value = self.value(f"{path}.{name}", held, new_held)
-            if value is not held:
-                self._commit.cells.append((cell, value))
-        for defaults in ("__defaults__", "__kwdefaults__"):
-            before, after = getattr(old, defaults), getattr(new, defaults)
-            value = self.value(path, before, after)
-            if value is not before:
-                return new
-        return old
-
-    def _partial(self, path: str, old: functools.partial[Any], new: functools.partial[Any]) -> object:
-        func: Callable[..., Any] = self.value(path, old.func, new.func)  # type: ignore[assignment]
-        args = self._tuple(path, old.args, new.args)
-        keywords = {
-            k: self.value(f"{path}.{k}", old.keywords[k], v) if k in old.keywords else v
-            for k, v in new.keywords.items()
-        }
-        same = func is old.func and args is old.args and keywords.keys() == old.keywords.keys()
-        if same and all(keywords[k] is old.keywords[k] for k in keywords):
-            return old
-        return functools.partial(func, *args, **keywords)
-
-    def _tuple(self, path: str, old: tuple[Any, ...], new: tuple[Any, ...]) -> tuple[Any, ...]:
-        if len(old) != len(new):
-            return new
-        values = [self.value(f"{path}.{i}", a, b) for i, (a, b) in enumerate(zip(old, new, strict=True))]
-        if all(value is kept for value, kept in zip(values, old, strict=True)):
-            return old
-        make: Callable[..., tuple[Any, ...]] = type(old)
-        return make(*values) if hasattr(old, "_fields") else make(values)
-
-
-def _is_plain_object(value: object) -> bool:
-    """An object whose whole state is its attributes, and not shared infrastructure."""
-    if is_foreign(type(value)) or isinstance(value, type):
-        return False
-    return has_attributes(value)
-
-
-def _same_memory(a: torch.Tensor, b: torch.Tensor) -> bool:
-    if a.device != b.device or a.shape != b.shape or a.stride() != b.stride() or a.dtype != b.dtype:
-        return False
-    if a.numel() == 0:
-        return True
-    return (
-        a.untyped_storage()._cdata == b.untyped_storage()._cdata and a.storage_offset() == b.storage_offset()
-    )
-
-
 def _same_layout(a: torch.Tensor, b: torch.Tensor) -> bool:
     return (
         a.shape == b.shape
@@ -317,12 +95,6 @@ def _same_layout(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 def _bits(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.contiguous().view(torch.uint8) if tensor.dim() else tensor.reshape(1).view(torch.uint8)
-
-
-def _can_become(tensor: torch.Tensor, cls: type) -> bool:
-    return issubclass(cls, nn.Parameter) == isinstance(tensor, nn.Parameter) and not issubclass(
-        cls, UninitializedTensorMixin
-    )
 
 
 def _trade(served: object, new: object) -> None:

@@ -15,12 +15,13 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from ..device.gc_pause import gc_paused
 from ..errors import ReloadError, SourceError, weights_error
-from ..load.completeness import KnownCheckpoint
 from ..record.placement import placement
 from ..transaction.session import SERVES_OLD, ReloadSession, complete_record_of
+from .arrivals import Loaded
 from .copy_plan import CopyPlan
+from .known_checkpoint import KnownCheckpoint
+from .mismatches import Mismatches
 from .source import TensorInfo
-from .tracer import Loaded, Mismatches
 
 _AT_A_TIME = 1000
 """Tensors on meta that a plan has at one time, unless the loader collects them."""

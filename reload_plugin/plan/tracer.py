@@ -1,8 +1,7 @@
-"""From a stream of (name, tensor) to complete layers in load format.
+"""Watching a model's own ``load_weights``: which staging a weight is written to, and which elements of it.
 
-The model's own ``load_weights`` does the loading. A dispatch mode watches it: which staging a
-weight is written to, which elements, and whether anything else is touched. That gives memory on
-first touch, completeness by identity, and a guard over the served tensors in one place.
+The model's own loader does the loading. A dispatch mode watches it. That gives memory on first touch,
+completeness by identity, and a guard over the served tensors in one place.
 """
 
 from __future__ import annotations
@@ -11,109 +10,32 @@ import functools
 import math
 import operator
 import re
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from ..errors import LateReadError, LateWriteError, ReloadError, SourceError
-from ..interrupts import call_out
-from ..record.staging import StagedStorage
+from ..errors import LateReadError, LateWriteError
+from ..record.staged_storage import StagedStorage
 from ..record.tensor_layout import SMALL_BYTES, Geometry, shared
 from ..tensors import storage_id
+from .arrivals import Loaded
 from .copy_plan import Slot, StridedCopy, TensorPlan
+from .mismatches import Mismatches, RejectedWeightError
 from .source import DirectRead
 
 _SCALE = re.compile(r"scale|zero|alpha|shape")
+
+
 _MANY = 4000
 """Storages of weights that may be written late, before those that are gone are looked for among them."""
-_LIMIT = 10_000
-"""Offenders after which a stream is not read any further."""
-
-
-Fetching = Callable[[Callable[[Iterator[Any]], Any], Iterator[Any]], Any]
-"""Calls ``next`` with the weights: whether Ctrl-C may come then."""
 
 
 Touching = Callable[[StagedStorage], None]
 """Told of staging that lies in served memory before somebody may write there."""
-
-
-class RejectedWeightError(Exception):
-    """Stops a loader at a weight that does not fit; the reason is already noted."""
-
-
-@dataclass
-class Mismatches:
-    """Everything that does not fit, by kind: name -> reason."""
-
-    missing: dict[str, str] = field(default_factory=dict)
-    unexpected: dict[str, str] = field(default_factory=dict)
-    duplicate: dict[str, str] = field(default_factory=dict)
-    misshapen: dict[str, str] = field(default_factory=dict)
-    nonfinite: dict[str, str] = field(default_factory=dict)
-
-    def __bool__(self) -> bool:
-        return any(vars(self).values())
-
-    @property
-    def count(self) -> int:
-        return sum(map(len, vars(self).values()))
-
-
-@functools.lru_cache(maxsize=4096)
-def _same(parameters: tuple[str, ...]) -> tuple[str, ...]:
-    """The same object for the same parameters: many experts are in one."""
-    return parameters
-
-
-@dataclass
-class Loaded:
-    """What a stream has brought so far."""
-
-    shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
-    """Of the weights that were handed over one by one."""
-    direct_read: list[DirectRead] = field(default_factory=list)
-    """Those that were read to where they go, many at a time; a source lists each once."""
-    written: dict[str, tuple[str, ...]] = field(default_factory=dict)
-    """Weight -> the parameters that its slots are in. Which of their elements were written is in their
-    storage's coverage, and not here once more for each weight, of which there may be very many."""
-    tensor_plans: dict[str, TensorPlan] = field(default_factory=dict)
-    """How to do the same with a weight that was handed over again, without the loader; those that the loader
-    only passed over were not written anywhere."""
-    computed: dict[str, tuple[Slot, ...]] = field(default_factory=dict)
-    """Where the loader wrote what it made of a weight, or what it had from elsewhere while the weight was the
-    last that had come."""
-    in_new_parameters: set[str] = field(default_factory=set)
-    """Weights for which the loader made parameters."""
-    read_back: set[str] = field(default_factory=set)
-    """Parameters that the loader took values from when other weights had come, and those it wrote them to."""
-    contested: dict[Slot, dict[str, None]] = field(default_factory=dict)
-    """Slots that the loader wrote several weights to, and those."""
-    repeatable: bool = True
-    """False when the loader kept a weight back and wrote it later, or wrote more after the last one."""
-    nbytes: int = 0
-
-    @property
-    def count(self) -> int:
-        """How many weights came."""
-        return len(self.shapes) + sum(len(direct_read.names) for direct_read in self.direct_read)
-
-    def note_written(self, name: str, parameter: str) -> None:
-        """Something of a weight was written to a parameter."""
-        before = self.written.get(name, ())
-        if parameter not in before:
-            self.written[name] = _same((*before, parameter))
-
-    def has(self, name: str) -> bool:
-        """Whether a weight came already."""
-        if name in self.shapes:
-            return True
-        return bool(self.direct_read) and any(name in direct_read.shapes for direct_read in self.direct_read)
 
 
 @functools.cache
@@ -555,197 +477,3 @@ def _in_elements_of(target: torch.Tensor, storage: StagedStorage) -> Geometry:
         return view
     start = view.offset * here // there
     return Geometry(start, (max(1, view.numel * here // there),), (1,))
-
-
-class WeightStream:
-    """The caller's weights, checked one by one, on their way into the model's loader.
-
-    ``between`` runs whenever the loader comes back for the next weight: the one moment at which no
-    loader is in the middle of anything. Nothing the caller handed over is kept past that moment.
-    """
-
-    def __init__(
-        self,
-        weights: Iterable[tuple[str, torch.Tensor]],
-        trace: LoadTrace,
-        between: Callable[[], None],
-        aside: Callable[[str, torch.Tensor], bool] | None = None,
-        fetching: Fetching = call_out,
-        used_late: Callable[[str], bool] | None = None,
-    ) -> None:
-        try:
-            self._weights = iter(weights)
-        except TypeError as error:
-            raise SourceError(
-                f"weights_iterator is a {type(weights).__name__}, not an iterable of (name, tensor). "
-                "The engine serves what it served before."
-            ) from error
-        self._trace = trace
-        self._between = between
-        self._aside = aside
-        """Says of a weight that it was dealt with and is not to be loaded now."""
-        self._fetching = fetching
-        self._used_late = used_late
-        """Says of a weight that the loader may look at it when it has come back for the next one. It gets a
-        copy then: its caller may overwrite the memory.
-        """
-        self.exhausted = False
-        self.waited = 0.0
-        """Seconds in which the source had the word: files were read, or the caller's iterator ran."""
-
-    def __iter__(self) -> WeightStream:
-        return self
-
-    def __next__(self) -> tuple[str, torch.Tensor]:
-        while True:
-            self._trace.end()
-            self._in_between()
-            name, tensor = self.fetch()
-            if tensor is not None:
-                late = self._used_late is not None and self._used_late(name)
-                ours = tensor.detach().clone() if late else tensor.detach()
-                self._trace.begin(name, ours, late or self._trace.dry)
-                return name, ours
-
-    def _in_between(self) -> None:
-        try:
-            self._between()
-        except ReloadError:
-            raise
-        except Exception as error:
-            raise ReloadError(
-                f"Finishing a layer after {self._trace.current!r} failed with "
-                f"{type(error).__name__}: {error}. The engine serves what it served before."
-            ) from error
-
-    def fetch(self) -> tuple[str, torch.Tensor | None]:
-        """The next pair as the caller sent it, or its name and None when it is not to be loaded."""
-        return self._pair(self._fetch())
-
-    def fetch_item(self) -> DirectRead | tuple[str, torch.Tensor | None]:
-        """The same, where tensors may also be read to where they go."""
-        item = self._fetch()
-        return item if isinstance(item, DirectRead) else self._pair(item)
-
-    def _pair(self, item: object) -> tuple[str, torch.Tensor | None]:
-        name, tensor = self._checked(item)
-        if tensor is not None and self._aside is not None and self._aside(name, tensor):
-            return name, None
-        return name, tensor
-
-    def _fetch(self) -> object:
-        if self._trace.mismatches.count > _LIMIT:
-            self.exhausted = True
-            raise StopIteration
-        started = time.perf_counter()
-        try:
-            if self._trace.dry:  # meta tensors of our own, which are there already
-                return next(self._weights)
-            if not torch._C._len_torch_dispatch_stack():
-                return self._fetching(next, self._weights)
-            with _disable_current_modes():
-                return self._fetching(next, self._weights)
-        except StopIteration:
-            self.exhausted = True
-            raise
-        except ReloadError:
-            raise
-        except Exception as error:
-            raise SourceError(
-                f"The weights stopped after {self._trace.loaded.count} tensors: "
-                f"{type(error).__name__}: {error}. The engine serves what it served before."
-            ) from error
-        finally:
-            self.waited += time.perf_counter() - started
-
-    def _checked(self, item: object) -> tuple[str, torch.Tensor | None]:
-        if not (isinstance(item, (tuple, list)) and len(item) == 2 and isinstance(item[0], str)):
-            raise SourceError(
-                f"Weight {self._trace.loaded.count} is {_describe(item)}, not a (name, tensor) pair. "
-                "The engine serves what it served before."
-            )
-        name, tensor = item
-        mismatches = self._trace.mismatches
-        if not isinstance(tensor, torch.Tensor):
-            mismatches.misshapen[name] = f"a {type(tensor).__name__}, not a tensor"
-        elif tensor.is_meta and not self._trace.dry:
-            mismatches.misshapen[name] = "a meta tensor, which has no values"
-        elif self._trace.loaded.has(name):
-            mismatches.duplicate[name] = "sent more than once"
-        else:
-            return name, tensor
-        return name, None
-
-
-def _describe(item: object) -> str:
-    if isinstance(item, (tuple, list)):
-        return f"a {type(item).__name__} of {[type(part).__name__ for part in item]}"
-    return f"a {type(item).__name__}"
-
-
-class Router(Protocol):
-    """Loads weights without the model's loader."""
-
-    def copy_by_plan(self, name: str, tensor: torch.Tensor) -> bool:
-        """Load a weight by its route; False if it has none that fits."""
-
-    def take_direct_read(self, direct_read: DirectRead) -> None:
-        """Account for weights that are where they go already."""
-
-    def close_complete(self) -> None:
-        """After a weight: deal with the layers that have everything."""
-
-
-def load_by_copy_plan(
-    load_weights: Callable[[Any], Any], feed: WeightStream, trace: LoadTrace, router: Router
-) -> None:
-    """Load by known routes; only weights without one go through the model's loader, one at a time.
-
-    Runs outside the trace.
-    """
-    while True:
-        try:
-            item = feed.fetch_item()
-        except StopIteration:
-            return
-        if isinstance(item, DirectRead):
-            router.take_direct_read(item)
-            continue
-        name, tensor = item
-        del item
-        if tensor is None:
-            continue
-        if not router.copy_by_plan(name, tensor):
-            with trace:
-                load_all(load_weights, WeightStream([(name, tensor)], trace, lambda: None), trace)
-        del tensor  # a layer that is complete now gives its memory back
-        router.close_complete()
-
-
-def load_all(load_weights: Callable[[Any], Any], feed: WeightStream, trace: LoadTrace) -> None:
-    """Run the model's loader over the feed, going on after each weight it rejects.
-
-    Rejected weights end up in ``trace.mismatches``; whatever else the source or a late write raises
-    goes through. After the first problem nothing more is written, the rest is only checked.
-    """
-    while not feed.exhausted:
-        seen = len(trace.loaded.shapes)
-        try:
-            load_weights(feed)
-            return
-        except RejectedWeightError:
-            pass
-        except ReloadError:
-            raise
-        except Exception as error:  # noqa: BLE001 - loaders raise anything; every offender is collected
-            _note_rejection(trace, error)
-        if len(trace.loaded.shapes) == seen and trace.mismatches.count > _LIMIT:
-            return
-
-
-def _note_rejection(trace: LoadTrace, error: Exception) -> None:
-    """Sort what a vLLM loader raised: no place for this name, or not in this shape."""
-    name = trace.current
-    reason = f"{type(error).__name__}: {str(error).splitlines()[0][:200] if str(error) else 'no message'}"
-    lost = isinstance(error, (KeyError, AttributeError)) or "no module or parameter named" in str(error)
-    (trace.mismatches.unexpected if lost else trace.mismatches.misshapen)[name] = reason

@@ -10,7 +10,7 @@ from .. import vllm_api
 from ..device.output_reuse import ReusableOutputs
 from ..errors import ProcessingError, ReloadError
 from ..record.model_record import ModelRecord
-from ..record.staging import StagedGroup
+from ..record.staged_group import StagedGroup
 from .native_handles import NativeWatch
 
 ProcessWeights = Callable[..., None]

@@ -13,7 +13,8 @@ from .. import vllm_api
 from ..checkpoint import open_source
 from ..checkpoint.config import check_config, start_config
 from ..errors import ReloadError, SourceError, UnsupportedError
-from ..record.model_record import ConstructionTrace, finish_record, look, record_constructed
+from ..record.construction_trace import ConstructionTrace
+from ..record.recorder import finish_record, look, record_constructed
 from ..transaction.rollback import plan_for
 
 

@@ -10,7 +10,7 @@ from torch import nn
 from ..device.host_memory import settle_heap
 from ..errors import SessionError
 from ..interrupts import held, let_through
-from ..verify.slots import ReloadReport
+from ..report import ReloadReport
 from .rollback import (
     abandon_open_session,
     after_commit,

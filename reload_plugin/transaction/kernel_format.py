@@ -12,9 +12,10 @@ from ..errors import KernelFormatError, weights_error
 from ..options import ReloadOptions
 from ..record.generation import Generation
 from ..record.model_record import LayerRecord, ModelRecord
-from ..record.module_state import ABSENT, owns_native, tensors_in
+from ..record.module_state import owns_native, tensors_in
+from ..record.snapshot import ABSENT
+from ..report import ReloadReport
 from ..verify.digest import making, served_digest
-from ..verify.slots import ReloadReport
 from .rollback import replace_rollback_source
 from .session import SERVES_OLD, complete_record_of
 

@@ -16,12 +16,12 @@ from torch import nn
 from ..checkpoint import HostCopy, Overlay, Source, SpillFile, give_back, in_a_file
 from ..errors import PartialUpdateError, SourceError, weights_error
 from ..interrupts import call_between
-from ..load.completeness import KnownCheckpoint
 from ..load.progress import with_progress
 from ..options import ReloadOptions
 from ..plan.checkpoint_plan import Plan, PlanUnavailableError, make_plan
+from ..plan.known_checkpoint import KnownCheckpoint
 from ..record.model_record import LayerRecord, ModelRecord
-from ..verify.slots import ReloadReport
+from ..report import ReloadReport
 from .rollback import expected, has_rollback_source, known_copy_plan, rollback_on_failure, session_for
 from .session import SERVES_OLD
 

@@ -22,14 +22,17 @@ from ..device.gc_pause import full_gc_paused
 from ..device.host_memory import available, settle_heap
 from ..errors import CrossGroupEffectError, ReloadError, SourceError, weights_error
 from ..interrupts import call_between
-from ..load.completeness import KnownCheckpoint
 from ..load.progress import with_progress
+from ..load.stream import WeightStream
 from ..options import ReloadOptions, options
 from ..plan.checkpoint_plan import Plan
-from ..plan.tracer import LoadTrace, Mismatches, WeightStream
+from ..plan.known_checkpoint import KnownCheckpoint
+from ..plan.mismatches import Mismatches
+from ..plan.tracer import LoadTrace
 from ..ranks.votes import ranks_of
-from ..record.model_record import ModelRecord, record_constructed
-from ..verify.slots import ReloadReport
+from ..record.model_record import ModelRecord
+from ..record.recorder import record_constructed
+from ..report import ReloadReport
 from .chunked_update import abort_weight_update, finish_layerwise, open_layerwise, restore_for_reloading
 from .kernel_format import copy_kernel_format
 from .partial import SMALL_UPDATE, absorbed, base_of, groups_to_load, laid_over, update_in_place

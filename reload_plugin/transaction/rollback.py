@@ -21,14 +21,14 @@ from ..checkpoint import Source, TensorInfo, give_back, kept_open, layers_of, op
 from ..checkpoint.formats.safetensors_files import SafetensorsSource
 from ..errors import EngineBrokenError, ReloadError, SessionError, SourceError
 from ..interrupts import call_held, held
-from ..load.completeness import KnownCheckpoint
 from ..load.overflow import Overflow
 from ..plan.checkpoint_plan import Plan, PlanUnavailableError, make_plan
 from ..plan.copy_plan import CopyPlan
+from ..plan.known_checkpoint import KnownCheckpoint
 from ..ranks.votes import vote_for
 from ..record.model_record import ModelRecord
 from ..record.placement import placement
-from ..verify.slots import ReloadReport
+from ..report import ReloadReport
 from .session import SERVES_OLD, Policy, ReloadSession, SessionState, complete_record_of
 
 logger = logging.getLogger("vllm.reload_plugin")

@@ -26,28 +26,37 @@ from torch import nn
 
 from .. import vllm_api
 from ..checkpoint import DirectRead
-from ..commit.group_commit import Commit, plan_commit
+from ..commit.compare import plan_commit
+from ..commit.group_commit import Commit
 from ..device.gc_pause import full_gc_paused, gc_paused
 from ..device.host_memory import MemoryGauge, growth, keep_within
 from ..device.output_reuse import ReusableOutputs, reusing_served_outputs
 from ..errors import LateLoaderError, NotRecordedError, SessionError, SourceError, weights_error
 from ..interrupts import call_between, call_out, deliver, held
 from ..load.admission import Admission
-from ..load.completeness import Completeness, KnownCheckpoint
+from ..load.completeness import Completeness
 from ..load.destinations import StagingDestinations, StagingMemory
 from ..load.overflow import OPEN_BUDGET, OPEN_STREAMING, Overflow
+from ..load.stream import Fetching, WeightStream, load_all, load_by_copy_plan
 from ..options import Wanted
+from ..plan.arrivals import Loaded
 from ..plan.copy_plan import CopyPlan, copy_by_plan
-from ..plan.tracer import Fetching, Loaded, LoadTrace, Mismatches, WeightStream, load_all, load_by_copy_plan
+from ..plan.ignore_rules import ignorable
+from ..plan.known_checkpoint import KnownCheckpoint
+from ..plan.mismatches import Mismatches
+from ..plan.slots import check_slots
+from ..plan.tracer import LoadTrace
 from ..process.native_handles import NativeWatch, forget_handles, release_native_memory, watching_native
 from ..process.processing import ProcessWeights, process_stage, process_tail
 from ..record.generation import Generation
 from ..record.model_record import ModelRecord, record_of
+from ..record.module_tree import WrappedTree, rewrap_tree, unwrap_tree
 from ..record.placement import placement
-from ..record.staging import StagedGroup, StagedStorage, WrappedTree, rewrap_tree, unwrap_tree
+from ..record.staged_group import StagedGroup
+from ..record.staged_storage import StagedStorage
+from ..report import ReloadReport
 from ..tensors import storage_id
 from ..verify.digest import after_change, before_change, served_digest
-from ..verify.slots import ReloadReport, check_slots, ignorable
 from ..verify.untouched_layers import UntouchedLayers
 
 Policy = Literal["staged", "streaming"]

@@ -10,8 +10,8 @@ from pydantic import BaseModel, ConfigDict
 from torch import nn
 
 from ..errors import ReloadError
+from ..report import ReloadReport
 from ..verify.digest import served_digest
-from ..verify.slots import ReloadReport
 from .session import complete_record_of
 
 

@@ -16,7 +16,8 @@ import torch
 from ..device.hashing import Hash, form_of
 from ..process.native_handles import handle_in
 from ..record.model_record import HolderRecord, ModelRecord, TensorRecord
-from ..record.module_state import ABSENT, holds_nothing, owns_native, reachable, tables_of, values_of
+from ..record.module_state import holds_nothing, owns_native, reachable, values_of
+from ..record.snapshot import ABSENT, tables_of
 from ..tensors import storage_id
 
 logger = logging.getLogger("vllm.reload_plugin")

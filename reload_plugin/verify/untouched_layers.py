@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from ..errors import CrossGroupEffectError
 from ..record.model_record import ModelRecord
-from ..record.module_state import Snapshot, holds_same, put_back, read
+from ..record.snapshot import Snapshot, holds_same, put_back, read
 from ..tensors import storage_id
 
 _SHOWN = 3

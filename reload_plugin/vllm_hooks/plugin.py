@@ -117,7 +117,8 @@ def _recording_construction(original: Callable[..., nn.Module]) -> Callable[...,
 
     def initialize_model(*args: Any, **kwargs: Any) -> nn.Module:
         global _constructing
-        from ..record.model_record import ConstructionTrace, record_constructed
+        from ..record.construction_trace import ConstructionTrace
+        from ..record.recorder import record_constructed
 
         if _constructing:
             return original(*args, **kwargs)
@@ -142,7 +143,8 @@ def _recording_processing(original: Callable[..., None]) -> Callable[..., None]:
     ) -> None:
         from ..checkpoint.config import start_config
         from ..process.native_handles import watching_native
-        from ..record.model_record import TailWatch, finish_record, look, record_of
+        from ..record.model_record import record_of
+        from ..record.recorder import TailWatch, finish_record, look
 
         record = record_of(model) if isinstance(model, nn.Module) else None
         if record is None or record.complete:

@@ -17,9 +17,11 @@ from reload_plugin.checkpoint.formats.safetensors_files import SafetensorsSource
 from reload_plugin.checkpoint.io import readahead, vectored
 from reload_plugin.checkpoint.io import reading as reading_module
 from reload_plugin.errors import SourceError
-from reload_plugin.load.completeness import Completeness, KnownCheckpoint
+from reload_plugin.load.completeness import Completeness
+from reload_plugin.plan.arrivals import Loaded
 from reload_plugin.plan.copy_plan import CopyPlan
-from reload_plugin.plan.tracer import Loaded, Mismatches
+from reload_plugin.plan.known_checkpoint import KnownCheckpoint
+from reload_plugin.plan.mismatches import Mismatches
 
 EXPERTS = 5
 ORDER = (*(f"experts.{n}.{part}" for n in range(EXPERTS) for part in ("gate", "up", "down")), "norm", "empty")

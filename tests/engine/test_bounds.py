@@ -14,7 +14,7 @@ import torch
 
 import reload_plugin
 from reload_plugin.checkpoint.io import reading
-from reload_plugin.record import staging
+from reload_plugin.record import staged_storage
 from reload_plugin.record.model_record import record_of
 from reload_plugin.transaction import session
 from tests import oracle
@@ -39,7 +39,7 @@ class Meter:
     """Most parameters at one time."""
     _alive: weakref.WeakSet = field(default_factory=weakref.WeakSet)
 
-    def note(self, storage: staging.StagedStorage) -> None:
+    def note(self, storage: staged_storage.StagedStorage) -> None:
         """One more was allocated."""
         self._alive.add(storage)
         staged = [found for found in self._alive if not found.is_final]
@@ -91,13 +91,13 @@ def meter(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> Meter:
     monkeypatch.setattr(reading, "BATCH", 1)
     monkeypatch.setattr(reading, "AHEAD", 1)
     found = Meter()
-    allocate = staging.StagedStorage.materialise
+    allocate = staged_storage.StagedStorage.materialise
 
-    def noting(storage: staging.StagedStorage, *args: object, **kwargs: object) -> None:
+    def noting(storage: staged_storage.StagedStorage, *args: object, **kwargs: object) -> None:
         allocate(storage, *args, **kwargs)
         found.note(storage)
 
-    monkeypatch.setattr(staging.StagedStorage, "materialise", noting)
+    monkeypatch.setattr(staged_storage.StagedStorage, "materialise", noting)
     return found
 
 
@@ -184,13 +184,13 @@ def test_what_processing_leaves_where_it_is_needs_no_staging(
     """Embeddings and norms are read to where they are served; attention and experts are packed."""
     oracle.reload_from_folder(engine.llm, engine.folders["A"])  # so that there is a way back in files
     staged: dict[str, bool] = {}
-    allocate = staging.StagedStorage.materialise
+    allocate = staged_storage.StagedStorage.materialise
 
-    def noting(storage: staging.StagedStorage, *args: object, **kwargs: object) -> None:
+    def noting(storage: staged_storage.StagedStorage, *args: object, **kwargs: object) -> None:
         allocate(storage, *args, **kwargs)
         staged[storage.primary.name] = not storage.is_final
 
-    monkeypatch.setattr(staging.StagedStorage, "materialise", noting)
+    monkeypatch.setattr(staged_storage.StagedStorage, "materialise", noting)
     options = {"weights_path": str(engine.folders["B"]), "policy": policy}
     engine.llm.collective_rpc("reload_weights", kwargs=options)
     engine.assert_is_b()

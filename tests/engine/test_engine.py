@@ -23,7 +23,7 @@ from reload_plugin.checkpoint.formats import safetensors_files
 from reload_plugin.checkpoint.io import reading
 from reload_plugin.device import host_memory as memory
 from reload_plugin.process import native_handles as native
-from reload_plugin.record import staging
+from reload_plugin.record import staged_storage
 from reload_plugin.record.model_record import record_of
 from reload_plugin.transaction import session
 from reload_plugin.transaction.rollback import before_forward_pass
@@ -303,7 +303,7 @@ def test_staging_from_the_pool_is_as_good(on_a: Engine, monkeypatch: pytest.Monk
 
     plain = memory.HostPool.take
     monkeypatch.setattr(memory, "SMALL", 1)
-    monkeypatch.setattr(staging, "SMALL", 1)
+    monkeypatch.setattr(staged_storage, "SMALL", 1)
     monkeypatch.setattr(memory.HostPool, "take", take)
     reload_plugin.reload_weights(on_a.model, weights_path=str(on_a.folders["B"]), policy=policy)
     packed = [t for n, t in on_a.weights("B") if "proj" in n and (packs_bf16() or t.dtype == torch.int8)]
@@ -948,7 +948,7 @@ def test_staging_memory_is_used_again_from_layer_to_layer(
 ) -> None:
     """Nothing may hold on to a layer that is done, or each would need pages of its own."""
     monkeypatch.setattr(memory, "SMALL", 1)
-    monkeypatch.setattr(staging, "SMALL", 1)
+    monkeypatch.setattr(staged_storage, "SMALL", 1)
     monkeypatch.setattr(reading, "BATCH", 1)
     anew = safetensors_files._cached_read_batches.__wrapped__  # those of earlier tests are larger
     monkeypatch.setattr(safetensors_files, "_cached_read_batches", anew)

@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 
 from reload_plugin import ReloadSession, reload_weights, restore_for_reloading
 from reload_plugin.errors import PartialUpdateError
-from reload_plugin.record.staging import POISON
+from reload_plugin.record.staged_storage import POISON
 from tests import checkpoints, oracle
 from tests.architectures import WAYS, case_of, places, values
 from tests.checkpoints import Config, read_tensors

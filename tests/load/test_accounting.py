@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 import reload_plugin
 from reload_plugin.checkpoint import checkpoint
 from reload_plugin.errors import MisshapenWeightsError, UnexpectedWeightsError
-from reload_plugin.verify.slots import ignorable
+from reload_plugin.plan.ignore_rules import ignorable
 from tests import oracle
 from tests.checkpoints import WEIGHTS, read_tensors
 from tests.zoo import Case, case_named

@@ -9,9 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from reload_plugin.plan.copy_plan import CopyPlan, TensorPlan, copy_by_plan
-from reload_plugin.plan.tracer import LoadTrace, Mismatches
+from reload_plugin.plan.mismatches import Mismatches
+from reload_plugin.plan.tracer import LoadTrace
 from reload_plugin.record.model_record import TensorRecord
-from reload_plugin.record.staging import StagedStorage
+from reload_plugin.record.staged_storage import StagedStorage
 from reload_plugin.record.tensor_layout import Constant, Geometry, TensorFormat
 
 TRY = settings(deadline=None, database=None, max_examples=100)

@@ -17,8 +17,9 @@ from vllm.model_executor.layers.fused_moe import expert_map_manager
 
 import reload_plugin
 from reload_plugin.errors import WeightsError
-from reload_plugin.record.model_record import record_constructed, record_of
+from reload_plugin.record.model_record import record_of
 from reload_plugin.record.placement import SHARDS, placement
+from reload_plugin.record.recorder import record_constructed
 from reload_plugin.transaction import rollback as generation
 from tests import oracle
 from tests.checkpoints import Tensors, read_tensors

@@ -15,12 +15,13 @@ from vllm.model_executor.model_loader import utils
 
 from reload_plugin import ReloadSession, reload_weights
 from reload_plugin.checkpoint import TensorInfo
-from reload_plugin.load.completeness import KnownCheckpoint
 from reload_plugin.plan import tracer as load_module
 from reload_plugin.plan.checkpoint_plan import make_plan
-from reload_plugin.record import model_record as record_module
-from reload_plugin.record.model_record import ConstructionTrace, record_constructed
-from reload_plugin.record.staging import POISON
+from reload_plugin.plan.known_checkpoint import KnownCheckpoint
+from reload_plugin.record import layer_groups as record_module
+from reload_plugin.record.construction_trace import ConstructionTrace
+from reload_plugin.record.recorder import record_constructed
+from reload_plugin.record.staged_storage import POISON
 from tests.transaction.test_session import CONFIG, CPU, registered  # noqa: F401 - the fixture is used by itself
 
 Weights = dict[str, torch.Tensor]

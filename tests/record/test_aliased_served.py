@@ -15,12 +15,14 @@ from reload_plugin import ReloadSession, record_for_reloading, vllm_api
 from reload_plugin.checkpoint import TensorInfo
 from reload_plugin.device.host_memory import MemoryGauge
 from reload_plugin.errors import SourceError
-from reload_plugin.load.completeness import KnownCheckpoint
 from reload_plugin.plan.checkpoint_plan import make_plan
-from reload_plugin.record import model_record as record_module
-from reload_plugin.record import staging
-from reload_plugin.record.model_record import ConstructionTrace, TensorRecord, record_constructed, record_of
-from reload_plugin.record.staging import StagedStorage
+from reload_plugin.plan.known_checkpoint import KnownCheckpoint
+from reload_plugin.record import recorder as record_module
+from reload_plugin.record import staged_group
+from reload_plugin.record.construction_trace import ConstructionTrace
+from reload_plugin.record.model_record import TensorRecord, record_of
+from reload_plugin.record.recorder import record_constructed
+from reload_plugin.record.staged_storage import StagedStorage
 from reload_plugin.record.tensor_layout import SMALL_BYTES, Constant, Geometry, Initial, TensorFormat, Values
 from tests.transaction.test_session import CONFIG, CPU, registered  # noqa: F401 - the fixture is used by itself
 
@@ -159,8 +161,8 @@ def test_what_processing_passes_over_stays_as_it_is_served() -> None:
 
 def test_so_nothing_of_it_is_read_to_be_put_back(monkeypatch: pytest.MonkeyPatch) -> None:
     read: list[object] = []
-    plain = staging.read
-    monkeypatch.setattr(staging, "read", lambda held, *now: read.append(held) or plain(held, *now))
+    plain = staged_group.read
+    monkeypatch.setattr(staged_group, "read", lambda held, *now: read.append(held) or plain(held, *now))
     for kind, others in ((Model, False), (Computing, True)):
         model = cold(A, kind)
         with planned(model, B) as session:

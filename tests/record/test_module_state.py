@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from reload_plugin.record.module_state import ABSENT, holders_of, put_back, read, same, tensors_in, write
+from reload_plugin.record.module_state import holders_of, tensors_in
+from reload_plugin.record.snapshot import ABSENT, put_back, read, same, write
 
 TRY = settings(deadline=None, database=None, max_examples=60)
 

@@ -7,7 +7,7 @@ import torch
 
 from reload_plugin.device.host_memory import HostPool, MemoryGauge
 from reload_plugin.record.model_record import TensorRecord
-from reload_plugin.record.staging import StagedStorage
+from reload_plugin.record.staged_storage import StagedStorage
 from reload_plugin.record.tensor_layout import Constant, Geometry, TensorFormat
 
 CPU = torch.device("cpu")

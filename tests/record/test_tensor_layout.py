@@ -7,7 +7,8 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from reload_plugin.record.tensor_layout import Box, Coverage, Geometry, box_of
+from reload_plugin.record.coverage import Box, Coverage, box_of
+from reload_plugin.record.tensor_layout import Geometry
 
 TRY = settings(deadline=None, database=None, max_examples=200)
 SHAPES = st.lists(st.integers(1, 4), min_size=0, max_size=4)

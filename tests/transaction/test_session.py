@@ -41,13 +41,17 @@ from reload_plugin.errors import (
     UnexpectedWeightsError,
     WeightsError,
 )
-from reload_plugin.load.completeness import KnownCheckpoint
 from reload_plugin.plan.checkpoint_plan import make_plan
+from reload_plugin.plan.known_checkpoint import KnownCheckpoint
 from reload_plugin.process import native_handles as native
-from reload_plugin.record import staging
-from reload_plugin.record.model_record import ConstructionTrace, record_constructed, record_of
-from reload_plugin.record.module_state import holders_of, read, tensors_in
-from reload_plugin.record.staging import POISON, StagedGroup
+from reload_plugin.record import staged_storage
+from reload_plugin.record.construction_trace import ConstructionTrace
+from reload_plugin.record.model_record import record_of
+from reload_plugin.record.module_state import holders_of, tensors_in
+from reload_plugin.record.recorder import record_constructed
+from reload_plugin.record.snapshot import read
+from reload_plugin.record.staged_group import StagedGroup
+from reload_plugin.record.staged_storage import POISON
 from reload_plugin.tensors import storage_id
 from reload_plugin.transaction import session as session_module
 from reload_plugin.transaction.rollback import before_forward_pass
@@ -926,7 +930,7 @@ FAILING = [(stage, how) for stage in ("materialise", "take_result") for how in (
 def test_a_stage_that_fails_changes_nothing(
     monkeypatch: pytest.MonkeyPatch, stage: str, how: Callable
 ) -> None:
-    from reload_plugin.record.staging import StagedGroup
+    from reload_plugin.record.staged_group import StagedGroup
 
     model = start()
     before, ids = values(model), identities(model)
@@ -1288,13 +1292,13 @@ def test_only_the_plain_call_is_given_served_memory() -> None:
 def straight(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Parameters whose served memory is given as staging."""
     found: list[str] = []
-    materialise = staging.StagedStorage.materialise
+    materialise = staged_storage.StagedStorage.materialise
 
-    def noting(storage: staging.StagedStorage, *args: Any, **kwargs: Any) -> None:
+    def noting(storage: staged_storage.StagedStorage, *args: Any, **kwargs: Any) -> None:
         materialise(storage, *args, **kwargs)
         found.extend([storage.primary.name] if storage.is_final else [])
 
-    monkeypatch.setattr(staging.StagedStorage, "materialise", noting)
+    monkeypatch.setattr(staged_storage.StagedStorage, "materialise", noting)
     return found
 
 

@@ -8,7 +8,7 @@ from reload_plugin.device import hashing
 from reload_plugin.device.hashing import _CHUNK, Hash, device_sums
 from reload_plugin.process import native_handles as native
 from reload_plugin.process.native_handles import watching_native
-from reload_plugin.record.model_record import finish_record, look, record_constructed
+from reload_plugin.record.recorder import finish_record, look, record_constructed
 from reload_plugin.verify.digest import digest_of
 
 

@@ -1,0 +1,217 @@
+"""The weights on their way into the model: checked one by one, loaded by its loader or by the copy plan."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, Protocol
+
+import torch
+from torch.utils._python_dispatch import _disable_current_modes
+
+from ..errors import ReloadError, SourceError
+from ..interrupts import call_out
+from ..plan.mismatches import RejectedWeightError
+from ..plan.source import DirectRead
+from ..plan.tracer import LoadTrace
+
+_LIMIT = 10_000
+"""Offenders after which a stream is not read any further."""
+
+
+Fetching = Callable[[Callable[[Iterator[Any]], Any], Iterator[Any]], Any]
+"""Calls ``next`` with the weights: whether Ctrl-C may come then."""
+
+
+class WeightStream:
+    """The caller's weights, checked one by one, on their way into the model's loader.
+
+    ``between`` runs whenever the loader comes back for the next weight: the one moment at which no
+    loader is in the middle of anything. Nothing the caller handed over is kept past that moment.
+    """
+
+    def __init__(
+        self,
+        weights: Iterable[tuple[str, torch.Tensor]],
+        trace: LoadTrace,
+        between: Callable[[], None],
+        aside: Callable[[str, torch.Tensor], bool] | None = None,
+        fetching: Fetching = call_out,
+        used_late: Callable[[str], bool] | None = None,
+    ) -> None:
+        try:
+            self._weights = iter(weights)
+        except TypeError as error:
+            raise SourceError(
+                f"weights_iterator is a {type(weights).__name__}, not an iterable of (name, tensor). "
+                "The engine serves what it served before."
+            ) from error
+        self._trace = trace
+        self._between = between
+        self._aside = aside
+        """Says of a weight that it was dealt with and is not to be loaded now."""
+        self._fetching = fetching
+        self._used_late = used_late
+        """Says of a weight that the loader may look at it when it has come back for the next one. It gets a
+        copy then: its caller may overwrite the memory.
+        """
+        self.exhausted = False
+        self.waited = 0.0
+        """Seconds in which the source had the word: files were read, or the caller's iterator ran."""
+
+    def __iter__(self) -> WeightStream:
+        return self
+
+    def __next__(self) -> tuple[str, torch.Tensor]:
+        while True:
+            self._trace.end()
+            self._in_between()
+            name, tensor = self.fetch()
+            if tensor is not None:
+                late = self._used_late is not None and self._used_late(name)
+                ours = tensor.detach().clone() if late else tensor.detach()
+                self._trace.begin(name, ours, late or self._trace.dry)
+                return name, ours
+
+    def _in_between(self) -> None:
+        try:
+            self._between()
+        except ReloadError:
+            raise
+        except Exception as error:
+            raise ReloadError(
+                f"Finishing a layer after {self._trace.current!r} failed with "
+                f"{type(error).__name__}: {error}. The engine serves what it served before."
+            ) from error
+
+    def fetch(self) -> tuple[str, torch.Tensor | None]:
+        """The next pair as the caller sent it, or its name and None when it is not to be loaded."""
+        return self._pair(self._fetch())
+
+    def fetch_item(self) -> DirectRead | tuple[str, torch.Tensor | None]:
+        """The same, where tensors may also be read to where they go."""
+        item = self._fetch()
+        return item if isinstance(item, DirectRead) else self._pair(item)
+
+    def _pair(self, item: object) -> tuple[str, torch.Tensor | None]:
+        name, tensor = self._checked(item)
+        if tensor is not None and self._aside is not None and self._aside(name, tensor):
+            return name, None
+        return name, tensor
+
+    def _fetch(self) -> object:
+        if self._trace.mismatches.count > _LIMIT:
+            self.exhausted = True
+            raise StopIteration
+        started = time.perf_counter()
+        try:
+            if self._trace.dry:  # meta tensors of our own, which are there already
+                return next(self._weights)
+            if not torch._C._len_torch_dispatch_stack():
+                return self._fetching(next, self._weights)
+            with _disable_current_modes():
+                return self._fetching(next, self._weights)
+        except StopIteration:
+            self.exhausted = True
+            raise
+        except ReloadError:
+            raise
+        except Exception as error:
+            raise SourceError(
+                f"The weights stopped after {self._trace.loaded.count} tensors: "
+                f"{type(error).__name__}: {error}. The engine serves what it served before."
+            ) from error
+        finally:
+            self.waited += time.perf_counter() - started
+
+    def _checked(self, item: object) -> tuple[str, torch.Tensor | None]:
+        if not (isinstance(item, (tuple, list)) and len(item) == 2 and isinstance(item[0], str)):
+            raise SourceError(
+                f"Weight {self._trace.loaded.count} is {_describe(item)}, not a (name, tensor) pair. "
+                "The engine serves what it served before."
+            )
+        name, tensor = item
+        mismatches = self._trace.mismatches
+        if not isinstance(tensor, torch.Tensor):
+            mismatches.misshapen[name] = f"a {type(tensor).__name__}, not a tensor"
+        elif tensor.is_meta and not self._trace.dry:
+            mismatches.misshapen[name] = "a meta tensor, which has no values"
+        elif self._trace.loaded.has(name):
+            mismatches.duplicate[name] = "sent more than once"
+        else:
+            return name, tensor
+        return name, None
+
+
+def _describe(item: object) -> str:
+    if isinstance(item, (tuple, list)):
+        return f"a {type(item).__name__} of {[type(part).__name__ for part in item]}"
+    return f"a {type(item).__name__}"
+
+
+class Router(Protocol):
+    """Loads weights without the model's loader."""
+
+    def copy_by_plan(self, name: str, tensor: torch.Tensor) -> bool:
+        """Load a weight by its route; False if it has none that fits."""
+
+    def take_direct_read(self, direct_read: DirectRead) -> None:
+        """Account for weights that are where they go already."""
+
+    def close_complete(self) -> None:
+        """After a weight: deal with the layers that have everything."""
+
+
+def load_by_copy_plan(
+    load_weights: Callable[[Any], Any], feed: WeightStream, trace: LoadTrace, router: Router
+) -> None:
+    """Load by known routes; only weights without one go through the model's loader, one at a time.
+
+    Runs outside the trace.
+    """
+    while True:
+        try:
+            item = feed.fetch_item()
+        except StopIteration:
+            return
+        if isinstance(item, DirectRead):
+            router.take_direct_read(item)
+            continue
+        name, tensor = item
+        del item
+        if tensor is None:
+            continue
+        if not router.copy_by_plan(name, tensor):
+            with trace:
+                load_all(load_weights, WeightStream([(name, tensor)], trace, lambda: None), trace)
+        del tensor  # a layer that is complete now gives its memory back
+        router.close_complete()
+
+
+def load_all(load_weights: Callable[[Any], Any], feed: WeightStream, trace: LoadTrace) -> None:
+    """Run the model's loader over the feed, going on after each weight it rejects.
+
+    Rejected weights end up in ``trace.mismatches``; whatever else the source or a late write raises
+    goes through. After the first problem nothing more is written, the rest is only checked.
+    """
+    while not feed.exhausted:
+        seen = len(trace.loaded.shapes)
+        try:
+            load_weights(feed)
+            return
+        except RejectedWeightError:
+            pass
+        except ReloadError:
+            raise
+        except Exception as error:  # noqa: BLE001 - loaders raise anything; every offender is collected
+            _note_rejection(trace, error)
+        if len(trace.loaded.shapes) == seen and trace.mismatches.count > _LIMIT:
+            return
+
+
+def _note_rejection(trace: LoadTrace, error: Exception) -> None:
+    """Sort what a vLLM loader raised: no place for this name, or not in this shape."""
+    name = trace.current
+    reason = f"{type(error).__name__}: {str(error).splitlines()[0][:200] if str(error) else 'no message'}"
+    lost = isinstance(error, (KeyError, AttributeError)) or "no module or parameter named" in str(error)
+    (trace.mismatches.unexpected if lost else trace.mismatches.misshapen)[name] = reason

@@ -1,0 +1,49 @@
+"""Checkpoint weights that a model's loader passes over and that may be ignored."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+_RULES: tuple[tuple[str, str], ...] = (
+    (
+        "rotary table",
+        r"rotary(_pos)?_emb\.(inv_freq|cos_cached|sin_cached)$|\.rope\.freqs$|rotary_emb\.\w*freq\w*$",
+    ),
+    ("attention mask buffer", r"\.(attn|attention|self_attn)\.(bias|masked_bias)$"),
+    ("position ids", r"position_ids$"),
+    ("draft (MTP) layer", r"(^|\.)mtp(_|\.)"),
+)
+
+
+_HEAD = re.compile(r"^(?!.*\.\d+\.)(.*\.)?(lm_head|embed_out|output)\.weight$")
+"""A head is in no numbered layer: those have an ``output`` of their own."""
+
+
+def ignorable(name: str, shape: tuple[int, ...], config: Any, quantized: bool, world_size: int) -> str | None:
+    """The rule by which a weight that the model's loader passed over may be ignored, if there is one.
+
+    Args:
+        name: checkpoint name.
+        shape: its shape; mask buffers have at least three dimensions, biases have one.
+        config: the Hugging Face config of the model.
+        quantized: whether the engine is quantized.
+        world_size: number of ranks that share the model.
+
+    """
+    for rule, pattern in _RULES:
+        if re.search(pattern, name) and not (rule == "attention mask buffer" and len(shape) == 1):
+            return rule
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    if getattr(text, "tie_word_embeddings", False) and _HEAD.search(name):
+        return "tied head"
+    layers = getattr(text, "num_hidden_layers", None)
+    found = re.search(r"layers\.(\d+)\.", name)
+    drafts = getattr(text, "num_nextn_predict_layers", 0)
+    if found and drafts and isinstance(layers, int) and int(found[1]) >= layers:
+        return "draft (MTP) layer"
+    if quantized and name.endswith(".bias"):
+        return "unused bias of a quantized checkpoint"
+    if world_size > 1 and re.search(r"experts\.\d+\.|layers\.\d+\.", name):
+        return "another rank's"
+    return None

@@ -1,0 +1,95 @@
+"""What the live model shows: the weights it serves, or the load format that is being filled.
+
+The only code that puts load-format tensors on live modules and takes them off again. ``show`` and ``hide``
+are inverses of one another and copy nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from .model_record import ModelRecord
+from .module_tree import WrappedTree, rewrap_tree, unwrap_tree
+from .staged_group import StagedGroup
+
+
+@dataclass(frozen=True)
+class EnterOptions:
+    """How groups are put into load format; see ``StagedGroup.enter``."""
+
+    by_copy_plan: bool = False
+    noting: bool = False
+    from_served: bool = False
+    straight: bool = False
+    alias_served: bool = False
+
+
+class ModelView:
+    """Shows one of two states of some groups of a model.
+
+    A group follows ``show`` and ``hide`` until ``release``: its result has been taken then, or nobody touched
+    it, and it shows what it serves for good.
+
+    Args:
+        record: of the model.
+        groups: those that are reloaded.
+        options: how they are put into load format, at the first ``show``.
+
+    """
+
+    def __init__(self, record: ModelRecord, groups: Sequence[StagedGroup], options: EnterOptions) -> None:
+        self.groups = list(groups)
+        self.entered = False
+        """Whether the groups have been put into load format once."""
+        self.shown = False
+        """Whether the load format is what the live model shows now."""
+        self._record = record
+        self._options = options
+        self._following: dict[int, StagedGroup] = {}
+        self._tree: WrappedTree = []
+
+    def show(self) -> bool:
+        """Put the load format on the live model, which cannot serve until ``hide``.
+
+        Returns whether this was the first time, so that the storages of the groups are new.
+        """
+        if self.shown:
+            return False
+        self.shown = True
+        self._tree = unwrap_tree(self._record)
+        if self.entered:
+            for group in self._following.values():
+                group.unhide()
+            return False
+        self.entered = True
+        options = self._options
+        for group in self.groups:
+            self._following[id(group)] = group
+            group.enter(
+                options.by_copy_plan,
+                options.noting,
+                options.from_served,
+                options.straight,
+                options.alias_served,
+            )
+        return True
+
+    def hide(self) -> None:
+        """Put the served state back on the live model; what was loaded is kept for the next ``show``."""
+        for group in self._following.values():
+            if not group.hidden:
+                group.hide()
+        rewrap_tree(self._tree)
+        self._tree = []
+        self.shown = False
+
+    def release(self, group: StagedGroup) -> None:
+        """A group shows what it serves from now on, whatever the view shows."""
+        self._following.pop(id(group), None)
+
+    def drop(self) -> None:
+        """Forget all that is not served; the view has to be hidden."""
+        for group in self.groups:
+            group.drop()
+        self.groups, self._following = [], {}

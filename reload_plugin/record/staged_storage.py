@@ -1,0 +1,209 @@
+"""Load-format memory of one storage while its group is reloaded, allocated on first touch."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+from ..device.host_memory import SMALL, HostPool, MemoryGauge
+from ..tensors import storage_id, wraps_others
+from .coverage import Coverage
+from .model_record import TensorRecord
+from .tensor_layout import AsServed, Constant, Geometry, TensorFormat, Uninitialised, Values
+
+POISON = "RELOAD_PLUGIN_POISON"
+"""Environment variable: fill staging that nobody wrote yet with NaN (or the largest integer)."""
+
+
+_NOTHING = torch.UntypedStorage(0)
+"""Instead of memory that was given up."""
+
+
+class StagedStorage:
+    """Load-format memory for all tensors that are views of one storage. Allocated on first touch."""
+
+    def __init__(
+        self,
+        records: list[TensorRecord],
+        device: torch.device,
+        gauge: MemoryGauge | None = None,
+        *,
+        from_served: bool = False,
+        aliases_served: bool = False,
+    ) -> None:
+        self.records = records
+        self._gauge = MemoryGauge() if gauge is None else gauge
+        self._held = 0
+        """Bytes that the gauge has of this."""
+        self.primary = records[0]
+        if len(records) > 1:
+            self.primary = max(records, key=lambda r: (r.is_parameter, r.format.nbytes))
+        self.coverage = Coverage(self.primary.format.geometry)
+        self.nbytes = max(r.format.end for r in records)
+        self.materialised = False
+        self.closed = False
+        """Its group is processed: nothing may be written to it any more."""
+        self.from_served = from_served
+        """Its values start as the ones that are served."""
+        self.served: dict[int, torch.Tensor] = {}
+        self.objects: dict[int, torch.Tensor] = {}
+        self.final: torch.UntypedStorage | None = None
+        """Served memory that weights may be written to as it is: they stay there."""
+        self.is_final = False
+        """Its memory is ``final``, and what was served there is gone."""
+        self.aliases_served = aliases_served and self._alias_served(device)
+        """Its memory is ``final`` from the beginning: the served tensors are those that are loaded."""
+        if not self.aliases_served:
+            self._begin(device)
+        self.key: int = self.storage._cdata
+        """Identity of the memory that it has now."""
+        self._placeholder = self.storage
+        """Kept as long as this is: storages are told apart by identity, so none may take its place."""
+
+    def _alias_served(self, device: torch.device) -> bool:
+        """Have the memory where all of this is served, if it has the load format there."""
+        tensors = [(id(record), record.ref()) for record in self.records]
+        self.served = {
+            key: tensor.data
+            for key, tensor in tensors
+            if tensor is not None and tensor.device == device and not wraps_others(type(tensor))
+        }
+        self.find_final()
+        if self.final is None:
+            self.served = {}
+            return False
+        self.storage, self.views = self.final, dict(self.served)
+        return True
+
+    def _begin(self, device: torch.device) -> None:
+        """Have placeholders; or at once the values of a tensor that is smaller than what describes it."""
+        only = self.records[0] if len(self.records) == 1 else None
+        if only is not None and only.scalars is not None and not self.from_served:
+            view = only.scalars.clone()
+            self.storage, self.views = view.untyped_storage(), {id(only): view}
+            self.materialised = True
+            return
+        self.storage = torch.UntypedStorage(0, device=device)
+        self.views = {id(record): self._placeholder_of(record.format, device) for record in self.records}
+
+    def _placeholder_of(self, fmt: TensorFormat, device: torch.device) -> torch.Tensor:
+        """A tensor of the load format over memory that is not there yet.
+
+        Nothing is allocated, not even for a moment: among all the small objects that are made meanwhile, each
+        such moment would leave a gap in the C heap that fits no other layer, and the heap would grow by them.
+        So the shape is given to a tensor without asking its storage, as torch's own views do.
+        """
+        geometry = fmt.geometry
+        empty = torch.empty(0, dtype=fmt.dtype, device=device).set_(self.storage, geometry.offset, (0,), (1,))
+        whole: torch.Tensor = torch.ops.aten._reshape_alias.default(empty, geometry.size, geometry.stride)
+        return whole.data
+
+    def _view(self, fmt: TensorFormat, device: torch.device) -> torch.Tensor:
+        geometry = fmt.geometry
+        empty = torch.empty(0, dtype=fmt.dtype, device=device)
+        return empty.set_(self.storage, geometry.offset, geometry.size, geometry.stride)
+
+    def materialise(
+        self, initialise: bool = True, pool: HostPool | None = None, unwritten: bool = False
+    ) -> None:
+        """Allocate, and write what the constructor would have left there.
+
+        With a pool the tensors move to a block of it, or to where they are served if they may; views of them
+        that were taken before do not. What is ``unwritten``, since nothing came for it, stays as it is served
+        where the constructor left it to chance.
+        """
+        if self.materialised:
+            return
+        self.materialised = True
+        self.is_final = self.aliases_served or (pool is not None and self.final is not None)
+        self._hold(0 if self.is_final else self.nbytes)
+        if self.is_final and self.final is not None:
+            if not self.aliases_served:
+                self._move_to(self.final)
+        elif pool is not None and self.storage.device.type == "cpu" and self.nbytes >= SMALL:
+            self._move_to(pool.take(self.nbytes))
+        else:
+            self.storage.resize_(self.nbytes)
+        if not initialise:
+            return
+        if os.environ.get(POISON):
+            _poison(self.views[id(self.primary)])
+        for record in self.records:
+            self._initialise(record, unwritten)
+
+    @property
+    def has_values(self) -> bool:
+        """Whether all that nothing came for has its initial values: as they are served, where it stands."""
+        as_served = self.aliases_served and all(isinstance(r.format.initial, AsServed) for r in self.records)
+        return self.materialised or as_served
+
+    def _move_to(self, block: torch.UntypedStorage) -> None:
+        self.storage, self.key = block, block._cdata
+        for record in self.records:
+            view = self._view(record.format, self.storage.device)
+            self.views[id(record)] = view
+            self.objects[id(record)].data = view
+
+    def let_go(self) -> None:
+        """Refer to the memory no longer; a pool has its block back once nothing else does either."""
+        self._forget()
+        self.views.clear()
+        self.objects.clear()
+        self.storage, self.key = _NOTHING, _NOTHING._cdata
+
+    def release(self) -> None:
+        """Give the memory back, also under views that a loader still holds."""
+        self._forget()
+        own = not self.is_final and not self.aliases_served
+        if own and self.storage.resizable():  # not once numpy has it: then with its views
+            self.storage.resize_(0)
+
+    def _forget(self) -> None:
+        self._hold(0)
+        self.materialised = False
+
+    def _hold(self, nbytes: int) -> None:
+        """Note how much staging this takes from now on."""
+        self._gauge.add(nbytes - self._held)
+        self._held = nbytes
+
+    def find_final(self) -> None:
+        """Let weights be written to where these tensors are served, if they have the load format there."""
+        served = [(record.format, self.served.get(id(record))) for record in self.records]
+        if all(tensor is not None and _has_format(tensor, fmt) for fmt, tensor in served):
+            places = {storage_id(tensor): tensor for _, tensor in served if tensor is not None}
+            if len(places) == 1:
+                self.final = next(iter(places.values())).untyped_storage()
+
+    def _initialise(self, record: TensorRecord, unwritten: bool) -> None:
+        view, initial = self.views[id(record)], record.format.initial
+        if unwritten and isinstance(initial, Uninitialised):
+            initial = AsServed()
+        if self.from_served:
+            served = self.served.get(id(record))
+            if served is not None and served.shape == view.shape and served.dtype == view.dtype:
+                initial = AsServed()
+            elif isinstance(initial, (Uninitialised, AsServed)):
+                _poison(view)
+        if isinstance(initial, Constant):
+            view.fill_(initial.value)
+        elif isinstance(initial, Values):
+            view.copy_(initial.tensor)
+        elif isinstance(initial, AsServed):
+            served = self.served.get(id(record))
+            if served is not None and served.shape == view.shape and served.dtype == view.dtype:
+                view.copy_(served)
+        else:
+            assert isinstance(initial, Uninitialised)
+
+
+def _has_format(tensor: torch.Tensor, fmt: TensorFormat) -> bool:
+    return tensor.dtype == fmt.dtype and Geometry.of(tensor) == fmt.geometry
+
+
+def _poison(view: torch.Tensor) -> None:
+    if view.dtype.is_floating_point or view.dtype.is_complex:
+        view.fill_(float("nan"))
+    elif view.dtype != torch.bool:
+        view.fill_(torch.iinfo(view.dtype).max)
