@@ -335,6 +335,8 @@ def effective_weight(module: torch.nn.Module) -> torch.Tensor | None:
         return None
     if isinstance(module.quant_method, UnquantizedLinearMethod) and not hasattr(module, "cpu_linear"):
         return None  # a convolution, or a layer that keeps its weight as a plain tensor
+    if getattr(module, "cpu_linear", None) is torch.nn.functional.linear and not module.weight.numel():
+        return None  # absorbed into the tensors of an attention layer, as kv_b_proj is where AMX is used
     device = next((p.device for p in module.parameters()), None)
     dtype = getattr(module, "params_dtype", torch.bfloat16)  # a router of experts may want float32
     return module.quant_method.apply(module, torch.eye(size, dtype=dtype, device=device))
