@@ -32,6 +32,10 @@ SHOWN = 8
 """Offenders spelled out in a message; the attributes always hold all of them."""
 
 
+SERVES_OLD = "The engine serves what it served before."
+"""What most errors say of the served weights."""
+
+
 class ReloadError(RuntimeError):
     """A reload failed. Unless the error says otherwise the engine serves what it served before."""
 

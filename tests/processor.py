@@ -41,7 +41,7 @@ def packs_bf16() -> bool:
 
 @functools.cache
 def packs_with_amx() -> bool:
-    """Whether vLLM packs linear layers for AMX, by kernels that keep the packed weight as a tensor in a closure:
-    there are no native handles then.
+    """Whether vLLM packs linear layers for AMX, by kernels that keep the packed weight as a tensor in a
+    closure: there are no native handles then.
     """
     return bool(torch.cpu._is_amx_tile_supported()) and has_operator("convert_weight_packed")

@@ -261,7 +261,7 @@ def processing_raises(engine: Engine) -> None:
 
 def the_tail_raises(engine: Engine) -> None:
     """The very last thing before the commit."""
-    fails = failing_in("reload_plugin.transaction.session", "process_tail", RuntimeError("no hook"))
+    fails = failing_in("reload_plugin.transaction.group_pipeline", "process_tail", RuntimeError("no hook"))
     says = "ReloadError: The reload failed with RuntimeError: no hook"
     engine.assert_refused(engine.on(0, fails), says, f"rank 0: {says}")
 

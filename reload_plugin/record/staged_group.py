@@ -8,14 +8,13 @@ device but no memory until somebody touches them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
-from .. import vllm_api
 from ..device.host_memory import MemoryGauge
 from ..errors import UnsupportedError
 from ..tensors import storage_id, wraps_others
@@ -82,7 +81,6 @@ class StagedGroup:
         self.served = GroupState([], {})
         self.result: GroupState | None = None
         self.processed = False
-        self._wrapped = False
         self.overwritten: set[int] = set()
         """Storages of served tensors that processing was given for its results."""
         self.captured: list[torch.Tensor] = []
@@ -254,26 +252,28 @@ class StagedGroup:
         tensor.__dict__ = dict(fmt.attributes)
         self._objects[id(record)] = storage.objects[id(record)] = tensor
 
-    def wrap_loaders(self, wrap: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
-        """Put ``wrap`` around the weight loaders of the load-format tensors."""
-        for tensor in self._objects.values():
-            loader = getattr(tensor, "weight_loader", None) or vllm_api.default_weight_loader()
-            tensor.weight_loader = wrap(loader)  # type: ignore[attr-defined]
-        self._wrapped = True
-
-    def unwrap_loaders(self) -> None:
-        """Undo ``wrap_loaders``, so that processing sees the tensors as a cold start does."""
-        if not self._wrapped:
-            return
-        self._wrapped = False
-        for record in self.group.tensors:
-            tensor = self._objects.get(id(record))
-            if tensor is None:
+    def load_targets(self) -> Iterator[tuple[TensorRecord, torch.Tensor, torch.Tensor]]:
+        """(record, served parameter, load-format tensor) of all that is a parameter in both formats. The
+        group has to be hidden.
+        """
+        for holder, held in self._alive_holders():
+            if not isinstance(held, nn.Module):
                 continue
-            for name in ("weight_loader", "_weight_loader"):
-                tensor.__dict__.pop(name, None)
-                if name in record.format.attributes:
-                    tensor.__dict__[name] = record.format.attributes[name]
+            for (kind, name), record in holder.constructed.items():
+                served = held._parameters.get(name) if kind == "_parameters" else None
+                if served is not None and (target := self._objects.get(id(record))) is not None:
+                    yield record, served, target
+
+    def set_served_attribute(self, tensor: torch.Tensor, name: str, value: object) -> None:
+        """Set an attribute of a served tensor while the group is hidden, or delete it (``ABSENT``), so that
+        it lasts when the group is shown and hidden again.
+        """
+        state = self.served.tensors.get(id(tensor))
+        for attributes in (tensor.__dict__, *([state.attributes] if state is not None else [])):
+            if value is ABSENT:
+                attributes.pop(name, None)
+            else:
+                attributes[name] = value
 
     def made_by_processing(self) -> list[object]:
         """Served values that the load format does not show: processing makes them anew."""
@@ -310,11 +310,16 @@ class StagedGroup:
         """Show the served state; ``unhide`` goes on where this left off."""
         self._shelf = self.capture()
         self.served.show(self._shelf)
+        for storage in self.storages:
+            storage.set_aside = self._shelf.tensors
 
     def unhide(self) -> None:
-        assert self._shelf is not None, "only a hidden stage can be shown again"
+        """Show the load format again."""
+        assert self._shelf is not None, "only a hidden group can be shown again"
         self._shelf.show()
         self._shelf = None
+        for storage in self.storages:
+            storage.set_aside = None
 
     @property
     def hidden(self) -> bool:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
+from typing import Protocol
 
 import torch
 
@@ -18,6 +20,12 @@ POISON = "RELOAD_PLUGIN_POISON"
 
 _NOTHING = torch.UntypedStorage(0)
 """Instead of memory that was given up."""
+
+
+class DataHolder(Protocol):
+    """A tensor, or the state of one that the live object does not show now."""
+
+    data: torch.Tensor
 
 
 class StagedStorage:
@@ -48,6 +56,9 @@ class StagedStorage:
         """Its values start as the ones that are served."""
         self.served: dict[int, torch.Tensor] = {}
         self.objects: dict[int, torch.Tensor] = {}
+        self.set_aside: Mapping[int, DataHolder] | None = None
+        """While the live objects show what is served: object (by identity) -> its state in load format, which
+        new memory goes to then."""
         self.final: torch.UntypedStorage | None = None
         """Served memory that weights may be written to as it is: they stay there."""
         self.is_final = False
@@ -143,7 +154,9 @@ class StagedStorage:
         for record in self.records:
             view = self._view(record.format, self.storage.device)
             self.views[id(record)] = view
-            self.objects[id(record)].data = view
+            tensor = self.objects[id(record)]
+            holder: DataHolder = tensor if self.set_aside is None else self.set_aside[id(tensor)]
+            holder.data = view
 
     def let_go(self) -> None:
         """Refer to the memory no longer; a pool has its block back once nothing else does either."""

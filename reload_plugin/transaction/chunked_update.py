@@ -8,8 +8,9 @@ from collections.abc import Iterator
 from torch import nn
 
 from ..device.host_memory import settle_heap
-from ..errors import SessionError
+from ..errors import SERVES_OLD, SessionError
 from ..interrupts import held, let_through
+from ..record.model_record import ModelRecord, complete_record_of
 from ..report import ReloadReport
 from .rollback import (
     abandon_open_session,
@@ -25,19 +26,20 @@ from .rollback import (
     session_for,
     with_all_ranks,
 )
-from .session import SERVES_OLD, ReloadSession, complete_record_of
+from .session import ReloadSession
 
 
 @contextlib.contextmanager
 def restore_for_reloading(model: nn.Module) -> Iterator[ReloadSession]:
     """Inside the block ``model.load_weights`` reloads: any number of calls, one commit at the end.
 
-    The block works on the load format: parameters have the shapes and loaders of a freshly built
-    model. Leaving it normally checks that everything came, processes and commits; leaving it by an
-    exception puts the old weights back.
+    Between two calls the model shows and serves the old weights, so that it may generate inside the block.
+    Loaders of its parameters (``parameter.weight_loader``) load into the reload too. Leaving the block
+    normally checks that everything came, processes and commits; leaving it by an exception drops what was
+    loaded.
 
     Raises:
-        SessionError: a weight update is open.
+        SessionError: a weight update is open, another block among them.
         WeightsError: at the end of the block, listing all that does not fit.
 
     """
@@ -46,12 +48,26 @@ def restore_for_reloading(model: nn.Module) -> Iterator[ReloadSession]:
         session = session_for(model, record, "model.load_weights", "staged", expected(model, record))
         with rollback_on_failure(model, record, session), session:
             session.take_over()
-            with session.loading(), let_through():
+            with _open_update(record, session), let_through():
                 yield session
             report = session.finish()
         after_commit(record, None, session)
         session.report = note_report(record, report)
         settle_heap()
+
+
+@contextlib.contextmanager
+def _open_update(record: ModelRecord, session: ReloadSession) -> Iterator[None]:
+    """The session is the open update of its model, so that nobody begins another."""
+    record.session = session
+    needs_attention.add(record)
+    try:
+        yield
+    finally:
+        if record.session is session:
+            record.session = None
+        if record.broken is None:
+            needs_attention.discard(record)
 
 
 @held()

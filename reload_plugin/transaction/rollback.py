@@ -19,17 +19,19 @@ from torch import nn
 from .. import vllm_api
 from ..checkpoint import Source, TensorInfo, give_back, kept_open, layers_of, open_folder
 from ..checkpoint.formats.safetensors_files import SafetensorsSource
-from ..errors import EngineBrokenError, ReloadError, SessionError, SourceError
+from ..commit.strategies import StrategyName as Policy
+from ..errors import SERVES_OLD, EngineBrokenError, ReloadError, SessionError, SourceError
 from ..interrupts import call_held, held
 from ..load.overflow import Overflow
 from ..plan.checkpoint_plan import Plan, PlanUnavailableError, make_plan
 from ..plan.copy_plan import CopyPlan
 from ..plan.known_checkpoint import KnownCheckpoint
 from ..ranks.votes import vote_for
-from ..record.model_record import ModelRecord
+from ..record.model_record import ModelRecord, complete_record_of
 from ..record.placement import placement
 from ..report import ReloadReport
-from .session import SERVES_OLD, Policy, ReloadSession, SessionState, complete_record_of
+from .session import ReloadSession
+from .session_state import SessionState
 
 logger = logging.getLogger("vllm.reload_plugin")
 
@@ -241,7 +243,7 @@ def rollback_on_failure(
     before = record.generation
     with contextlib.ExitStack() as stack:
         if undo:
-            _hold_rollback_source(model, record, session.policy, stack)
+            _hold_rollback_source(model, record, session.parts.strategy.commits_each_group, stack)
         try:
             yield
         except BaseException as error:
@@ -249,7 +251,7 @@ def rollback_on_failure(
                 session.abort()
                 record.session = None if record.session is session else record.session
                 after_commit(record, None, session)
-            elif session.committed:
+            elif session.touched_groups:
                 if record.vote is not None and record.vote.committed:
                     raise  # the other ranks have the new weights: see with_all_ranks
                 if not undo:
@@ -260,7 +262,7 @@ def rollback_on_failure(
 
 
 def _hold_rollback_source(
-    model: nn.Module, record: ModelRecord, policy: Policy, stack: contextlib.ExitStack
+    model: nn.Module, record: ModelRecord, needed: bool, stack: contextlib.ExitStack
 ) -> None:
     """Keep the files of the served weights open: a trainer may delete them just when the next ones come."""
     has_rollback_source(model, record)  # for what the engine started from
@@ -268,7 +270,7 @@ def _hold_rollback_source(
         stack.enter_context(kept_open(record.rollback_source))
     except (OSError, SourceError) as error:
         full = isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE)
-        if policy == "streaming" and not full:
+        if needed and not full:
             raise SourceError(
                 f"The weights that are served cannot be read again ({error}), as a failure would ask for. "
                 f"{SERVES_OLD} Reload once more: without that way back a copy is kept until the commit."
@@ -368,16 +370,13 @@ needs_attention: set[ModelRecord] = set()
 
 
 def before_forward_pass() -> None:
-    """Called before every forward pass: an open update steps aside, a broken model refuses.
+    """Called before every forward pass: a broken model refuses.
 
     Raises:
         EngineBrokenError: the model holds a mixture of two generations.
 
     """
     for record in list(needs_attention):
-        if record.session is not None:
-            with held():
-                record.session.hide()
         if record.broken is not None:
             raise EngineBrokenError(
                 f"The engine does not serve: {record.broken}. Reload a complete checkpoint to heal it."
@@ -427,6 +426,8 @@ def with_all_ranks(record: ModelRecord) -> Iterator[None]:
         EngineBrokenError: the other ranks have committed and this one could not.
 
     """
+    if record.vote is not None:
+        refuse_while_update_open(record)
     vote = record.vote = vote_for(record)
     before = record.generation
     try:
@@ -454,7 +455,7 @@ def refuse_while_update_open(record: ModelRecord) -> None:
         abandon_open_session(record)
         return
     raise SessionError(
-        f"A weight update is open: {session.source}, {session.holder}, {session.loaded.count} weights "
+        f"A weight update is open: {session.source}, {session.opened_by}, {session.loaded.count} weights "
         "so far. The engine serves what it served before. Finish it or abort it (abort_weight_update) first."
     )
 

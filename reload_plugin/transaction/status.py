@@ -10,9 +10,9 @@ from pydantic import BaseModel, ConfigDict
 from torch import nn
 
 from ..errors import ReloadError
+from ..record.model_record import complete_record_of
 from ..report import ReloadReport
 from ..verify.digest import served_digest
-from .session import complete_record_of
 
 
 class ReloadStatus(BaseModel):
@@ -59,7 +59,7 @@ def status_of(model: nn.Module, digest: bool = True, rank: int = 0) -> ReloadSta
     serving, session, report = record.generation, record.session, record.last_report
     update = None
     if session is not None:
-        update = f"{session.source}, {session.holder}, {session.loaded.count} weights so far"
+        update = f"{session.source}, {session.opened_by}, {session.loaded.count} weights so far"
         update += f", failed: {session.failed}" if session.failed else ""
     return ReloadStatus(
         state="broken" if record.broken is not None else "updating" if update else "serving",

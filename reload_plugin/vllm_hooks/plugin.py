@@ -61,7 +61,7 @@ def register() -> None:
 
 def unregister() -> None:
     """Put back everything that ``register`` replaced."""
-    from ..transaction.session import use_process_weights
+    from ..transaction.vllm_processing import use_process_weights
     from .transfer_engine import withdraw
 
     if _patches:
@@ -82,7 +82,7 @@ def patched() -> list[str]:
 
 def _patch_all() -> None:
     from ..ranks.votes import counting, reading_own_answers
-    from ..transaction.session import use_process_weights
+    from ..transaction.vllm_processing import use_process_weights
 
     process = vllm_api.get(vllm_api.LOADER_UTILS, "process_weights_after_loading")
     use_process_weights(process)
@@ -226,8 +226,8 @@ def _add_worker_calls(worker: type) -> None:
     """What ``collective_rpc`` reaches by name: the state of a worker's model, what became of the engine's
     caches, and the end of an update.
     """
+    from ..record.model_record import complete_record_of
     from ..transaction.rollback import abandon_all_updates, note_caches
-    from ..transaction.session import complete_record_of
     from ..transaction.status import status_of
 
     def reload_status(self: Any, digest: bool = True) -> dict[str, Any]:

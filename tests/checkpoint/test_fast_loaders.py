@@ -16,9 +16,10 @@ from reload_plugin.checkpoint import folder
 from reload_plugin.checkpoint.formats import fast_readers
 from reload_plugin.checkpoint.formats.fast_files import FastSafetensors
 from reload_plugin.checkpoint.formats.fast_readers import READERS
+from reload_plugin.commit.strategies import StreamingCommit
 from reload_plugin.errors import MissingWeightsError, SourceError
 from reload_plugin.record.model_record import record_of
-from reload_plugin.transaction import session
+from reload_plugin.transaction import group_pipeline
 from tests import oracle
 from tests.checkpoints import read_tensors
 from tests.zoo import Case, case_named
@@ -273,7 +274,7 @@ def test_an_engine_started_with_runai_reloads_with_it(
 
 def fails_half_way(model: torch.nn.Module, folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     """Layers were committed already; the old weights come back through the library too."""
-    plain, calls = session.process_stage, []
+    plain, calls = group_pipeline.process_stage, []
 
     def failing(*args: object) -> None:
         calls.append(1)
@@ -282,7 +283,7 @@ def fails_half_way(model: torch.nn.Module, folders: dict[str, Path], monkeypatch
         plain(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(session, "process_stage", failing)
+        patch.setattr(group_pipeline, "process_stage", failing)
         with pytest.raises(reload_plugin.ReloadError):
             reload_plugin.reload_weights(model, weights_path=str(folders["B"]), policy="reread")
 
@@ -317,7 +318,7 @@ def test_fastsafetensors_reloads_on_a_cpu_too(
         reloads_equal_cold_starts(llm, case, folders, cold, counted)
         model = oracle.model_of(llm)
         monkeypatch.setitem(READERS, "fastsafetensors", shuffled)
-        monkeypatch.setattr(session, "OPEN_STREAMING", 0)
+        monkeypatch.setattr(StreamingCommit, "waiting_bytes", 0)
         for policy in ("reread", "streaming"):
             report = reload_plugin.reload_weights(model, weights_path=str(folders["B"]), policy=policy)
             assert report.spilled_bytes > 0, "all layers were open at once"

@@ -14,9 +14,10 @@ import torch
 
 import reload_plugin
 from reload_plugin.checkpoint.io import reading
+from reload_plugin.commit.strategies import StagedCommit, StreamingCommit
 from reload_plugin.record import staged_storage
 from reload_plugin.record.model_record import record_of
-from reload_plugin.transaction import session
+from reload_plugin.transaction import group_pipeline
 from tests import oracle
 from tests.checkpoints import read_tensors
 from tests.processor import packs_bf16
@@ -86,8 +87,8 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
 def meter(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> Meter:
     """With the small budget. Tensors are read one by one, as those of real size are."""
     assert BUDGET < engine.largest < engine.copy / 4
-    monkeypatch.setattr(session, "OPEN_BUDGET", BUDGET)
-    monkeypatch.setattr(session, "OPEN_STREAMING", BUDGET)
+    monkeypatch.setattr(StagedCommit, "waiting_bytes", BUDGET)
+    monkeypatch.setattr(StreamingCommit, "waiting_bytes", BUDGET)
     monkeypatch.setattr(reading, "BATCH", 1)
     monkeypatch.setattr(reading, "AHEAD", 1)
     found = Meter()
@@ -150,7 +151,7 @@ def test_a_stream_in_the_order_of_layers_needs_no_file(policy: str, engine: Engi
 def test_without_the_budget_these_streams_do_hold_more(engine: Engine, meter: Meter) -> None:
     """Else nothing above could fail."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(session, "OPEN_BUDGET", 1 << 40)
+        patch.setattr(StagedCommit, "waiting_bytes", 1 << 40)
         report = engine.push(one_of_each_first(list(read_tensors(engine.folders["B"]).items())), "host")
     assert report.spilled_bytes == 0
     assert meter.open > 2 * (engine.largest + BUDGET)
@@ -162,13 +163,13 @@ def test_no_garbage_is_searched_for_while_a_folder_is_read(
     policy: str, engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     searched: list[bool] = []
-    process = session.process_stage
+    process = group_pipeline.process_stage
 
     def noting(*args: object) -> None:
         searched.append(gc.isenabled())
         process(*args)
 
-    monkeypatch.setattr(session, "process_stage", noting)
+    monkeypatch.setattr(group_pipeline, "process_stage", noting)
     options = {"weights_path": str(engine.folders["B"]), "policy": policy}
     engine.llm.collective_rpc("reload_weights", kwargs=options)
     assert searched

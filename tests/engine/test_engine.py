@@ -21,11 +21,12 @@ import reload_plugin
 from reload_plugin import errors, vllm_api
 from reload_plugin.checkpoint.formats import safetensors_files
 from reload_plugin.checkpoint.io import reading
+from reload_plugin.commit.strategies import StagedCommit
 from reload_plugin.device import host_memory as memory
 from reload_plugin.process import native_handles as native
 from reload_plugin.record import staged_storage
 from reload_plugin.record.model_record import record_of
-from reload_plugin.transaction import session
+from reload_plugin.transaction import group_pipeline
 from reload_plugin.transaction.rollback import before_forward_pass
 from tests import oracle
 from tests.checkpoints import read_tensors
@@ -684,9 +685,8 @@ def test_options_that_do_not_exist_are_named(on_a: Engine) -> None:
 def test_a_shuffled_stream_beyond_the_budget_goes_through_a_file(
     on_a: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from reload_plugin.transaction import session
 
-    monkeypatch.setattr(session, "OPEN_BUDGET", -(1 << 40))
+    monkeypatch.setattr(StagedCommit, "waiting_bytes", -(1 << 40))
     by_shuffled_iterator(on_a)
     on_a.assert_is("B")
     report = reload_plugin.status(on_a.model)[0].report
@@ -855,7 +855,7 @@ def test_processing_that_raises_leaves_the_old_weights(on_a: Engine, monkeypatch
 @pytest.fixture
 def giving_way(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every layer counts as one whose old and new native memory do not fit the budget together."""
-    monkeypatch.setattr(session, "BESIDE", 0)
+    monkeypatch.setattr(group_pipeline, "KEPT_BESIDE", 0)
 
 
 def test_large_native_memory_gives_way_before_there_is_new_memory(
@@ -885,7 +885,7 @@ def test_processing_that_raises_after_native_memory_gave_way(
         with pytest.raises(reload_plugin.ProcessingError, match="no room"):
             on_a.reload(on_a.folders["B"])
         monkeypatch.undo()
-        monkeypatch.setattr(session, "BESIDE", 0)
+        monkeypatch.setattr(group_pipeline, "KEPT_BESIDE", 0)
         on_a.assert_is("A")
     on_a.reload(on_a.folders["B"])
     on_a.assert_is("B")

@@ -285,7 +285,7 @@ def test_a_session_knows_whether_served_memory_was_written(names: list[str]) -> 
     with planned(model, BOTH) as session:
         with pytest.raises(SourceError, match="gone"):
             session.load_last(failing(BOTH, names))
-        assert session.committed == ({"norm"} if names else set())
+        assert session.touched_groups == ({"norm"} if names else set())
     assert (values(model) == before) is not bool(names)
     reload(model, B)
     assert only_values(model) == only_values(cold(B))
@@ -297,7 +297,7 @@ def test_so_it_does_when_a_loader_gets_what_was_not_planned() -> None:
     with planned(model, BOTH) as session:
         with pytest.raises(SourceError, match="gone"):
             session.load_last(failing({"norm.weight": B["norm.weight"].double()}, ["norm.weight"]))
-        assert session.committed == {"norm"}
+        assert session.touched_groups == {"norm"}
     assert torch.equal(model.norm.weight, B["norm.weight"])
     reload(model, A)
     assert only_values(model) == only_values(cold(A))
@@ -312,10 +312,10 @@ def test_so_it_does_when_the_constructors_values_cannot_be_written(monkeypatch: 
     monkeypatch.setattr(StagedStorage, "_initialise", failing_to)
     with planned(model, {"linear.weight": B["linear.weight"]}) as session:
         session.load_last([("linear.weight", B["linear.weight"])])
-        (stage,) = [stage for stage in session._stages if stage.group.name == "norm"]
+        (stage,) = [stage for stage in session.parts.view.groups if stage.group.name == "norm"]
         with session.loading(), pytest.raises(RuntimeError, match="no such kernel"):
-            session._close(stage)
-        assert session.committed == {"linear", "norm"}
+            session.parts.pipeline._close(stage)
+        assert session.touched_groups == {"linear", "norm"}
 
 
 def test_served_memory_is_never_given_back() -> None:
@@ -323,7 +323,7 @@ def test_served_memory_is_never_given_back() -> None:
     before = values(model)
     with planned(model, B) as session:
         with session.loading():
-            (stage,) = [stage for stage in session._stages if stage.group.name == "norm"]
+            (stage,) = [stage for stage in session.parts.view.groups if stage.group.name == "norm"]
             assert all(storage.aliases_served for storage in stage.storages)
             stage.release(set())
         session.abort()

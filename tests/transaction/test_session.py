@@ -53,7 +53,7 @@ from reload_plugin.record.snapshot import read
 from reload_plugin.record.staged_group import StagedGroup
 from reload_plugin.record.staged_storage import POISON
 from reload_plugin.tensors import storage_id
-from reload_plugin.transaction import session as session_module
+from reload_plugin.transaction import group_pipeline
 from reload_plugin.transaction.rollback import before_forward_pass
 from reload_plugin.verify import digest
 from reload_plugin.vllm_hooks import plugin
@@ -547,22 +547,24 @@ def test_a_loader_that_comes_back_to_a_layer_that_is_complete_writes_nothing(
 def test_every_layer_is_processed_within_what_may_be_taken_beside_the_largest_and_what_is_prepared(
     monkeypatch: pytest.MonkeyPatch, policy: str, passing: float
 ) -> None:
-    """What processing takes for a moment counts as four times the layer, to ``PASSING``, or as the layer."""
+    """What processing takes for a moment counts as four times the layer, to ``PROCESSING_BYTES``, or as the
+    layer.
+    """
     asked: list[tuple[int, int]] = []
-    monkeypatch.setattr(session_module, "keep_within", lambda *found: asked.append(found))
-    monkeypatch.setattr(session_module, "SEVERAL", 1)
-    monkeypatch.setattr(session_module.growth, "begin", lambda: 5_000_000)
+    monkeypatch.setattr(group_pipeline, "keep_within", lambda *found: asked.append(found))
+    monkeypatch.setattr(group_pipeline, "UNCHECKED_BYTES", 1)
+    monkeypatch.setattr(group_pipeline.growth, "begin", lambda: 5_000_000)
     model = cold(lambda: Model(Packing), A)
     record = record_of(model)
     sizes = [group.nbytes for group in record.groups if not group.plain and group.nbytes]
     most = int(passing * min(sizes))
-    monkeypatch.setattr(session_module, "PASSING", most)
+    monkeypatch.setattr(group_pipeline, "PROCESSING_BYTES", most)
     with ReloadSession(model, policy=policy) as session:
         session.load(B.items())
         session.finish()
     assert len(asked) == len(sizes) > 1
     assert sorted(needed for _, needed in asked) == sorted(max(n, min(4 * n, most)) for n in sizes)
-    prepared = [limit - record.largest - session_module.BUDGET - 5_000_000 for limit, _ in asked]
+    prepared = [limit - record.largest - group_pipeline.HEAP_BUDGET - 5_000_000 for limit, _ in asked]
     done = itertools.accumulate([0, *sizes[:-1]])
     assert prepared == (list(done) if policy == "staged" else [0] * len(asked))
 
@@ -578,10 +580,10 @@ def test_small_layers_are_looked_at_together(
     monkeypatch: pytest.MonkeyPatch, layers: float, looks: int
 ) -> None:
     asked: list[int] = []
-    monkeypatch.setattr(session_module, "keep_within", lambda *_: asked.append(1))
+    monkeypatch.setattr(group_pipeline, "keep_within", lambda *_: asked.append(1))
     model = cold(Three, A | {"more.weight": A["first.weight"]})
     (size,) = {group.nbytes for group in record_of(model).groups if not group.plain and group.nbytes}
-    monkeypatch.setattr(session_module, "SEVERAL", layers * size)
+    monkeypatch.setattr(group_pipeline, "UNCHECKED_BYTES", layers * size)
     with ReloadSession(model) as session:
         session.load((B | {"more.weight": B["first.weight"]}).items())
         session.finish()
@@ -1174,7 +1176,7 @@ def test_a_failure_after_a_result_was_written_in_place_is_known(policy: str, tou
     with ReloadSession(model, policy=policy) as session:
         with pytest.raises(ProcessingError, match="after packing"):
             session.load([("lm_head.weight", B["lm_head.weight"]), ("first.weight", B["first.weight"])])
-        assert ("lm_head" in session.committed) is touched
+        assert ("lm_head" in session.touched_groups) is touched
     del model.lm_head.quant_method.fails
     assert (values(model) != old) is touched
 

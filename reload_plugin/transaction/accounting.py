@@ -1,0 +1,93 @@
+"""The account of slots of one session: what is missing, kept and ignored."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from .. import vllm_api
+from ..errors import SERVES_OLD, SourceError, weights_error
+from ..load.completeness import Completeness
+from ..plan.ignore_rules import ignorable
+from ..plan.known_checkpoint import KnownCheckpoint
+from ..plan.slots import check_slots
+from ..plan.tracer import LoadTrace
+from ..record.model_record import ModelRecord
+from ..record.model_view import ModelView
+from .group_pipeline import GroupPipeline
+
+Account = tuple[dict[str, str], dict[str, str]]
+"""(kept, ignored), both name -> rule, as in the report."""
+
+
+class Accounting:
+    """Accounts for every slot of the groups that are not processed yet; the others were complete.
+
+    Args:
+        model: that is reloaded.
+        record: of the model.
+        view: its groups.
+        trace: what the stream brought.
+        completeness: brings coverage up to date.
+        known: what is known of the checkpoint.
+        pipeline: which groups are open.
+
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        record: ModelRecord,
+        view: ModelView,
+        trace: LoadTrace,
+        completeness: Completeness,
+        known: KnownCheckpoint,
+        pipeline: GroupPipeline,
+    ) -> None:
+        self._model, self._record, self._view = model, record, view
+        self._trace, self._completeness = trace, completeness
+        self._known, self._pipeline = known, pipeline
+
+    def check(self, source: str) -> Account:
+        """Account for every slot.
+
+        Raises:
+            SourceError: nothing came at all.
+            WeightsError: lists all offenders.
+
+        """
+        loaded, mismatches = self._trace.loaded, self._trace.mismatches
+        if not loaded.count and not loaded.written and not mismatches:
+            raise SourceError(f"{source} gave no weights. {SERVES_OLD}")
+        account = self.account()
+        if mismatches:
+            raise weights_error(source, SERVES_OLD, **vars(mismatches))
+        return account
+
+    def account(self) -> Account:
+        """Like ``check``, but leaves the offenders in the mismatches."""
+        loaded, mismatches = self._trace.loaded, self._trace.mismatches
+        mismatches.missing.clear()
+        self._completeness.settle()
+        groups = [group for group in self._view.groups if not group.processed]
+        if self._completeness.copy_plan is None and self._view.entered:
+            made = (tensor for group in self._pipeline.open for tensor in group.new_parameters())
+            loaded.in_new_parameters.update(name for one in made for name in self._trace.weights_in(one))
+        return check_slots(groups, loaded, mismatches, self._rule_of, self._known.was_written)
+
+    def _rule_of(self, name: str, shape: tuple[int, ...]) -> str | None:
+        """The rule by which a weight that nothing was made of may be ignored."""
+        if name in self._known.start_shapes:
+            return "also in the engine's own checkpoint and unused there"
+        if vllm_api.passes_over(self._model, name):
+            return "dropped by the model's or the quantization's name mapping"
+        config = self._record.model_config
+        if config is None:
+            return None
+        quantized = config.quantization is not None
+        return ignorable(name, shape, config.hf_config, quantized, world_size(self._record))
+
+
+def world_size(record: ModelRecord) -> int:
+    """How many ranks the engine has."""
+    parallel = getattr(record.vllm_config, "parallel_config", None)
+    return int(getattr(parallel, "world_size", 1))

@@ -1,0 +1,313 @@
+"""From a group that has all its weights to a result that is committed or waits: process, compare, keep."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator
+
+from torch import nn
+
+from .. import vllm_api
+from ..commit.strategies import CommitLog, CommitStrategy
+from ..device.host_memory import growth, keep_within
+from ..device.output_reuse import ReusableOutputs, reusing_served_outputs
+from ..load.admission import Admission
+from ..load.completeness import Completeness
+from ..options import Wanted
+from ..plan.tracer import LoadTrace
+from ..process.native_handles import NativeWatch, release_native_memory, watching_native
+from ..process.processing import process_stage, process_tail
+from ..record.model_record import ModelRecord
+from ..record.model_view import ModelView
+from ..record.staged_group import StagedGroup
+from ..tensors import storage_id
+from .dispatch import untraced
+from .stage_clock import StageClock
+from .takeover import Takeover
+from .vllm_processing import original_process_weights
+
+HEAP_BUDGET = 112 << 20
+"""Bytes that the process may grow by, beyond its largest layer, before freed pages of the heap go back:
+kernels pack into the heap, and not all that the old generation leaves there is used again at once. A little
+less than the 128 MiB that are promised."""
+PROCESSING_BYTES = 64 << 20
+"""Bytes of that for what a layer's processing needs only while it runs, which is not known before: four times
+the layer, at most so many."""
+
+KEPT_BESIDE = 64 << 20
+"""Bytes of a layer up to which its served native memory stays until there is new one. More would not fit the
+budget, which also has the beginning of the next layer, and is released before the layer is processed."""
+
+UNCHECKED_BYTES = 8 << 20
+"""Bytes of layers that are processed between two looks at the size of the process."""
+
+
+class GroupPipeline:
+    """Processes groups and hands their results to the commit strategy.
+
+    Args:
+        model: that is reloaded.
+        record: of the model.
+        view: shows and hides the groups.
+        trace: watches the model's loader; learns which parameters belong to complete groups.
+        completeness: which groups are complete.
+        admission: told of groups that are done.
+        strategy: takes results.
+        log: of commits.
+        clock: seconds by stage.
+        whole_model: process nothing before all weights have come.
+
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        record: ModelRecord,
+        view: ModelView,
+        trace: LoadTrace,
+        completeness: Completeness,
+        admission: Admission,
+        strategy: CommitStrategy,
+        log: CommitLog,
+        clock: StageClock,
+        whole_model: bool,
+    ) -> None:
+        self.spoiled: str | None = None
+        """Why the reload cannot be finished any more, once processing failed."""
+        self.takeover: Takeover | None = None
+        self.digest: Wanted = True
+        """Whether native handles are hashed when they are made: False is no."""
+        self._model, self._record, self._view = model, record, view
+        self._trace, self._completeness, self._admission = trace, completeness, admission
+        self._strategy, self._log, self._clock = strategy, log, clock
+        self._whole_model = whole_model
+        self._open: dict[int, StagedGroup] = {}
+        """Groups that wait for weights."""
+        self._late: list[StagedGroup] = []
+        """Groups that are processed and that the tail of PWAL changes once more."""
+        self._parameters: list[tuple[str, nn.Module, dict[str, nn.Parameter | None]]] = []
+        """Layers that were complete while the model's loader ran, and the parameters they had then."""
+        self._heap = HeapBudget(record.largest)
+        self._watch = ProcessingWatch()
+
+    def begin(self) -> None:
+        """The groups of the view are in load format: they wait for weights."""
+        self._open = {id(group): group for group in self._view.groups}
+
+    @property
+    def open(self) -> Iterable[StagedGroup]:
+        """Groups that wait for weights, in the model's order."""
+        return self._open.values()
+
+    @contextlib.contextmanager
+    def context(self) -> Iterator[None]:
+        """What vLLM sets while it loads and processes; one for each call of the session."""
+        config = self._record.model_config
+        with (
+            vllm_api.loading_context(self._record.vllm_config, getattr(config, "dtype", None)),
+            contextlib.ExitStack() as self._watch.ends_with,
+        ):
+            yield
+
+    # -- while weights come ------------------------------------------------------------------------
+
+    def close_complete(self, complete: list[StagedGroup], mismatches: bool) -> None:
+        """Process groups that have everything, unless nothing is to be committed anyway."""
+        if not complete or self._whole_model or mismatches:
+            return
+        for group in complete:
+            waits = group.group.deferred or group.group.name in self._record.deferred_groups
+            if id(group) in self._open and not waits:
+                self._close(group)
+
+    def put_back_parameters(self) -> list[str]:
+        """Give layers that were complete the parameters they had, should a loader have given them others.
+
+        Returns the names of those layers.
+        """
+        changed = []
+        for name, layer, parameters in self._parameters:
+            now = layer._parameters
+            if now.keys() != parameters.keys() or any(now[key] is not parameters[key] for key in now):
+                now.clear()
+                now.update(parameters)
+                changed.append(name)
+        return changed
+
+    # -- at the end --------------------------------------------------------------------------------
+
+    def process_rest(self) -> None:
+        """Process every group that is left, but for those that vLLM processes last. The view has to be
+        shown.
+        """
+        for group in list(self._open.values()):
+            if group.group.deferred:
+                continue
+            if group.touched or group.group.effect:
+                self._close(group)
+            else:
+                self._leave_untouched(group)
+
+    def process_all(self) -> None:
+        """The same, whether touched or not."""
+        for group in list(self._open.values()):
+            if not group.group.deferred:
+                self._close(group)
+
+    def process_tail(self) -> None:
+        """Attention layers and the model's own hook, with every layer showing its new values."""
+        shown = [group for group, _ in self._strategy.waiting if group.result is not None]
+        deferred = list(self._open.values())
+        done: list[StagedGroup] = []
+        try:
+            for group in shown:
+                group.result.show()  # type: ignore[union-attr]
+            for group in deferred:
+                self._process(group)
+            with self._clock.timed("process"):
+                process_tail(self._model, self._record, original_process_weights())
+            done = deferred + self._late
+        finally:
+            for group in shown:
+                group.served.show()
+        for group in done:
+            group.take_result()
+            self._view.release(group)
+        self._open, self._late = {}, []
+        for group in done:
+            self._keep(group)
+
+    def forget(self) -> None:
+        """Let go of everything that is not served."""
+        self._strategy.forget()
+        self.takeover = None
+        self._open, self._late, self._parameters = {}, [], []
+
+    # -- one group ---------------------------------------------------------------------------------
+
+    def _close(self, group: StagedGroup) -> None:
+        """Process one group; keep or commit its result, and show what it serves."""
+        released = self.takeover.release(group) if self.takeover is not None else []
+        self._admission.done(group.group.name)
+        self._heap.before_processing(group, self._strategy.prepared_bytes)
+        if was_hidden := group.hidden:
+            group.unhide()
+        with untraced():
+            self._process(group)
+            for storage in group.storages:
+                storage.closed = True
+            del self._open[id(group)]
+            if group.group.late:
+                self._late.append(group)
+                self._note_complete(group)
+                if was_hidden:
+                    group.hide()
+            else:
+                group.take_result()
+                self._view.release(group)
+                layers = group.layers if self._completeness.copy_plan is None else []
+                self._note_complete(group)
+                self._keep(group)
+                self._parameters += [(name, layer, dict(layer._parameters)) for name, layer in layers]
+        if self.takeover is not None:
+            self.takeover.refuse(group, released)
+
+    def _leave_untouched(self, group: StagedGroup) -> None:
+        group.served.show()
+        del self._open[id(group)]
+        self._view.release(group)
+        group.drop()
+
+    def _process(self, group: StagedGroup) -> None:
+        self.spoiled = f"processing {group.group.name or 'the model'} did not end well"
+        released = False
+        try:
+            with self._clock.timed("process"):
+                released = self._release_native_memory(group)
+                watched = self._watch.begin(
+                    self._record, self.digest is not False, reuses_outputs=self._strategy.commits_each_group
+                )
+                process_stage(group, self._record, original_process_weights(), *watched)
+        finally:
+            if released or group.overwritten or group.final_storages():
+                self._log.groups.add(group.group.name)
+        self.spoiled = None
+
+    def _release_native_memory(self, group: StagedGroup) -> bool:
+        """Release the served native memory of a layer that is too large for the budget twice, where served
+        values may be gone before there are new ones.
+        """
+        large = group.group.nbytes > KEPT_BESIDE and not group.group.passed_over
+        if not (large and self._strategy.commits_each_group):
+            return False
+        return release_native_memory(group.made_by_processing(), self._record.handles)
+
+    def _keep(self, group: StagedGroup) -> None:
+        at_once = self._strategy.commits_each_group
+        with self._clock.timed("commit") if at_once else contextlib.nullcontext():
+            self._strategy.keep(group)
+
+    def _note_complete(self, group: StagedGroup) -> None:
+        """Keep the model's loader from what a complete layer holds now, if that is not what was loaded."""
+        as_loaded = self._strategy.commits_each_group and group.group.plain
+        if self._completeness.copy_plan is not None or as_loaded or not group.group.tensors:
+            return
+        for name, layer in group.layers:
+            for key, parameter in layer._parameters.items():
+                if parameter is not None and (storage := storage_id(parameter)):
+                    self._trace.complete[storage] = f"{name}.{key}", group.group.tensors[0].name
+
+
+class HeapBudget:
+    """Keeps the growth of the C heap within what is promised, on a CPU.
+
+    Args:
+        largest: bytes of the model's largest group.
+
+    """
+
+    def __init__(self, largest: int) -> None:
+        self._resident = growth.begin()
+        self._largest = largest
+        self._unchecked = 0
+        """Bytes of the layers that were processed since the size of the process was looked at."""
+
+    def before_processing(self, group: StagedGroup, prepared: int) -> None:
+        """Make the heap give back what it does not use, if the process grew too much.
+
+        Small layers are looked at together; not at all where processing leaves everything where it is.
+        ``prepared``: bytes of results that wait for the commit.
+        """
+        if group.group.plain:
+            return
+        nbytes = group.group.nbytes
+        self._unchecked += nbytes
+        if self._unchecked < UNCHECKED_BYTES:
+            return
+        self._unchecked = 0
+        needed = max(nbytes, min(4 * nbytes, PROCESSING_BYTES))
+        keep_within(self._resident + prepared + self._largest + HEAP_BUDGET, needed)
+
+
+class ProcessingWatch:
+    """What watches processing in one call of the session, begun by the first group: to begin takes longer
+    than some groups do.
+    """
+
+    def __init__(self) -> None:
+        self.ends_with = contextlib.ExitStack()
+        self._begun: tuple[NativeWatch, ReusableOutputs] | None = None
+
+    def begin(
+        self, record: ModelRecord, hashes: bool, reuses_outputs: bool
+    ) -> tuple[NativeWatch, ReusableOutputs]:
+        """The watch over native handles, paused, and what hands out served memory for results."""
+        if self._begun is None:
+            device = record.target_device
+            watch = self.ends_with.enter_context
+            self.ends_with.callback(setattr, self, "_begun", None)
+            native = watch(watching_native(device, record.handles, hashes))
+            outputs = watch(reusing_served_outputs(reuses_outputs and device.type == "cpu"))
+            native.paused = True
+            self._begun = native, outputs
+        return self._begun
