@@ -1,6 +1,6 @@
-"""Python's search for garbage, held back while many objects are made of which none is any.
+"""Python's garbage collector, paused while many objects are made of which none is garbage.
 
-A full search looks at everything that vLLM and torch have imported: 30 to 70 ms, whatever it finds. Both
+A full collection looks at everything that vLLM and torch have imported: 30 to 70 ms, whatever it finds. Both
 settings are the process's own, so other threads have them too for the time.
 """
 
@@ -8,36 +8,44 @@ from __future__ import annotations
 
 import contextlib
 import gc
-from collections.abc import Iterator
+from collections.abc import Callable
+
+from .shared_setting import SharedSetting
 
 _NEVER = (1 << 31) - 1
 
 
-@contextlib.contextmanager
-def gc_paused() -> Iterator[None]:
-    """No search unless somebody asks for one: for what makes no garbage, or asks when that matters."""
-    was_enabled = gc.isenabled()
+def _disable() -> Callable[[], object]:
+    if not gc.isenabled():
+        return lambda: None
     gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()
+    return gc.enable
 
 
-@contextlib.contextmanager
-def full_gc_paused() -> Iterator[None]:
-    """Only young objects are searched: what a reload leaves behind is young, and memory may hang on it."""
+def _put_off_full() -> Callable[[], object]:
     youngest, young, full = gc.get_threshold()
     gc.set_threshold(youngest, young, _NEVER)
-    try:
-        yield
-    finally:
-        gc.set_threshold(youngest, young, full)
+    return lambda: gc.set_threshold(youngest, young, full)
+
+
+_all = SharedSetting(_disable)
+_full = SharedSetting(_put_off_full)
+
+
+def gc_paused() -> contextlib.AbstractContextManager[None]:
+    """No collection unless somebody asks for one: for what makes no garbage, or asks when that matters."""
+    return _all.wanted()
+
+
+def full_gc_paused() -> contextlib.AbstractContextManager[None]:
+    """Only young objects are collected: what a reload leaves behind is young, and memory may hang on it."""
+    return _full.wanted()
 
 
 def collect_young() -> bool:
-    """Where no search runs by itself, and memory is short: search what is young. Returns whether it did."""
+    """Where no collection runs by itself, and memory is short: collect what is young. Returns whether it
+    did.
+    """
     if gc.isenabled():
         return False
     gc.collect(1)

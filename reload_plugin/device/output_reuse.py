@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from ..tensors import storage_id, wraps_others
+from .shared_setting import SharedSetting
 
 
 class ReusableOutputs:
@@ -67,13 +68,34 @@ class ReusableOutputs:
         return None
 
 
+_of_thread = threading.local()
+"""``places``: what is offered in this thread, the innermost last."""
+
+
+def _patch_empty_like() -> Callable[[], object]:
+    """Replace the name in ``torch``; modes would disturb the ``torch.compile`` that some methods use while
+    they process. Code that is being compiled gets the plain function, as does every thread to which nothing
+    is offered.
+    """
+    original = torch.empty_like
+
+    def empty_like(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        offered: list[ReusableOutputs] = getattr(_of_thread, "places", [])
+        if args or kwargs or not offered or torch.compiler.is_compiling():
+            return original(tensor, *args, **kwargs)
+        place = offered[-1].like(tensor)
+        return original(tensor) if place is None else place
+
+    torch.empty_like = empty_like  # type: ignore[assignment]
+    return lambda: setattr(torch, "empty_like", original)
+
+
+_patched = SharedSetting(_patch_empty_like)
+
+
 @contextlib.contextmanager
 def reusing_served_outputs(wanted: bool = True) -> Iterator[ReusableOutputs]:
     """While entered, ``torch.empty_like`` of a tensor like one that is offered gives that one's memory.
-
-    The name in ``torch`` is replaced for the time; modes would disturb the ``torch.compile`` that some
-    methods use while processing. Code that is being compiled gets the plain function, as does everybody where
-    nothing is offered.
 
     Args:
         wanted: False leaves ``torch`` as it is.
@@ -83,19 +105,13 @@ def reusing_served_outputs(wanted: bool = True) -> Iterator[ReusableOutputs]:
     if not wanted:
         yield places
         return
-    original = torch.empty_like
-
-    def empty_like(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        if args or kwargs or torch.compiler.is_compiling():
-            return original(tensor, *args, **kwargs)
-        place = places.like(tensor)
-        return original(tensor) if place is None else place
-
-    torch.empty_like = empty_like  # type: ignore[assignment]
-    try:
-        yield places
-    finally:
-        torch.empty_like = original
+    offered = _of_thread.__dict__.setdefault("places", [])
+    with _patched.wanted():
+        offered.append(places)
+        try:
+            yield places
+        finally:
+            offered.remove(places)
 
 
 def _is_plain(tensor: torch.Tensor) -> bool:

@@ -8,6 +8,7 @@ does, and a digest of what it was made of stands for what it holds.
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,31 +17,85 @@ import torch
 
 from .. import vllm_api
 from ..device.hashing import Hash
+from ..device.shared_setting import SharedSetting
 from ..record.module_state import owns_native, reachable, values_of
 
 Handles = dict[int, bytes | None]
 """Handle -> digest of all that its constructor was given; None where that was not hashed."""
 
 
-@dataclass
+@dataclass(eq=False)
 class NativeWatch:
-    """What the watch over native handles notes."""
+    """What the watch over native handles notes.
 
+    Args:
+        handles: receives every handle that is made.
+        hashed: whether what it is made of is hashed.
+
+    """
+
+    handles: Handles
+    hashed: bool = True
     captured: list[torch.Tensor] = field(default_factory=list)
     """The tensors that new handles point into: oneDNN's int8 handler keeps the address of the weight scales
     it was made with."""
     paused: bool = False
     """Whether handles that are made now are nobody's business."""
 
+    def made(self, name: str, handle: int, given: tuple[Any, ...], kept: tuple[Any, ...]) -> None:
+        """A constructor made a handle of what it was ``given``, and goes on reading what is ``kept``."""
+        self.captured.extend(value.detach() for value in kept if isinstance(value, torch.Tensor))
+        try:
+            self.handles[handle] = _digest_of(given) if self.hashed else None
+        except BaseException:
+            vllm_api.release_native(name, handle)
+            raise
+
+
+_of_thread = threading.local()
+"""``watches``: those of this thread, the innermost last. Reloads of two threads make handles of their own."""
+
+
+def _wrap_constructors() -> Callable[[], object]:
+    """Wrap the constructors themselves: a dispatch mode does not see them (they are composite), and a
+    function mode breaks the ``torch.compile`` that some methods use while processing.
+    """
+    replaced = []
+    for library, name, positions in vllm_api.native_constructors():
+        constructor = getattr(library, name)
+        setattr(library, name, _noting(name, constructor, positions))
+        replaced.append((library, name, constructor))
+
+    def undo() -> None:
+        for library, name, constructor in replaced:
+            setattr(library, name, constructor)
+
+    return undo
+
+
+def _noting(
+    name: str, constructor: Callable[..., Any], positions: tuple[int, ...] | None
+) -> Callable[..., Any]:
+    def noting(*args: Any, **kwargs: Any) -> Any:
+        watches: list[NativeWatch] = getattr(_of_thread, "watches", [])
+        handle = constructor(*args, **kwargs)  # raises where a processor cannot do it, and vLLM goes on
+        if watches and not watches[-1].paused:
+            given = (*args, *kwargs.values())
+            kept = given if positions is None or kwargs else tuple(args[position] for position in positions)
+            watches[-1].made(name, int(handle), given, kept)
+        return handle
+
+    return noting
+
+
+_wrapped = SharedSetting(_wrap_constructors)
+
 
 @contextlib.contextmanager
 def watching_native(
     device: torch.device | None, handles: Handles, hashed: bool = True
 ) -> Iterator[NativeWatch]:
-    """Notes what native handles are made of while they are made.
-
-    The constructors themselves are wrapped for the time: a dispatch mode does not see them (they are
-    composite), and a function mode breaks the ``torch.compile`` that some methods use while processing.
+    """Notes what native handles are made of while this thread makes them.
 
     Args:
         device: where layers are processed; only a CPU has such constructors. None watches nothing.
@@ -48,38 +103,17 @@ def watching_native(
         hashed: whether its arguments are hashed.
 
     """
-    noted = NativeWatch()
-
-    def wrap(
-        name: str, constructor: Callable[..., Any], positions: tuple[int, ...] | None
-    ) -> Callable[..., Any]:
-        def noting(*args: Any, **kwargs: Any) -> Any:
-            if noted.paused:
-                return constructor(*args, **kwargs)
-            given = (*args, *kwargs.values())
-            kept = given if positions is None or kwargs else tuple(args[position] for position in positions)
-            noted.captured.extend(value.detach() for value in kept if isinstance(value, torch.Tensor))
-            handle = constructor(*args, **kwargs)  # raises where a processor cannot do it, and vLLM goes on
-            try:
-                handles[int(handle)] = _digest_of(given) if hashed else None
-            except BaseException:
-                vllm_api.release_native(name, int(handle))
-                raise
-            return handle
-
-        return noting
-
-    replaced = []
-    try:
-        if device is not None and device.type == "cpu":
-            for library, name, positions in vllm_api.native_constructors():
-                constructor = getattr(library, name)
-                setattr(library, name, wrap(name, constructor, positions))
-                replaced.append((library, name, constructor))
-        yield noted
-    finally:
-        for library, name, constructor in replaced:
-            setattr(library, name, constructor)
+    watch = NativeWatch(handles, hashed)
+    if device is None or device.type != "cpu":
+        yield watch
+        return
+    watches = _of_thread.__dict__.setdefault("watches", [])
+    with _wrapped.wanted():
+        watches.append(watch)
+        try:
+            yield watch
+        finally:
+            watches.remove(watch)
 
 
 def handle_in(tensor: torch.Tensor) -> int | None:

@@ -33,7 +33,7 @@ NORM = "model.layers.0.input_layernorm.weight"
 EXPERT = "model.layers.1.mlp.experts.2.up_proj.weight"
 HEAD = "lm_head.weight"
 
-ReusableOutputs = tuple[int, ...]
+ExpertPlaces = tuple[int, ...]
 
 
 @dataclass
@@ -42,7 +42,7 @@ class Engine:
 
     llm: object
     folders: Mapping[str, Path]
-    cold: Mapping[tuple[str, ReusableOutputs], oracle.Snapshot]
+    cold: Mapping[tuple[str, ExpertPlaces], oracle.Snapshot]
     traced: list[str] = field(default_factory=list)
     """What was traced since this list was last emptied."""
 
@@ -65,7 +65,7 @@ class Engine:
         assert report.replayed == report.tensors > 0
         assert report.computed == 0
 
-    def assert_is(self, letter: str, places: ReusableOutputs = AT_START) -> None:
+    def assert_is(self, letter: str, places: ExpertPlaces = AT_START) -> None:
         now = oracle.snapshot(self.llm, CASE)
         assert oracle.compare_values("", now, self.cold[letter, places]) == []
 
@@ -109,7 +109,7 @@ def face(engine: Engine, request: pytest.FixtureRequest) -> Iterator[Callable]:
     engine.assert_is("A")
 
 
-def table_of(places: ReusableOutputs) -> Callable:
+def table_of(places: ExpertPlaces) -> Callable:
     """vLLM's function that says where experts are; it makes no table for one rank."""
     return lambda *_, **__: (len(places), torch.tensor(places, dtype=torch.int32), None)
 
@@ -143,13 +143,13 @@ def experts_of(model: torch.nn.Module) -> list[torch.nn.Module]:
     return found
 
 
-def write_into_tables(model: torch.nn.Module, places: ReusableOutputs) -> None:
+def write_into_tables(model: torch.nn.Module, places: ExpertPlaces) -> None:
     for experts in experts_of(model):
         experts.expert_map.copy_(torch.tensor(places))
         assert experts.expert_map is experts.expert_map_manager.expert_map
 
 
-def exchange_tables(model: torch.nn.Module, places: ReusableOutputs) -> None:
+def exchange_tables(model: torch.nn.Module, places: ExpertPlaces) -> None:
     """As vLLM does when the number of ranks changes (``update_expert_map``)."""
     for experts in experts_of(model):
         experts.expert_map_manager._expert_map = torch.tensor(places, dtype=torch.int32)
@@ -158,7 +158,7 @@ def exchange_tables(model: torch.nn.Module, places: ReusableOutputs) -> None:
 
 @pytest.mark.parametrize("move", [write_into_tables, exchange_tables])
 def test_experts_that_moved_are_loaded_to_where_they_are_now(
-    engine: Engine, face: Callable, move: Callable[[torch.nn.Module, ReusableOutputs], None]
+    engine: Engine, face: Callable, move: Callable[[torch.nn.Module, ExpertPlaces], None]
 ) -> None:
     """Twice in a row: the second table must not be taken for the first."""
     for letter, places in (("B", MOVED), ("A", AT_START)) * 2:
