@@ -81,8 +81,8 @@ def check_model(model: dict[str, Any]) -> None:
         assert way["vllm"]["verdict"] in ("right", "wrong")  # of experts, on a CPU; no promise of ours
 
 
-def test_work_of_a_team_is_timed_and_checked() -> None:
-    printed = run("benchmarks/team.py", "--mib", "2", "--trials", "2")
+def test_work_on_openmp_threads_is_timed_and_checked() -> None:
+    printed = run("benchmarks/openmp.py", "--mib", "2", "--trials", "2")
     rows = [line for line in printed.splitlines() if line.startswith(("| read", "| hash"))]
     assert len(rows) == 2
     assert all(float(cell) > 0 for row in rows for cell in row.strip("| ").split("|")[1:])
