@@ -237,10 +237,3 @@ def test_checkpoints_differ_in_the_share_that_was_asked_for(
     before, after, sent = (load_file(folder / models.WEIGHTS) for folder in (a, b, part))
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert changed == {name for name in before if name.startswith("model.layers.0.")} == set(sent)
-
-
-def test_the_tables_of_the_readme_are_those_of_the_results(imported: Callable[[str], ModuleType]) -> None:
-    written = (BENCHMARKS.parent / "README.md").read_text()
-    filled = imported("readme").filled
-    assert filled(written) == written, "python benchmarks/readme.py writes them anew"
-    assert filled(written.replace("| dense, ", "| sparse, ", 1)) == written
