@@ -138,9 +138,11 @@ def measured(imported: Callable[[str], ModuleType], root: Path, table: str = "di
     return tables.measure(chosen, chosen.models[0].small(), Answers(**wrong), root)
 
 
-def test_routes_are_no_loader(imported: Callable[[str], ModuleType], tmp_path: Path) -> None:
+def test_a_way_by_the_loader_takes_no_copy_plan(
+    imported: Callable[[str], ModuleType], tmp_path: Path
+) -> None:
     measured(imported, tmp_path / "right", "replay")
-    with pytest.raises(SystemExit, match="weights took known routes"):
+    with pytest.raises(SystemExit, match="weights took the copy plan"):
         measured(imported, tmp_path / "wrong", "replay", replayed=2)
 
 
