@@ -223,9 +223,12 @@ def _is_subcommand(words: list[str]) -> bool:
 
 
 def _is_install_from_repository(words: list[str]) -> bool:
-    """Whether pip installs from a clone, by ``-e .`` or ``@ git+``, and from no index of packages."""
+    """Whether pip installs from a clone, by ``-e .`` or ``git+``, and from no index of packages.
+
+    ``NAME @ git+file:///...`` is no requirement that pip takes.
+    """
     install, *rest = words
-    return install == "install" and (rest[:1] == ["-e"] or all(" @ git+" in word for word in rest))
+    return install == "install" and (rest[:1] == ["-e"] or all(word.startswith("git+") for word in rest))
 
 
 def test_messages_claim_no_package_index_either() -> None:
