@@ -1,4 +1,4 @@
-"""Tables of Markdown from the JSON that a benchmark has written."""
+"""Markdown tables from the JSON that a benchmark has written."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -26,22 +26,22 @@ COLUMNS = (
 NOTE = (
     "Seconds are medians [least–most]. An engine restart runs from the start of a new process, imports "
     "included, to an engine that takes requests; its first answer is not included. The floor copies mapped "
-    "files and processes into memory that is there; beside it stands what plain reads of the files take, "
-    "into one small buffer, processing each layer for the first time, and hashing all bytes. Peak extra "
+    "files and processes all layers, both into warm memory; the next column is plain reads of the files into "
+    "one small buffer, processing each layer for the first time, and hashing all bytes. Peak extra "
     "memory is what the process had resident at most (the kernel's VmHWM, mapped files included), less what "
     "it had before."
 )
 
 
 def whole(report: dict[str, Any]) -> str:
-    """Everything one table's JSON says to a reader."""
+    """The Markdown of one table's JSON: main table, note, extra tables, stages."""
     parts = [f"# {report['title']}", main_table(report), NOTE, *extras(report)]
     parts += ["Where this package's time goes, median seconds of each stage:", stages_table(report)]
     return "\n\n".join(parts) + "\n"
 
 
 def main_table(report: dict[str, Any]) -> str:
-    """One line a model, way and kind of reload."""
+    """One row for each model, way of reloading, and first or later reload."""
     device = any(way["ours"]["device_extra"]["first"] is not None for _, _, way in ways_of(report))
     columns = (*COLUMNS, "peak extra on the device", "vLLM's own on the device") if device else COLUMNS
     rows = [
@@ -53,20 +53,20 @@ def main_table(report: dict[str, Any]) -> str:
 
 
 def ways_of(report: dict[str, Any]) -> Iterator[tuple[dict[str, Any], str, dict[str, Any]]]:
-    """(model, way's name, way's summary), each model with its own name."""
+    """(model with its name, name of the way, summary of the way)."""
     for name, model in report["models"].items():
         for way, found in model["summary"]["ways"].items():
             yield model | {"name": name}, way, found
 
 
 def what_of(model: dict[str, Any], way: str) -> str:
-    """The model, its size, and how it was reloaded if there is more than one way."""
+    """The model, its size, and the way of reloading if it has a name."""
     what = f"{model['name']}: {model['bytes'] / 1e9:.2f} GB, {model['tensors']:,} tensors"
     return f"{what}; {way}" if way else what
 
 
 def figures(model: dict[str, Any], way: dict[str, Any], when: str, device: bool) -> list[str]:
-    """The cells of one line, after its name."""
+    """The cells of one row, after its name."""
     found, ours, own = model["summary"], way["ours"], way["vllm"]
     right = own["verdict"] == "right"
     cells = [
@@ -89,7 +89,7 @@ def figures(model: dict[str, Any], way: dict[str, Any], when: str, device: bool)
 
 
 def extras(report: dict[str, Any]) -> list[str]:
-    """What only some tables have to say."""
+    """Tables that only some reports have."""
     makers = {"tensors": growth, "bytes": growth, "disk": from_disk, "order": spilled, "repeated": repeated}
     maker = makers.get(report["table"])
     return [text] if maker and (text := maker(report)) else []
@@ -114,7 +114,7 @@ def growth(report: dict[str, Any]) -> str:
 
 
 def from_disk(report: dict[str, Any]) -> str:
-    """How much of the checkpoint the kernel fetched from storage while a reload was timed; the least."""
+    """Bytes fetched from storage while a reload was timed: the least of all reloads."""
     rows = [
         [
             what_of(model, name),
@@ -127,7 +127,7 @@ def from_disk(report: dict[str, Any]) -> str:
 
 
 def spilled(report: dict[str, Any]) -> str:
-    """What went through a file because staging had no room for it, and where the way back was."""
+    """Bytes that went through a file because staging was full, and the rollback source."""
     rows = [
         [what_of(model, name), way["ours"]["old_generation"], mib(way["ours"]["spilled"])]
         for model, name, way in ways_of(report)
@@ -136,7 +136,7 @@ def spilled(report: dict[str, Any]) -> str:
 
 
 def repeated(report: dict[str, Any]) -> str:
-    """Every reload of one process, and by how much the process has grown since the first."""
+    """Seconds of each reload of one process, and its growth in resident bytes since the first."""
     rows = []
     for model, name, way in ways_of(report):
         for side, label in (("ours", "this package"), ("vllm", "vLLM's own")):
@@ -147,7 +147,7 @@ def repeated(report: dict[str, Any]) -> str:
 
 
 def stages_table(report: dict[str, Any]) -> str:
-    """Where this package's time goes: median seconds of each stage."""
+    """Median seconds of each stage of this package's reloads."""
     rows = [
         (f"{what_of(model, name)}, {when}", way["ours"]["stages"][when])
         for model, name, way in ways_of(report)
@@ -173,7 +173,7 @@ def profiles(report: dict[str, Any]) -> str:
 
 
 def table(columns: tuple[str, ...], rows: list[list[str]]) -> str:
-    """A table of Markdown."""
+    """A Markdown table."""
     lines = [columns, ["---"] * len(columns), *rows]
     return "\n".join(
         f"| {' | '.join(line)} |".replace("| --- ", "|---").replace("--- |", "---|") for line in lines
@@ -181,19 +181,19 @@ def table(columns: tuple[str, ...], rows: list[list[str]]) -> str:
 
 
 def seconds(found: dict[str, float] | None, digits: int = 3) -> str:
-    """Median and extremes."""
+    """Median, least and most, in seconds."""
     if found is None:
         return NOTHING
     return f"{middle(found, digits)} s [{found['min']:.{digits}f}–{found['max']:.{digits}f}]"
 
 
 def middle(found: dict[str, float] | None, digits: int = 3) -> str:
-    """The median alone."""
+    """The median, in seconds."""
     return NOTHING if found is None else f"{found['median']:.{digits}f}"
 
 
 def plainly(found: dict[str, Any], digits: int = 3) -> str:
-    """Reading plainly, processing once and hashing, where that was measured."""
+    """Seconds of plain reads, of processing for the first time and of hashing, where measured."""
     if found.get("hash") is None:
         return NOTHING
     plain, read, once, hashed = (middle(found[part], digits) for part in ("plain", "read", "once", "hash"))

@@ -1,12 +1,12 @@
-"""The floor under a reload: what no reload can do without, measured with memory that is already there.
+"""The floor of a reload: work that no reload can avoid, measured with warm memory.
 
-*copy*: every byte of the checkpoint moved once, in one piece, onto the device that serves. *process*:
-`process_weights_after_loading` of every layer once, into pages the process already owns; page faults are half
-its cost otherwise. Both after `machine.keep_memory`.
+*copy*: every byte of the checkpoint copied once, in one piece, to the device that serves. *process*:
+`process_weights_after_loading` (PWAL) of every layer once, into pages the process already has; page faults
+would be half its cost. Both after `machine.keep_memory`.
 
-Beside it, what is nearer to a reload: *read*, the files by plain reads into one small buffer, *once*, the
-first time that each layer is processed, when its values are in no cache, and *hash*, the digest of as many
-bytes, by the same code as a reload's.
+Three more parts are nearer to a reload. *read*: plain reads of the files into one small buffer. *once*: the
+first PWAL of each layer, when its values are in no cache. *hash*: the digest of as many bytes as the
+checkpoint has, by the code that a reload uses.
 """
 
 import statistics
@@ -59,7 +59,7 @@ def read_seconds(folder: str | Path) -> float:
 
 
 def hash_seconds(folder: str | Path) -> float:
-    """Median seconds to hash as many bytes as the checkpoint has, in memory that is there."""
+    """Median seconds to hash as many bytes as the checkpoint has, in warm memory."""
     nbytes = sum(path.stat().st_size for path in Path(folder).glob("*.safetensors"))
     values = torch.zeros(nbytes, dtype=torch.uint8)
     times = []
@@ -73,13 +73,16 @@ def hash_seconds(folder: str | Path) -> float:
 
 
 class TimedProcessing:
-    """While entered, an engine that starts processes each layer several times.
+    """While entered, an engine that starts runs PWAL on each layer several times.
 
-    `seconds` sums the fastest trial of each, `once` the first, `layers` counts them. That covers what
-    vLLM processes at the end, what it quantizes while loading, attention layers and the model's own hook.
-    Before each trial after the first everything is put back: the layers and their helper objects. A trial
-    that did not do the same as the first (because something remembered that it was done) is an error. The
-    engine that comes out has to answer as any other: ask it.
+    `seconds` sums the fastest trial of each layer, `once` the first, `layers` counts the layers. This covers
+    PWAL after loading, online quantization while loading, attention layers and the model's own hook. Before
+    each trial after the first the layers and their helper objects are restored. The caller has to compare
+    the answers of the engine with those of any other engine on the checkpoint.
+
+    Raises:
+        RuntimeError: a trial had another effect than the first one.
+
     """
 
     def __init__(self) -> None:
@@ -104,7 +107,7 @@ class TimedProcessing:
         self._unwrap()
 
     def _building(self, *arguments: Any, **keywords: Any) -> torch.nn.Module:
-        """Build the model; what it does to its weights is timed from now on."""
+        """Build the model, and time its PWAL from now on."""
         model = self._build(*arguments, **keywords)
         for module in model.modules():
             self._wrap(getattr(module, "quant_method", None))
@@ -121,7 +124,7 @@ class TimedProcessing:
         process = getattr(owner, "process_weights_after_loading", None)
         if process is not None and id(owner) not in self._wrapped:
             self._wrapped[id(owner)] = owner
-            # Past torch.nn.Module's own __setattr__, which would do no harm and is not meant.
+            # Directly, not by torch.nn.Module's __setattr__: this is a plain instance attribute.
             vars(owner)["process_weights_after_loading"] = self._timed(process, owner)
 
     def _unwrap(self) -> None:
@@ -130,10 +133,10 @@ class TimedProcessing:
         self._wrapped.clear()
 
     def _timed(self, process: Callable[..., None], owner: Any) -> Callable[..., None]:
-        """The same call, several times over. ``owner`` is a quant method (called with a layer) or a layer."""
+        """The call, several times. ``owner`` is a quant method, which is called with a layer, or a layer."""
 
         def repeat(*arguments: Any) -> None:
-            if self._inside:  # part of what is being timed
+            if self._inside:  # called by a call that is being timed
                 process(*arguments)
                 return
             layers = [
@@ -160,7 +163,7 @@ class TimedProcessing:
 
 
 def _trials(process: Callable[[], None], holders: list[Any]) -> list[float]:
-    """Seconds of each trial; what the last one did stays."""
+    """Seconds of each trial; the effect of the last one stays."""
     times, effects = [], []
     for trial in range(TRIALS):
         undo = _undo(holders)
@@ -183,9 +186,9 @@ _TABLES = ("_parameters", "_buffers", "_modules")
 
 
 def _helpers(holders: list[Any], depth: int = 3) -> list[Any]:
-    """These objects and vLLM's own objects that they hold (schemes, kernels, experts), each once.
+    """These objects and the objects of vLLM that they hold (schemes, kernels, experts), each once.
 
-    Other layers are not among them, nor what has no attributes.
+    Without other layers, and without objects that have no attributes.
     """
     found: dict[int, Any] = {id(holder): holder for holder in holders}
     for _ in range(depth):
@@ -198,7 +201,7 @@ def _helpers(holders: list[Any], depth: int = 3) -> list[Any]:
 
 
 def _undo(holders: list[Any]) -> Callable[[], None]:
-    """Remember attributes and parameters; the returned call puts them back. Values are not copied."""
+    """Remember attributes and parameters; the returned function restores them. Values are not copied."""
     kept = [
         (holder, {name: dict(v) if name in _TABLES else v for name, v in vars(holder).items()})
         for holder in holders
@@ -220,7 +223,7 @@ def _undo(holders: list[Any]) -> Callable[[], None]:
 
 
 def _state(holders: list[Any]) -> dict[tuple[int, str], object]:
-    """Which attributes there are and, of tensors, where they lie: enough to see what a trial changed."""
+    """Names of attributes, and address, shape and dtype of tensors: what a trial changes shows here."""
     state: dict[tuple[int, str], object] = {}
     for number, holder in enumerate(holders):
         tensors = _tensors(holder) if isinstance(holder, torch.nn.Module) else {}

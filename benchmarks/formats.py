@@ -1,8 +1,8 @@
-"""How much memory a reload takes from each format that is read lazily: one engine, all formats in turn.
+"""Peak extra memory of a reload from each format on disk: one engine, all formats in turn.
 
-The engine lives in this process and everything else in processes of their own, so that nothing but the reload
-moves the kernel's high-water mark of resident memory. Each format is written, reloaded twice with the first
-checkpoint in between, and deleted. Every answer is compared with a cold start's on safetensors.
+The engine lives in this process; checkpoints are written in other processes, so that only the reload moves
+the kernel's high-water mark of resident memory. Each format is written, reloaded twice with the first
+checkpoint in between, and deleted. Every answer is compared with that of a cold start on safetensors.
 """
 
 import argparse
@@ -48,14 +48,14 @@ def in_safetensors(model: str, folder: Path) -> None:
 
 
 def in_torch(model: str, folder: Path) -> None:
-    """A state dict beside other things."""
+    """A state dict in a dict with other entries."""
     import torch
 
     torch.save({"model": weights(model), "step": 1}, folder / "checkpoint.pt")
 
 
 def in_torch_transposed(model: str, folder: Path) -> None:
-    """Matrices that lie the other way round in the file."""
+    """Matrices stored transposed."""
     import torch
 
     turned = {name: t.t().contiguous().t() if t.ndim == 2 else t for name, t in weights(model).items()}
@@ -63,14 +63,14 @@ def in_torch_transposed(model: str, folder: Path) -> None:
 
 
 def in_old_torch(model: str, folder: Path) -> None:
-    """As torch before 1.6 wrote."""
+    """The format of torch before 1.6."""
     import torch
 
     torch.save(weights(model), folder / "model.pt", _use_new_zipfile_serialization=False)
 
 
 def in_olmo(model: str, folder: Path) -> None:
-    """Names as OLMo encodes them: base64 of the pickle of (path, is pickled)."""
+    """Names encoded as OLMo does: base64 of the pickle of (path, is pickled)."""
     from safetensors.torch import save_file
 
     named = {
@@ -81,22 +81,22 @@ def in_olmo(model: str, folder: Path) -> None:
 
 
 def in_dcp(model: str, folder: Path) -> None:
-    """torch.distributed.checkpoint, by two ranks."""
+    """torch.distributed.checkpoint, written by two ranks."""
     _by_ranks("dcp", model, folder)
 
 
 def in_dcp_safetensors(model: str, folder: Path) -> None:
-    """Its shards in safetensors."""
+    """torch.distributed.checkpoint with shards in safetensors."""
     _by_ranks("dcp-safetensors", model, folder)
 
 
 def in_fsdp(model: str, folder: Path) -> None:
-    """One file a rank, rows spread over the ranks."""
+    """One file for each rank, sharded by rows."""
     _by_ranks("fsdp", model, folder)
 
 
 def in_fsdp_columns(model: str, folder: Path) -> None:
-    """One file a rank, columns spread over the ranks."""
+    """One file for each rank, sharded by columns."""
     _by_ranks("fsdp, columns", model, folder)
 
 
@@ -149,18 +149,18 @@ FORMATS: dict[str, Callable[[str, Path], None]] = {
 
 
 def write_format(name: str, model: str, folder: str) -> None:
-    """One format of the checkpoint in ``model``."""
+    """Write the checkpoint in ``model`` as one format."""
     Path(folder).mkdir()
     FORMATS[name](model, Path(folder))
 
 
 def write_model(folder: str, size: dict[str, int], seed: int) -> None:
-    """One random checkpoint."""
+    """Write one random checkpoint."""
     models.write(Path(folder), models.Model("", size), seed)
 
 
 def work(task: str, **arguments: Any) -> Any:
-    """A child's job."""
+    """What a process that `in_child` started does."""
     return {"cold": ask_cold, "write": write_format, "model": write_model}[task](**arguments)
 
 
@@ -168,12 +168,12 @@ def work(task: str, **arguments: Any) -> Any:
 
 
 def child(task: str, **arguments: Any) -> Any:
-    """Have something done in a process of its own."""
+    """Run a task in a process of its own."""
     return engine.in_child(__file__, {"task": task, **arguments}, plugin=False)
 
 
 def reload(llm: Any, folder: str) -> dict[str, Any]:
-    """One reload: extra resident memory at its peak, seconds, and what the engine answers then."""
+    """One reload: peak extra resident memory (bytes), seconds, and the answer afterwards."""
     warm_up(folder)
     with Peak() as peak:
         started = time.perf_counter()
@@ -184,7 +184,12 @@ def reload(llm: Any, folder: str) -> dict[str, Any]:
 
 
 def measure(names: list[str], size: dict[str, int], root: Path) -> dict[str, Any]:
-    """Every format: reloaded, the first checkpoint again, and so on."""
+    """Reload from every format, with the first checkpoint in between.
+
+    Raises:
+        SystemExit: an answer differs from that of a cold start.
+
+    """
     folders = {side: str(root / side) for side in "AB"}
     for side, seed in (("A", 1), ("B", 2)):
         child("model", folder=folders[side], size=size, seed=seed)
@@ -201,7 +206,7 @@ def measure(names: list[str], size: dict[str, int], root: Path) -> dict[str, Any
                 runs.append(reload(llm, folder))
                 back = reload(llm, folders["A"])
                 if runs[-1].pop("answer") != truth["B"] or back.pop("answer") != truth["A"]:
-                    raise SystemExit(f"{name}: another answer than a cold start's")
+                    raise SystemExit(f"{name}: the answer differs from that of a cold start")
                 runs[-1]["back"] = back
             rows.append({"format": name, "runs": runs})
             shutil.rmtree(folder)
@@ -209,12 +214,12 @@ def measure(names: list[str], size: dict[str, int], root: Path) -> dict[str, Any
 
 
 def peak_of(row: dict[str, Any]) -> int:
-    """The most that a reload from the format took, or the reload that followed it; bytes."""
+    """The most extra memory (bytes) of the reloads from a format and of those that followed them."""
     return max(max(run["extra"], run["back"]["extra"]) for run in row["runs"])
 
 
 def markdown(report: dict[str, Any]) -> str:
-    """One line a format."""
+    """One row for each format."""
     limit = report["largest"] + BEYOND
     lines = ["| format | peak extra memory | promised at most | seconds |", "|---|---|---|---|"]
     for row in report["rows"]:

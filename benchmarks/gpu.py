@@ -1,9 +1,9 @@
-"""The tables of `reload.py` on a CUDA machine, with CUDA graphs captured before and replayed after.
+"""The tables of `reload.py` on a CUDA machine, with CUDA graphs captured at the start and replayed later.
 
-The same commands and options. Engines are compiled and capture their graphs when they start; a run fails when
-a reload had them captured again, or when there were none. The floor's copy goes onto the device, everything
-waits for the device before a clock is read, and memory on the device stands beside that of the process.
-Without a CUDA device it says so and exits with status 2.
+Commands and options are those of `reload.py`. A run fails when an engine captured no graphs, or captured
+graphs again in a reload. The floor's copy goes to the device, the device is synchronized before a clock is
+read, and memory on the device is reported beside that of the process. Without a CUDA device the exit status
+is 2.
 """
 
 import sys
@@ -22,7 +22,7 @@ FP8 = {"quantization": "fp8"}
 
 
 def with_graphs(tables: Mapping[str, Table] = TABLES) -> dict[str, Table]:
-    """The tables with engines that capture CUDA graphs, and FP8 where a CPU has something like it."""
+    """The tables with engines that capture CUDA graphs, and with online FP8 in place of online INT8."""
     return {
         name: replace(table, models=_on_device(table.models), graphs=True) for name, table in tables.items()
     }
@@ -39,7 +39,7 @@ def _on_device(models: tuple[Model, ...]) -> tuple[Model, ...]:
 
 
 def run() -> None:
-    """Measure, if there is something to measure on."""
+    """Measure, if there is a CUDA device."""
     if not machine.has_cuda():
         print(
             "no CUDA device: nothing was measured. benchmarks/reload.py measures on a CPU.", file=sys.stderr

@@ -1,4 +1,4 @@
-"""What figures depend on, and what only the system can say: memory at its peak, the cache of the disk.
+"""Facts of the machine: peak memory, page cache, processor, versions.
 
 Nothing here runs while a reload is timed.
 """
@@ -17,10 +17,10 @@ KEEP_MEMORY = {-4: 0, -1: -1, -2: 1 << 28}  # M_MMAP_MAX, M_TRIM_THRESHOLD (-1 i
 
 
 class Peak:
-    """While entered, the kernel keeps the largest resident memory (VmHWM); no thread, no sampling.
+    """Measures peak extra memory by the kernel's high-water mark (VmHWM), without sampling.
 
-    At the end `extra` is what was added to the memory resident before: bytes, pages of files that happened
-    to be mapped included. With a CUDA device `device_extra` is the same for torch's allocator.
+    At the end `extra` is the peak of resident memory less what was resident before, in bytes; pages of mapped
+    files count. With a CUDA device `device_extra` is the same for torch's allocator.
     """
 
     extra = 0
@@ -47,7 +47,7 @@ class Peak:
 
 
 def resident() -> int:
-    """Bytes of this process in memory, pages of mapped files included."""
+    """Resident bytes of this process, pages of mapped files included."""
     return _status("VmRSS")
 
 
@@ -57,7 +57,12 @@ def _status(name: str) -> int:
 
 
 def keep_memory() -> None:
-    """From now on malloc keeps what it has, so that memory stays warm from one trial to the next."""
+    """Make malloc keep freed memory, so that it stays warm from one trial to the next.
+
+    Raises:
+        RuntimeError: the C library is not glibc.
+
+    """
     library = ctypes.CDLL(None)
     for name, value in KEEP_MEMORY.items():
         if not library.mallopt(name, value):
@@ -68,14 +73,14 @@ def keep_memory() -> None:
 
 
 def has_cuda() -> bool:
-    """Whether there is a CUDA device; False without importing torch where nothing has."""
+    """Whether torch finds a CUDA device."""
     import torch
 
     return torch.cuda.is_available()
 
 
 def synchronize() -> None:
-    """Wait for the CUDA device, where there is one."""
+    """Wait for the CUDA device, if there is one."""
     if has_cuda():
         import torch
 
@@ -86,7 +91,7 @@ def synchronize() -> None:
 
 
 def warm_up(folder: str) -> None:
-    """Read every file once, so that its pages are in the cache."""
+    """Read every file once, so that its pages are in the page cache."""
     for path in Path(folder).rglob("*"):
         if path.is_file():
             with path.open("rb", buffering=0) as file:
@@ -95,7 +100,7 @@ def warm_up(folder: str) -> None:
 
 
 def evict(folder: str) -> None:
-    """Drop every file from the cache. Pages that a process has mapped stay: see `read_from_disk`."""
+    """Drop every file from the page cache. Mapped pages stay there: see `read_from_disk`."""
     for path in Path(folder).rglob("*"):
         if path.is_file():
             with path.open("rb") as file:
@@ -104,7 +109,7 @@ def evict(folder: str) -> None:
 
 
 def read_from_disk() -> int:
-    """Bytes that this process has made the kernel fetch from storage so far."""
+    """Bytes that the kernel has fetched from storage for this process so far."""
     return int(Path("/proc/self/io").read_text().split("read_bytes:")[1].split()[0])
 
 
@@ -130,7 +135,7 @@ def machine() -> dict[str, Any]:
 
 
 def _version(*names: str) -> str:
-    """Of the first of these packages that is installed."""
+    """The version of the first of these packages that is installed."""
     for name in names:
         try:
             return version(name)
@@ -140,7 +145,7 @@ def _version(*names: str) -> str:
 
 
 def _allocator() -> str:
-    """Whose ``malloc`` processes started from here use, by what is preloaded into them."""
+    """The ``malloc`` of processes started from here, by LD_PRELOAD."""
     preloaded = os.environ.get("LD_PRELOAD", "")
     return next(
         (name for name in ("tcmalloc", "jemalloc", "mimalloc") if name in preloaded), "the C library's"

@@ -1,6 +1,6 @@
-"""Checkpoints to reload: random weights of a chosen size, dense or with many experts, bf16 or quantized.
+"""Checkpoints to reload: random weights of a given size, dense or with many experts, bf16 or quantized.
 
-Two seeds share no weight. A share of the layers may be taken from the other seed.
+Checkpoints of two seeds have no weight in common, except for layers that are asked to stay unchanged.
 """
 
 import json
@@ -29,7 +29,7 @@ SEEDS = {"A": 1, "B": 2}
 
 @dataclass(frozen=True)
 class Model:
-    """A checkpoint of a size and a form, and how an engine is started on it."""
+    """Size and form of a checkpoint, and the options of an engine that is started on it."""
 
     name: str
     size: Size
@@ -40,12 +40,12 @@ class Model:
 
     @property
     def missing(self) -> str | None:
-        """The operator that this model needs and that vLLM's kernels for this processor lack."""
+        """The operator of this model that vLLM's kernels for this processor lack, or None."""
         needs = "cpu_gemm_wna16" if self.form == "w4a16" and not torch.cuda.is_available() else ""
         return None if has_operator(needs) else needs
 
     def small(self) -> "Model":
-        """The same in a few megabytes, to try things out; sizes that differ go on differing."""
+        """The same model with a few megabytes, for smoke tests; models of different sizes stay different."""
         size = {"layers": 2, "hidden": 128, "vocabulary": 256, "experts": 0, "inner": 256}
         if self.size["experts"]:
             size |= {"experts": 8, "inner": 64, "layers": 1 + self.size["layers"] // 16}
@@ -86,7 +86,7 @@ def write(folder: Path, model: Model, seed: int, changed: float = 1) -> Path:
 
 
 def write_changed(folder: Path, whole: Path, model: Model, changed: float) -> Path:
-    """Write the changed weights of a checkpoint alone, for a partial update."""
+    """Write only the changed weights of the checkpoint ``whole``, for a partial update."""
     folder.mkdir(parents=True)
     with safe_open(whole / WEIGHTS, "pt") as file:
         names = [name for name in file.keys() if is_changed(name, model.size, changed)]  # noqa: SIM118  no dict
@@ -97,7 +97,7 @@ def write_changed(folder: Path, whole: Path, model: Model, changed: float) -> Pa
 
 
 def is_changed(name: str, size: Size, changed: float) -> bool:
-    """Whether a tensor is among the share of the model that differs: whole layers, from the first on."""
+    """Whether a tensor belongs to the changed share of the model: whole layers, from the first on."""
     if changed == 1:
         return True
     number = name.removeprefix("model.layers.").split(".")[0]
@@ -105,7 +105,7 @@ def is_changed(name: str, size: Size, changed: float) -> bool:
 
 
 def shapes(size: Size) -> dict[str, tuple[int, ...]]:
-    """Every tensor of the bf16 checkpoint, by its name on disk."""
+    """Name on disk -> shape of every tensor of the bf16 checkpoint."""
     hidden, heads, inner = size["hidden"], _heads(size), size["inner"]
     result: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (size["vocabulary"], hidden)}
     for layer in range(size["layers"]):
@@ -150,7 +150,7 @@ def _fill(name: str, shape: tuple[int, ...], seed: int) -> torch.Tensor:
 
 
 def _heads(size: Size) -> int:
-    """Heads of keys and values; there are twice as many of queries."""
+    """Key-value heads; there are twice as many query heads."""
     return max(1, size["hidden"] // HEAD)
 
 

@@ -1,6 +1,6 @@
 """Markdown and a plot from the JSON of a benchmark: `python benchmarks/plot.py output/main.json ...`.
 
-With `--output FOLDER` runs of one table that measured different models become one table there.
+With `--output FOLDER` several runs of one table, with different models, become one table there.
 """
 
 import argparse
@@ -16,13 +16,13 @@ UNITS = {"tensors": ("tensors", 1), "bytes": ("GB", 1e9)}
 
 
 def write(report: dict[str, Any], output: Path) -> None:
-    """NAME.md and NAME.png beside NAME.json."""
+    """Write NAME.md and NAME.png for a report."""
     (output / f"{report['table']}.md").write_text(document.whole(report))
     draw(report, output / f"{report['table']}.png")
 
 
 def draw(report: dict[str, Any], path: Path) -> None:
-    """One picture of a table: points with their extremes, lines along an axis, or reload after reload."""
+    """Plot a table: points with extremes, lines along an axis, or one reload after the other."""
     import matplotlib as mpl
 
     mpl.use("Agg")  # no display
@@ -46,7 +46,7 @@ def draw(report: dict[str, Any], path: Path) -> None:
 
 
 def _draw_points(axes: Any, ways: list[Any]) -> None:
-    """Later reloads as points with their extremes, first ones open; restart and floor with them."""
+    """Points with extremes: later reloads filled, first ones open, with restart and floor."""
     for row, (model, _, way) in enumerate(ways):
         for place, (name, found) in enumerate(_figures(model, way).items()):
             if found is None:
@@ -70,13 +70,13 @@ def _draw_points(axes: Any, ways: list[Any]) -> None:
 
 
 def _figures(model: dict[str, Any], way: dict[str, Any]) -> dict[str, Any]:
-    """Every spread of one way, by its label."""
+    """Label -> spread, of one way."""
     sides = {f"{side}, {when}": way[side][when] for side in ("ours", "vllm") for when in ("first", "later")}
     return sides | {"floor": model["summary"]["floor"], "restart": model["summary"]["restart"]}
 
 
 def _draw_lines(axes: Any, report: dict[str, Any], ways: list[Any]) -> None:
-    """Seconds over what the models differ in."""
+    """Seconds over the number of tensors or bytes."""
     label, unit = UNITS[report["axis"]]
     for side in ("ours", "vllm"):
         for when, style in (("first", "--"), ("later", "-")):
@@ -103,7 +103,7 @@ def _draw_lines(axes: Any, report: dict[str, Any], ways: list[Any]) -> None:
 
 
 def _draw_sequence(axes: Any, ways: list[Any]) -> None:
-    """Each reload of each process, one after the other."""
+    """Seconds of each reload of each process, in order."""
     for model, name, _ in ways:
         for side, runs in model["runs"][name].items():
             for number, run in enumerate(runs):
@@ -117,9 +117,7 @@ def _draw_sequence(axes: Any, ways: list[Any]) -> None:
 
 
 def together(reports: list[dict[str, Any]]) -> dict[str, Any]:
-    """Several runs of one table as one; models of a run with another allocator say so, and all of them where
-    they ran.
-    """
+    """Merge runs of one table. Each model keeps the machine it ran on; its name says another allocator."""
     models = {}
     for report in reports:
         malloc = report["machine"]["malloc"]
@@ -130,7 +128,7 @@ def together(reports: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Make Markdown and plots again."""
+    """Write Markdown and plots from JSON."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("files", nargs="+", type=Path, help="JSON that reload.py or gpu.py has written")
     parser.add_argument("--output", type=Path, help="put all the runs of a table together in this folder")

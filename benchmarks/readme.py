@@ -1,32 +1,62 @@
-"""The tables of the README, from the JSON in `results`: `python benchmarks/readme.py`.
+"""Write the tables of the documents from the JSON files in `results`: `python benchmarks/readme.py`.
 
-Each stands between two comments there, `<!-- benchmark NAME -->` and `<!-- end -->`. What is between them is
-replaced.
+A table stands between two comments, `<!-- benchmark NAME -->` and `<!-- end -->`; the text between them is
+replaced. With `--check` nothing is written: the exit status is 1 where a document differs from the results.
 """
 
 import json
 import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from document import WHENS, middle, plainly, seconds, table, times, ways_of
+from formats import BEYOND, peak_of
 from machine import MIB
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-PLACE = re.compile(r"(<!-- benchmark (\w+) -->\n\n).*?(\n\n<!-- end -->)", re.DOTALL)
+DOCUMENTS = tuple(
+    ROOT / name for name in ("README.md", "benchmarks/README.md", "reload_plugin/checkpoint/README.md")
+)
+"""The documents that hold tables of measurements."""
+PLACE = re.compile(r"(<!-- benchmark (\w+) -->\n).*?(\n<!-- end -->)", re.DOTALL)
 
 
 def filled(text: str) -> str:
-    """The README with every table as the results say."""
-    return PLACE.sub(lambda found: found[1] + TABLES[found[2]](_report(found[2])) + found[3], text)
+    """A document with every table rewritten from the results."""
+    return PLACE.sub(lambda f: f"{f[1]}\n{TABLES[f[2]](_report(f[2]))}\n{f[3]}", text)
 
 
 def _report(name: str) -> dict[str, Any]:
-    file = "main" if name in ("stages", "processors") else name
+    file = "main" if name in ("summary", "stages", "processors") else name
     report: dict[str, Any] = json.loads((RESULTS / f"{file}.json").read_text())
     return report
+
+
+SUMMARY = ("dense", "8 layers × 128 experts", "20,000 tensors", "dense, INT8 W8A8")
+"""Models of the short table."""
+
+
+def _summary(report: dict[str, Any]) -> str:
+    """Four models of the main table, reloaded from a folder under ``auto``."""
+    rows = []
+    for model, way, found in ways_of(report):
+        if way or model["name"] not in SUMMARY:
+            continue
+        ours = found["ours"]
+        rows.append(
+            [
+                f"{model['name']}, {model['bytes'] / 1e9:.2f} GB",
+                f"{ours['later']['median']:.2f} s (first {ours['first']['median']:.2f})",
+                _judged_median(found["vllm"], "later"),
+                *(times(found[f"{ratio}, later"], 1) for ratio in RATIOS),
+                _most(found),
+            ]
+        )
+    columns = ("model", "this plugin", "vLLM's own", *RATIOS.values(), "peak extra memory")
+    return table(columns, rows)
 
 
 def _main(report: dict[str, Any]) -> str:
@@ -67,12 +97,12 @@ RATIOS = {
 
 
 def _stages(report: dict[str, Any]) -> str:
-    """Where the time of a later reload goes."""
+    """Seconds of each stage of a later reload."""
     rows = []
     for model, way, found in ways_of(report):
         stages = found["ours"]["stages"]["later"]
-        if "read" in stages:  # told from loading since then
-            inside = stages.get("digest", 0.0)  # a part of the commit, where nobody had to ask for it
+        if "read" in stages:  # older reports count reading as loading
+            inside = stages.get("digest", 0.0)  # made in the commit in older reports
             parts = [stages["read"], stages["load"], stages["process"], stages["commit"] - inside]
             total, digest = stages["total"] - inside, stages.get("digest, asked for", inside)
             name = ", ".join(part for part in (model["name"], way) if part)
@@ -82,11 +112,11 @@ def _stages(report: dict[str, Any]) -> str:
 
 
 OTHERS = {"Zen 5": "main-zen5", "Xeon": "main-xeon"}
-"""Other processors -> runs of the main table on them."""
+"""Name of another processor -> file of the main table measured on it."""
 
 
 def _processors(report: dict[str, Any]) -> str:
-    """Later reloads of the main table, and of other runs of it on other processors."""
+    """Ratios of later reloads on three processors: cases that were measured on all of them."""
     runs = [{(model["name"], way): found for model, way, found in ways_of(report)}]
     runs += [
         {(model["name"], way): found for model, way, found in ways_of(_report(n))} for n in OTHERS.values()
@@ -97,12 +127,12 @@ def _processors(report: dict[str, Any]) -> str:
         for case in runs[0]
         if all(case in run for run in runs)
     ]
-    columns = [f"{ratio}, {name}" for ratio in RATIOS.values() for name in ("here", *OTHERS)]
+    columns = [f"{ratio}, {name}" for ratio in RATIOS.values() for name in ("Zen 4", *OTHERS)]
     return table(("later reload", *columns), rows)
 
 
 def _axis(report: dict[str, Any]) -> str:
-    """Tables whose models differ in their number of tensors, or of bytes."""
+    """Tables whose models differ in the number of tensors or of bytes."""
     rows = []
     for model, _, found in ways_of(report):
         ours, own = found["ours"], found["vllm"]
@@ -122,7 +152,7 @@ def _axis(report: dict[str, Any]) -> str:
 
 
 def _ways(report: dict[str, Any]) -> str:
-    """Tables of one model that is reloaded in several ways."""
+    """Tables of one model reloaded in several ways."""
     rows = []
     for _, way, found in ways_of(report):
         ours, own = found["ours"], found["vllm"]
@@ -160,7 +190,15 @@ def _repeated(report: dict[str, Any]) -> str:
     return table(("side", "seconds of each reload of one process", "grown since the first"), rows)
 
 
+def _formats(report: dict[str, Any]) -> str:
+    """Most extra memory of reloads from each format on disk."""
+    promised = f"{(report['largest'] + BEYOND) / MIB:,.0f} MiB"
+    rows = [[row["format"], f"{peak_of(row) / MIB:,.0f} MiB", promised] for row in report["rows"]]
+    return table(("format", "peak extra memory", "promised at most"), rows)
+
+
 TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
+    "summary": _summary,
     "main": _main,
     "stages": _stages,
     "processors": _processors,
@@ -171,6 +209,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "replay": _replay,
     "order": _order,
     "repeated": _repeated,
+    "formats": _formats,
 }
 
 
@@ -185,8 +224,14 @@ def _middle(found: dict[str, float] | None) -> str:
     return middle(found, 2)
 
 
+def _judged_median(own: dict[str, Any], when: str) -> str:
+    """The median of vLLM's own reload, and what was wrong with its answers."""
+    wrong = "" if own["verdict"] == "right" else f", **{own['verdict']}**"
+    return f"{_middle(own[when])} s{wrong}"
+
+
 def _judged(own: dict[str, Any], when: str) -> str:
-    """vLLM's own seconds, and whether its answers were right."""
+    """Seconds of vLLM's own reload, and what was wrong with its answers."""
     wrong = "" if own[when] is None or own["verdict"] == "right" else f", **{own['verdict']}**"
     return _seconds(own[when]) + wrong
 
@@ -201,9 +246,13 @@ def _most(found: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    """Write the tables into the README."""
-    readme = ROOT / "README.md"
-    readme.write_text(filled(readme.read_text()))
+    """Write the tables into the documents, or compare them."""
+    different = [path for path in DOCUMENTS if filled(path.read_text()) != path.read_text()]
+    if "--check" in sys.argv[1:]:
+        sys.exit("\n".join(f"{path} differs from the results" for path in different) or 0)
+    for path in different:
+        path.write_text(filled(path.read_text()))
+        print(f"written: {path}")
 
 
 if __name__ == "__main__":

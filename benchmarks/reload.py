@@ -1,11 +1,11 @@
-"""How long a reload takes: this package, vLLM's own, a restart of the engine, and the floor under all.
+"""Seconds and memory of a reload: this package, vLLM's own, a restart of the engine, and the floor.
 
-One table for each name given, `main` if none is: see `tables.py`. Each side has processes of its own; they
-take turns, so that a slow minute of the machine meets all of them. After each timed reload the answers of the
-engine are compared with those of a cold start on the same weights: wrong ones of this package fail the run,
-those of vLLM's own are recorded.
+Measures the tables that are named, `main` by default: see `tables.py`. Each side has processes of its own;
+they take turns, so that a slow minute of the machine affects all of them. After each timed reload the answers
+of the engine are compared with those of a cold start on the same weights. Wrong answers of this package fail
+the run; wrong answers of vLLM's own reload are recorded.
 
-Writes NAME.json (after each model), NAME.md and NAME.png; `plot.py` makes the last two again from the first.
+Writes NAME.json (after each model), NAME.md and NAME.png; `plot.py` makes the last two from the first.
 """
 
 import argparse
@@ -27,7 +27,7 @@ OUTPUT = Path(__file__).parent / "output"
 
 
 def run(table: Table, processes: Processes, output: Path, folder: Path | None, profile: bool) -> None:
-    """Measure one table, and write what is there after each model."""
+    """Measure one table; write its JSON after each model."""
     report: dict[str, Any] = {"table": table.name, "title": table.title, "axis": table.axis}
     report |= {"machine": machine(), "rounds": table.rounds, "reloads": table.reloads, "models": {}}
     output.mkdir(parents=True, exist_ok=True)
@@ -46,7 +46,7 @@ def run(table: Table, processes: Processes, output: Path, folder: Path | None, p
 def main(
     tables: Mapping[str, Table] = TABLES, script: str = __file__, description: str = "seconds of a reload"
 ) -> None:
-    """Read the command line and measure the tables it names."""
+    """Read the command line and measure the tables that it names."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("tables", nargs="*", metavar="TABLE", help=f"of {', '.join(tables)}, or all")
     parser.add_argument("--models", nargs="+", help="only these of each table, by name")
@@ -72,7 +72,7 @@ def main(
 
 
 def narrowed(table: Table, arguments: argparse.Namespace) -> Table:
-    """The table with what was chosen on the command line."""
+    """The table with the models, ways, rounds and reloads of the command line."""
     kept = tuple(
         model for model in table.models if arguments.models is None or model.name in arguments.models
     )
@@ -87,7 +87,7 @@ def narrowed(table: Table, arguments: argparse.Namespace) -> Table:
 
 
 def only(ways_of: Callable[[Model], tuple[Way, ...]], names: list[str]) -> Callable[[Model], tuple[Way, ...]]:
-    """Those of the ways that have one of these names; all, if none has."""
+    """The ways that have one of these names; all ways, if none has."""
 
     def chosen(model: Model) -> tuple[Way, ...]:
         ways = ways_of(model)

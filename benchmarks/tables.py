@@ -1,4 +1,4 @@
-"""The tables: which models are reloaded in which ways, how they are measured, and what it comes to."""
+"""The tables: which models are reloaded in which ways, how that is measured, and the summary."""
 
 import random
 import statistics
@@ -21,27 +21,27 @@ BEYOND = 128 * machine.MIB
 
 @dataclass(frozen=True)
 class Way:
-    """How an engine is reloaded: with what, from where, under which options."""
+    """One way to reload an engine: which weights, from where, under which options."""
 
     name: str = ""
     to: str = "B"
-    """The checkpoint that takes turns with A."""
+    """The checkpoint that alternates with A."""
     changed: float = 1
     """The share of the layers in which it differs from A."""
     only_changed: bool = False
-    """Whether only those weights are sent, as a partial update."""
+    """Whether only the changed weights are sent, as a partial update."""
     comes: str = "folder"
-    """``folder``, or an iterator that is ``ordered`` or ``shuffled``."""
+    """``folder``, or an iterator in order (``ordered``) or at random (``shuffled``)."""
     disk: str = "warm"
     """``cold``: the files are not in the page cache."""
     by_loader: bool = False
     """Whether the model's own loader takes the weights, in a block of ``restore_for_reloading``."""
     options: Mapping[str, Any] = field(default_factory=dict)
-    """Of the reload; ours take them, vLLM's own has none."""
+    """Options of the reload, for this package only: vLLM's own reload has none."""
     sides: tuple[str, ...] = SIDES
 
     def steps(self, folders: Mapping[str, str], reloads: int, side: str) -> list[dict[str, Any]]:
-        """There and back again, as ``trials.time_reloads`` wants it."""
+        """The reloads of one process, to the checkpoint and to A in turn; see ``trials.time_reloads``."""
         options = dict(self.options) if side == "ours" else {}
         names = [(self.to, "A")[turn % 2] for turn in range(reloads)]
         return [
@@ -59,20 +59,20 @@ class Way:
 
 @dataclass(frozen=True)
 class Table:
-    """One table: its models, the ways in which each is reloaded, and how often."""
+    """One table: its models, the ways of reloading each, and how often."""
 
     name: str
     title: str
     models: tuple[Model, ...]
     ways_of: Callable[[Model], tuple[Way, ...]]
     rounds: int = 1
-    """Processes of each side; figures of a first reload and of a restart have one sample in each."""
+    """Processes of each side; each gives one sample of a first reload and of a restart."""
     reloads: int = 6
-    """In each process, the first included."""
+    """Reloads in each process, the first included."""
     graphs: bool = False
-    """Whether engines have to have captured CUDA graphs at their start."""
+    """Whether engines must have captured CUDA graphs at their start."""
     axis: str = ""
-    """What the models differ in, if a plot can show it on an axis: ``tensors`` or ``bytes``."""
+    """The axis of the plot: ``tensors`` or ``bytes``; empty where models do not differ along one."""
 
 
 WHOLE = Way()
@@ -92,7 +92,7 @@ MAIN = (
 
 
 def _in_experts(experts: int, inner: int) -> dict[str, int]:
-    """0.4 GB in 16 layers, whose experts are cut finer and finer."""
+    """0.4 GB in 16 layers with this number of experts of this inner size."""
     return {"layers": 16, "hidden": 96, "vocabulary": 8192, "experts": experts, "inner": inner}
 
 
@@ -173,7 +173,9 @@ TABLES = {
         Table("changed", "Share of the layers that changed", MAIN[:1], _changed),
         Table("order", "Folder, ordered and shuffled iterator, under each policy", MAIN[:1], _orders),
         Table("disk", "Warm and cold page cache", MAIN[:1], _disks),
-        Table("replay", "Weights by known routes, and by the model's loader", MAIN[:3], _replayed, reloads=6),
+        Table(
+            "replay", "Weights by the copy plan, and by the model's loader", MAIN[:3], _replayed, reloads=6
+        ),
         Table("repeated", "First and repeated reloads", MAIN[:1], _whole, reloads=10),
     )
 }
@@ -185,10 +187,10 @@ TABLES = {
 def measure(
     table: Table, model: Model, processes: Processes, root: Path, profile: bool = False
 ) -> dict[str, Any]:
-    """All figures of one model, every answer judged.
+    """Measure one model in all its ways, and compare every answer with a cold start's.
 
     Raises:
-        SystemExit: this package answered differently from a cold start, or failed, or the floor's engine did.
+        SystemExit: this package or the floor's engine answered differently from a cold start, or failed.
 
     """
     ways = table.ways_of(model)
@@ -227,20 +229,20 @@ def measure(
 
 
 def beside(way: Way, ways: tuple[Way, ...]) -> str:
-    """The way whose figures of vLLM's own stand beside this one's: the same weights from the same place."""
+    """The way whose figures of vLLM's own reload are compared: the same weights from the same place."""
     same = [other for other in ways if (other.to, other.comes, other.disk) == (way.to, way.comes, way.disk)]
     return next(other.name for other in same if "vllm" in other.sides)
 
 
 def turns(ways: tuple[Way, ...], number: int) -> list[tuple[Way, str]]:
-    """Every way and side once, in another order each round, so that a slow minute meets all of them."""
+    """Every way and side once, in another order each round."""
     result = [(way, side) for way in ways for side in way.sides]
     random.Random(number).shuffle(result)
     return result
 
 
 def write_all(model: Model, ways: tuple[Way, ...], root: Path) -> dict[str, str]:
-    """The checkpoints that the ways need, by name."""
+    """Write the checkpoints that the ways need; returns name -> folder."""
     folders = {"A": str(models.write(root / "A", model, models.SEEDS["A"]))}
     for way in ways:
         if way.to not in folders:
@@ -255,7 +257,7 @@ def write_all(model: Model, ways: tuple[Way, ...], root: Path) -> dict[str, str]
 
 
 def ask(processes: Processes, job: dict[str, Any], side: str) -> dict[str, Any]:
-    """What the process measured. vLLM's own may kill it: that is recorded."""
+    """Have a job measured. Where vLLM's own reload kills the process, that is the result."""
     try:
         return processes.do(job, plugin=side == "ours")
     except RuntimeError as error:
@@ -265,17 +267,17 @@ def ask(processes: Processes, job: dict[str, Any], side: str) -> dict[str, Any]:
 
 
 def judge(run: dict[str, Any], truth: dict[str, Any]) -> dict[str, Any]:
-    """Replace each answer by whether it is a cold start's, bit for bit."""
+    """Replace each answer by whether it equals a cold start's, bit for bit."""
     for one in run["reloads"]:
         one["right"] = one.pop("answer") == truth[one["to"]]
     if "floor" in run:
-        # The floor is of the checkpoint that the first reload goes to.
+        # The floor is measured on the checkpoint of the first reload.
         run["floor"]["right"] = run["floor"].pop("answer") == truth[run["reloads"][0]["to"]]
     return run
 
 
 def assert_right(what: str, run: dict[str, Any], graphs: bool = False) -> None:
-    """A fast reload of the wrong weights is no result, nor is one that has no CUDA graphs to keep."""
+    """Raise SystemExit for wrong answers, an error, or CUDA graphs that were captured anew or not at all."""
     wrong = [f"reload {number}" for number, one in enumerate(run["reloads"]) if not one["right"]]
     if wrong:
         raise SystemExit(f"{what}: reload_plugin answered differently from a cold start: {', '.join(wrong)}")
@@ -289,17 +291,17 @@ def assert_right(what: str, run: dict[str, Any], graphs: bool = False) -> None:
 
 
 def assert_loaded(way: Way, run: dict[str, Any]) -> None:
-    """What is to measure the model's loader has used it."""
+    """Raise SystemExit where a way that measures the model's loader took the copy plan."""
     replayed = sum(one.get("replayed", 0) for one in run["reloads"])
     if way.by_loader and replayed:
-        raise SystemExit(f"{way.name}: {replayed} weights took known routes")
+        raise SystemExit(f"{way.name}: {replayed} weights took the copy plan")
 
 
 # -- what the figures come to ---------------------------------------------------------------------
 
 
 def summary(measured: dict[str, Any]) -> dict[str, Any]:
-    """Medians, spreads and ratios. `first` is an engine's first reload, `later` any other."""
+    """Medians, spreads and ratios. `first` is the first reload of a process, `later` any other."""
     runs = measured["runs"]
     everything = [run for sides in runs.values() for side in sides.values() for run in side]
     floors = [run["floor"] for run in everything if "floor" in run]
@@ -322,7 +324,7 @@ def _of_way(
     around: dict[str, Any],
     measured: dict[str, Any],
 ) -> dict[str, Any]:
-    """One way of reloading, with vLLM's own beside it."""
+    """Summary of one way: this package, vLLM's own, and the ratios."""
     ours, own = _of_side(our_runs), _of_side(own_runs)
     result: dict[str, Any] = {"ours": ours, "vllm": own}
     for when in ("first", "later"):
@@ -355,7 +357,7 @@ def _of_side(runs: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def verdict(runs: list[dict[str, Any]]) -> str:
-    """``right``, ``wrong``, or how it failed."""
+    """``right``, ``wrong``, or the error."""
     errors = sorted({run["error"] for run in runs if run["error"]})
     if errors:
         return errors[0] if errors[0].startswith("dies") else f"raises {errors[0]}"
@@ -363,7 +365,7 @@ def verdict(runs: list[dict[str, Any]]) -> str:
 
 
 def spread(seconds: list[float]) -> dict[str, float] | None:
-    """Median, extremes and count; None of nothing."""
+    """Median, extremes and count; None of an empty list."""
     if not seconds:
         return None
     return {
@@ -375,7 +377,7 @@ def spread(seconds: list[float]) -> dict[str, float] | None:
 
 
 def ratio(above: dict[str, float] | None, below: dict[str, float] | None) -> float | None:
-    """Of two medians; None where one was not measured."""
+    """Ratio of two medians; None where one was not measured."""
     return above["median"] / below["median"] if above and below else None
 
 
@@ -394,7 +396,7 @@ def _least(ones: list[dict[str, Any]], name: str) -> int | None:
 
 
 def _grown(runs: list[dict[str, Any]]) -> int | None:
-    """Bytes by which a process was larger after its last reload than after its first; the most."""
+    """Growth of resident bytes from the first reload of a process to its last; the most of all processes."""
     return max(
         (run["reloads"][-1]["resident"] - run["reloads"][0]["resident"] for run in runs if run["reloads"]),
         default=None,

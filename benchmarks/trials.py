@@ -1,4 +1,4 @@
-"""What one process of a benchmark does: cold answers of engines, or reloads that are timed, and a floor."""
+"""What one process of a benchmark does: answers of cold starts, timed reloads, the floor."""
 
 import cProfile
 import gc
@@ -35,12 +35,12 @@ Folders = Mapping[str, str]
 
 
 def work(task: str, **arguments: Any) -> Any:
-    """A child's job."""
+    """What a process that `in_child` started does."""
     return {"cold": ask_cold, "reloads": time_reloads}[task](**arguments)
 
 
 def ask_cold(folders: Folders, options: Mapping[str, Any]) -> dict[str, Any]:
-    """The truth: answers of engines started on each checkpoint."""
+    """Answers of engines started on each checkpoint: name -> answer."""
     answers = {}
     for name, folder in folders.items():
         with start(folder, options) as llm:
@@ -56,14 +56,14 @@ def time_reloads(
     floor_of: str | None = None,
     profile: bool = False,
 ) -> dict[str, Any]:
-    """Start on A and reload step by step: seconds, memory at the peak, stages and answer of each.
+    """Start an engine on A and reload it step by step; seconds, peak memory, stages and answer of each.
 
     Args:
-        folders: of the checkpoints.
-        options: of the engine.
+        folders: name -> folder of the checkpoints.
+        options: options of the engine.
         steps: one for each reload: ``to`` (the checkpoint whose answer is expected), ``folder`` (what is
             read), ``comes``, ``disk``, ``by_loader`` and ``options`` (see ``tables.Way``).
-        started: when this process was asked for, by the monotonic clock; None if it was there before.
+        started: monotonic time at which this process was requested; None if it was running before.
         floor_of: the checkpoint whose floor is measured afterwards; none if None.
         profile: whether to do the last step again under a profiler, after the one before it.
 
@@ -87,7 +87,7 @@ def time_reloads(
 
 
 def time_reload(llm: Any, number: int, step: Mapping[str, Any]) -> dict[str, Any]:
-    """One reload and its answer. Nothing but the reload happens while the clock runs."""
+    """One reload and the answer afterwards. The clock runs during the reload only."""
     (machine.evict if step["disk"] == "cold" else machine.warm_up)(step["folder"])
     call = prepare(llm, number, step)
     with machine.Peak() as peak:
@@ -108,14 +108,14 @@ def time_reload(llm: Any, number: int, step: Mapping[str, Any]) -> dict[str, Any
 
 
 def captured_graphs() -> int:
-    """CUDA graphs that this process has captured so far; 0 where there are none."""
+    """Number of CUDA graphs that this process has captured so far."""
     from vllm.compilation.counter import compilation_counter
 
     return compilation_counter.num_cudagraph_captured
 
 
 def prepare(llm: Any, number: int, step: Mapping[str, Any]) -> Any:
-    """The call that reloads, with everything it needs at hand."""
+    """Returns the call that reloads, with its arguments prepared."""
     asked = dict(step["options"])
     if step["comes"] == "folder":
         asked["weights_path"] = step["folder"]
@@ -127,25 +127,25 @@ def prepare(llm: Any, number: int, step: Mapping[str, Any]) -> Any:
 
 
 def reload_in_worker(worker: Any, options: dict[str, Any], weights: Any) -> None:
-    """The runner's own call, for what has no name on the wire: an iterator."""
+    """Reload through the runner in the worker, which takes an iterator."""
     worker.model_runner.reload_weights(weights_iterator=weights, **options)
 
 
 def load_in_worker(worker: Any, weights: Any) -> None:
-    """The same by the model's own loader: a session that knows of no routes."""
+    """Reload by the model's own loader: a session without a copy plan."""
     from reload_plugin import ReloadSession
     from reload_plugin.record.model_record import record_of
     from reload_plugin.transaction.rollback import note_report
 
     model = worker.get_model()
     with ReloadSession(model) as session:
-        session.digest = "later"  # as in all others
+        session.digest = "later"  # as vLLM's runners do
         session.load(weights)
         note_report(record_of(model), session.finish())
 
 
 def stream(folder: str, shuffled: bool, seed: int) -> Iterator[tuple[str, Any]]:
-    """The checkpoint one tensor at a time, each in memory of its own, as a trainer's are."""
+    """The checkpoint one tensor at a time, each in memory of its own, as a trainer has them."""
     from safetensors.torch import load_file
 
     from reload_plugin.device.host_memory import allocator
@@ -157,18 +157,18 @@ def stream(folder: str, shuffled: bool, seed: int) -> Iterator[tuple[str, Any]]:
         random.Random(seed).shuffle(weights)
     del files
     if (heap := allocator()) is not None:
-        heap.give_back(machine.resident())  # what was freed here is not at hand for the reload
+        heap.give_back(machine.resident())  # memory freed here must not serve the reload
     return iter(weights)
 
 
 def is_ours() -> bool:
-    """Whether this package is switched on in this process."""
+    """Whether this package is on in this process."""
     return os.environ.get("RELOAD_PLUGIN") != "0"
 
 
 def account_of(llm: Any) -> dict[str, Any]:
-    """Where the last reload's time went, as its report says, what became of the old weights, and what it
-    takes to get the digest of the new ones.
+    """From the report of the last reload: seconds of each stage, the rollback source, bytes through a file
+    and weights by the copy plan. Also the seconds of the first call of ``status``, which makes the digest.
     """
     if not is_ours():
         return {"stages": {}}
@@ -184,7 +184,7 @@ def account_of(llm: Any) -> dict[str, Any]:
 
 
 def profile_reload(llm: Any, steps: list[dict[str, Any]]) -> str:
-    """The functions that the last step spends most time in; the step before it is done once more first."""
+    """The functions in which the last step spends most time; the step before it is repeated first."""
     prepare(llm, len(steps), steps[-2])()
     machine.warm_up(steps[-1]["folder"])
     call = prepare(llm, len(steps) + 1, steps[-1])
@@ -196,11 +196,11 @@ def profile_reload(llm: Any, steps: list[dict[str, Any]]) -> str:
 
 
 def time_floor(folder: str, options: Mapping[str, Any]) -> dict[str, Any]:
-    """Seconds of the parts of the floor, and what the engine answers that was processed several times."""
+    """Seconds of each part of the floor, and the answer of the engine whose layers were processed."""
     if is_ours():
         from reload_plugin.vllm_hooks import plugin
 
-        plugin.unregister()  # vLLM's processing, and nothing that watches it
+        plugin.unregister()  # PWAL without our recorder
     machine.keep_memory()
     machine.warm_up(folder)
     parts = {
@@ -211,13 +211,13 @@ def time_floor(folder: str, options: Mapping[str, Any]) -> dict[str, Any]:
     with floor.TimedProcessing() as processing, start(folder, options) as llm:
         answer = engine.answer(llm)
     if is_ours():
-        plugin.register()  # for the next job of this process, if it gets one
+        plugin.register()  # for the next job of this process
     parts |= {"process": processing.seconds, "once": processing.once}
     return parts | {"layers": processing.layers, "answer": answer}
 
 
 def start(folder: str, options: Mapping[str, Any]) -> Any:
-    """An engine, with what its quantization needs registered first."""
+    """Start an engine; registers the quantization method of the tests first, if it needs one."""
     if str(options.get("quantization", "")).startswith("test_"):
         from tests import online_methods  # noqa: F401  registers them
     return engine.engine(folder, **OPTIONS | dict(options))
@@ -227,9 +227,9 @@ def start(folder: str, options: Mapping[str, Any]) -> Any:
 
 
 class Processes:
-    """Where jobs are done: each in a fresh process, or ``together``: one process a side does all of them.
+    """Runs jobs: each in a fresh process, or ``together``: one process for each side does all of them.
 
-    The latter is for trying things out; its figures are not those of an engine's first reload.
+    ``together`` is for smoke tests: its figures are not those of an engine's first reload.
     """
 
     def __init__(self, script: str, together: bool = False) -> None:
@@ -244,7 +244,7 @@ class Processes:
             pool.shutdown(cancel_futures=True)
 
     def do(self, job: dict[str, Any], plugin: bool) -> Any:
-        """What ``work(**job)`` returns, by way of JSON.
+        """Run ``work(**job)`` in a process; returns its result as JSON values.
 
         Raises:
             RuntimeError: the process died.
@@ -263,9 +263,9 @@ class Processes:
 
 
 def _begin(plugin: bool) -> None:
-    """In a process that does many jobs: the environment, and nothing of what vLLM says on the terminal."""
+    """Set up a process that does many jobs: environment, imports, and a log in place of the terminal."""
     engine.prepare(plugin)
-    from vllm import LLM  # noqa: F401  what is imported now is not looked at again
+    from vllm import LLM  # noqa: F401  imported before gc.freeze
 
     gc.freeze()  # vLLM collects ten times at each start and end of an engine, and imports are most of it
     gc.freeze = gc.unfreeze = lambda: None

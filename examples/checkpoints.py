@@ -1,4 +1,4 @@
-"""Tiny random checkpoints, each of a kind whose reload asks something different of an engine."""
+"""Write tiny random checkpoints: tied embeddings, a mixture of experts, INT8."""
 
 import json
 from pathlib import Path

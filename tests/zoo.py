@@ -1,7 +1,7 @@
 """Every model, quantization and option that the tests reload: one row of data each.
 
 To add a case, name a config. `own` says what vLLM's reload does with it when this plugin is switched off;
-it proves that the oracle can fail, and it is what the README's table is made from.
+it proves that the oracle can fail, and the table in tests/README.md is made from it.
 """
 
 from collections.abc import Mapping

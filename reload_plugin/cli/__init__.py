@@ -14,6 +14,6 @@ def main(arguments: list[str] | None = None) -> int:
     except ModuleNotFoundError as error:
         if error.name not in ("typer", "rich", "httpx"):
             raise
-        print(f"The command line needs {error.name}: pip install 'vllm-reload-plugin[cli]'", file=sys.stderr)
+        print(f"The command line needs {error.name}: pip install typer rich httpx", file=sys.stderr)
         return 2
     return run(arguments)

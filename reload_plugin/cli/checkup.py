@@ -120,7 +120,7 @@ def _entry_point() -> Iterator[Finding]:
             "entry point",
             "wrong",
             f"no {NAME} in {GROUP}",
-            "Install this package: pip install vllm-reload-plugin.",
+            "Install this package: pip install -e . in a clone of its repository.",
         )
 
 

@@ -428,7 +428,7 @@ def play(world: World, wanted: int, *kinds: str) -> None:
 def test_no_history_leads_anywhere_but_to_the_last_good_weights(
     kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert sum(ON_MODELS.values()) >= 1000, "the README says a thousand"
+    assert sum(ON_MODELS.values()) >= 1000, "tests/README.md says a thousand"
     case = case_named(kind)
     case = replace(case, config={**case.config, **SMALL})
     folders = oracle.write(case, tmp_path)
@@ -444,7 +444,7 @@ def test_no_history_leads_anywhere_but_to_the_last_good_weights(
 def test_no_history_of_an_engine_leads_elsewhere(
     kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert sum(ON_ENGINES.values()) >= 50, "the README says fifty"
+    assert sum(ON_ENGINES.values()) >= 50, "tests/README.md says fifty"
     case = case_named(kind)
     folders = oracle.write(case, tmp_path)
     with oracle.running(case, folders["A"]) as llm, one_thread():

@@ -469,7 +469,7 @@ class Switch:
 
 
 def commit(server: Server, generation: str) -> Switch:
-    """The end of an update, as the README says: requests in flight end on the weights they began with."""
+    """The end of an update, see examples/README.md: requests in flight end on the weights they began with."""
     start = time.monotonic()
     server.call("/pause?mode=wait")
     paused = time.monotonic()

@@ -214,7 +214,7 @@ def write_tokenizer(folder: Path) -> None:
 
 
 def curl(port: int, path: str, body: dict | None = None, expect: int = 200) -> dict:
-    """POST with the command line tool, as the README shows it; GET without a body."""
+    """POST with the command line tool, as examples/README.md shows it; GET without a body."""
     data = [] if body is None else ["-H", "Content-Type: application/json", "-d", json.dumps(body)]
     out = subprocess.run(
         ["curl", "-sS", "-w", "\n%{http_code}", *data, f"http://127.0.0.1:{port}{path}"],

@@ -1,7 +1,7 @@
-"""Reading and hashing right after a kernel: one thread, two threads of Python's, or the kernels' own team.
+"""Reading and hashing right after a kernel: on one thread, on two Python threads, on the OpenMP threads.
 
-Milliseconds for one block of memory, medians. After a parallel region OpenMP's workers spin, which is what a
-second thread has to share its core with.
+Prints the median milliseconds for one block of memory. After a parallel region OpenMP's worker threads spin
+for some milliseconds, so a second Python thread shares its core with one of them.
 """
 
 import argparse
@@ -30,7 +30,7 @@ def alone(work: Work, count: int) -> None:
 
 
 def two_threads(work: Work, count: int) -> None:
-    """Each takes the next piece that nobody has taken."""
+    """Run ``work`` for each number on two Python threads, which take the numbers from one iterator."""
     numbers = iter(range(count))
 
     def take() -> None:
@@ -44,7 +44,7 @@ def two_threads(work: Work, count: int) -> None:
 
 
 def milliseconds(how: Callable[[Work, int], None], work: Work, count: int, trials: int) -> float:
-    """Median of some trials, each right after a kernel that all threads took part in."""
+    """Median milliseconds of ``trials`` runs, each right after a kernel that ran on all OpenMP threads."""
     kernel = torch.zeros(4 << 20)
     times = []
     for _ in range(trials):
@@ -56,7 +56,12 @@ def milliseconds(how: Callable[[Work, int], None], work: Work, count: int, trial
 
 
 def measure(file: Path, pieces: int, trials: int) -> list[list[str]]:
-    """One row for reading and one for hashing; every byte and every digest is checked."""
+    """Time reading and hashing ``pieces`` MiB of ``file``; returns one row of milliseconds for each.
+
+    Raises:
+        SystemExit: a byte or a digest was not the expected one.
+
+    """
     target = torch.zeros(pieces * PIECE, dtype=torch.uint8)
     memory = view_of(target.data_ptr(), target.numel())
     content = file.read_bytes()
@@ -77,11 +82,11 @@ def measure(file: Path, pieces: int, trials: int) -> list[list[str]]:
         target.zero_()
         rows[0].append(f"{milliseconds(how, read, pieces, trials):.2f}")
         if memory != content:
-            raise SystemExit(f"{how.__name__} read something else")
+            raise SystemExit(f"{how.__name__} read wrong bytes")
         digests.clear()
         rows[1].append(f"{milliseconds(how, digest, pieces, trials):.2f}")
         if digests != right:
-            raise SystemExit(f"{how.__name__} hashed something else")
+            raise SystemExit(f"{how.__name__} computed wrong digests")
     os.close(handle)
     return rows
 
@@ -95,7 +100,7 @@ def main() -> None:
         file = Path(folder) / "block"
         file.write_bytes(os.urandom(arguments.mib * PIECE))
         rows = measure(file, arguments.mib, arguments.trials)
-    print(table((f"{arguments.mib} MiB, ms", "one thread", "two threads", "the team"), rows))
+    print(table((f"{arguments.mib} MiB, ms", "one thread", "two threads", "OpenMP threads"), rows))
 
 
 if __name__ == "__main__":
