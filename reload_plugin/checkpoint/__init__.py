@@ -3,7 +3,7 @@
 from ..plan.source import Destinations, DirectRead, Ranged, Source, Span, Stream, TensorInfo
 from .checkpoint import Checkpoint
 from .detect import open_source
-from .folder import open_folder
+from .folder import open_folder, open_start, start_stamps
 from .formats.transformers_model import from_transformers
 from .stores import HostCopy, Overlay, SpillFile, give_back, in_a_file, kept_open, layers_of
 
@@ -26,4 +26,6 @@ __all__ = [
     "layers_of",
     "open_folder",
     "open_source",
+    "open_start",
+    "start_stamps",
 ]
