@@ -18,8 +18,9 @@ from torch import nn
 from .. import vllm_api
 from ..checkpoint import HostCopy, Source, SpillFile, TensorInfo, give_back, in_a_file, open_folder
 from ..checkpoint.config import check_config
+from ..device.available_memory import available
 from ..device.gc_pause import full_gc_paused
-from ..device.host_memory import available, settle_heap
+from ..device.host_memory import settle_heap
 from ..errors import CrossGroupEffectError, ReloadError, SourceError, weights_error
 from ..interrupts import call_between
 from ..load.progress import with_progress
