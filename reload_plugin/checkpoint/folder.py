@@ -116,8 +116,8 @@ def open_start(vllm_config: Any, model_config: Any, model: nn.Module) -> Source:
 def start_stamps(vllm_config: Any, model_config: Any, model: nn.Module) -> dict[str, Stamp] | None:
     """Size, time and inode of the weight files that an engine has just started from, by the loader's rules.
 
-    A source of ``open_start`` with the same stamps reads the weights of the start again. None where the engine
-    did not start from files on this machine.
+    A source of ``open_start`` with the same stamps reads the weights of the start again. None where the
+    engine did not start from files on this machine.
     """
     if not vllm_api.starts_from_files(vllm_config):
         return None

@@ -23,6 +23,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..device.default_device import cpu_by_default
+
 SUPPORTED = ("0.32.",)
 """Version prefixes whose seams the contract tests were run against."""
 
@@ -149,13 +151,14 @@ def current_vllm_config() -> Any:
 
 @contextlib.contextmanager
 def loading_context(vllm_config: Any, dtype: torch.dtype | None) -> Iterator[None]:
-    """The context in which a cold start loads and processes weights (config, default dtype).
+    """The context in which a cold start loads and processes weights (config, default dtype and device).
 
     Inference mode is left, so that tensors made inside are ordinary ones as at a cold start.
     """
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.no_grad())
+        stack.enter_context(cpu_by_default())
         if vllm_config is not None:
             stack.enter_context(get("vllm.config", "set_current_vllm_config")(vllm_config))
         if dtype is not None:

@@ -457,7 +457,7 @@ def _copy_strided(handle: int, part: Part, box: torch.Tensor, name: str) -> None
     """Read a part by ranges of at most ``SCRATCH`` bytes, and copy from there."""
     itemsize = box.element_size()
     if part.extent * itemsize <= SCRATCH or part.extent == 1:
-        flat = torch.empty(part.extent, dtype=box.dtype)
+        flat = torch.empty(part.extent, dtype=box.dtype, device="cpu")
         _read_whole(handle, part, flat, name)
         box.copy_(flat.as_strided(part.sizes, part.strides))
         return

@@ -128,7 +128,7 @@ def _write_tensor(
     tensors: Iterator[tuple[str, torch.Tensor]],
     wrote: Callable[[int], None],
 ) -> None:
-    name, tensor = next(tensors, ("nothing", torch.empty(0)))
+    name, tensor = next(tensors, ("nothing", torch.empty(0, device="cpu")))
     if (name, tuple(tensor.shape), tensor.dtype) != (info.name, info.shape, info.dtype):
         found = f"{name} {list(tensor.shape)} {tensor.dtype}"
         raise SourceError(

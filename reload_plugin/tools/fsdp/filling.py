@@ -130,7 +130,7 @@ class Filling:
 
     def _read(self, name: str, target: Target) -> torch.Tensor:
         """The values of a target, flat and on the CPU."""
-        values = torch.empty(target.count, dtype=target.dtype)
+        values = torch.empty(target.count, dtype=target.dtype, device="cpu")
         if isinstance(self._source, Ranged) and self._infos[name].dtype == target.dtype:
             self._source.read_spans(name, target.spans, values)
             self.bytes_read += values.nbytes
@@ -152,7 +152,7 @@ class Filling:
         step = max(1, PIECE // info.dtype.itemsize)
         for start in range(0, target.count, step):
             stop = min(target.count, start + step)
-            part = torch.empty(stop - start, dtype=info.dtype)
+            part = torch.empty(stop - start, dtype=info.dtype, device="cpu")
             self._source.read_spans(name, list(cut(target.spans, start, stop)), part)
             self.bytes_read += part.nbytes
             yield start, part
