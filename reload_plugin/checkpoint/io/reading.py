@@ -166,9 +166,12 @@ class ReadBatch:
         key = destinations.key
         if key is None:
             return None
-        if self._landing[0] is not key:
-            self._landing = key, self._direct_read_plan_in(destinations)
-        return self._landing[1]
+        # One read and one write of the attribute: another thread may replace it at any time.
+        last_key, plan = self._landing
+        if last_key is not key:
+            plan = self._direct_read_plan_in(destinations)
+            self._landing = key, plan
+        return plan
 
     def _direct_read_plan_in(self, destinations: Destinations) -> DirectReadPlan | None:
         places = [place for place in self.places if isinstance(place, Place)]
