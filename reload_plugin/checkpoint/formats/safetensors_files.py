@@ -27,14 +27,11 @@ from ...errors import SourceError
 from ...plan.source import Span, TensorInfo, tensor_info
 from ...record.tensor_layout import shared
 from ..checkpoint import Checkpoint
-from ..dtypes import STORABLE
+from ..dtypes import METADATA_KEY, SAFETENSORS_DTYPES
 from ..io.json_files import open_regular, strict_items
 from ..io.readahead import Piece, read_piece
 from ..io.reading import Place, ReadBatch, read_batches_of
 from ..io.stamps import WRITE_AGAIN, Stamp, stamped
-
-_DTYPES: dict[str, torch.dtype] = {name: dtype for dtype, name in STORABLE.items()}
-"""Names of dtypes in a safetensors header (format description of the safetensors project)."""
 
 LONGEST_HEADER = 100_000_000
 """Bytes; the safetensors library refuses longer ones too."""
@@ -230,7 +227,7 @@ def _parse(text: bytes) -> Layout:
             raise ValueError(f"it has {name!r} twice")
         names.add(name)
         try:
-            if name == _METADATA:
+            if name == METADATA_KEY:
                 metadata = _strings(entry)
                 continue
             info, start, nbytes = _tensor(name, entry)
@@ -247,14 +244,11 @@ def _parse(text: bytes) -> Layout:
     return Layout(metadata, infos, starts, sizes, _end_of(infos, starts, sizes, base) - base)
 
 
-_METADATA = "__metadata__"
-
-
 def _strings(entry: Any) -> dict[str, str]:
     if entry is None:
         return {}
     if not (type(entry) is dict and all(type(value) is str for value in entry.values())):
-        raise ValueError(f"its {_METADATA} is not a table of strings")
+        raise ValueError(f"its {METADATA_KEY} is not a table of strings")
     return entry
 
 
@@ -281,7 +275,7 @@ def _tensor(name: str, entry: Any) -> tuple[TensorInfo, int, int]:
         raise ValueError(f"{name} has the data_offsets {_brief(offsets)}")
     if not _naturals(shape):
         raise ValueError(f"{name} has the shape {_brief(shape)}")
-    dtype = _DTYPES.get(kind) if type(kind) is str else None
+    dtype = SAFETENSORS_DTYPES.get(kind) if type(kind) is str else None
     if dtype is None:
         raise UnknownDtypeError(name, _brief(kind))
     nbytes = offsets[1] - offsets[0]

@@ -16,7 +16,8 @@ from typing import Any, BinaryIO, NoReturn
 
 import torch
 
-from .pickle_names import DTYPES, NOT_STORED, PLAIN, STORAGES
+from ..dtypes import TORCH_DTYPES, TORCH_STORAGE_DTYPES
+from .pickle_names import NOT_STORED, PLAIN
 
 
 class Refused(pickle.UnpicklingError):
@@ -301,9 +302,13 @@ class _Unpickler(pickle._Unpickler):  # type: ignore[misc, name-defined, unused-
     def find_class(self, module: str, name: str) -> Any:
         """The stand-in for a name, dtypes excepted, which are themselves."""
         full = f"{'builtins' if module == '__builtin__' else module}.{name}"
-        if module == "torch" and name in DTYPES:
-            return DTYPES[name]
-        if self._tensors and module in ("torch", "torch.cuda", "torch.storage") and name in STORAGES:
+        if module == "torch" and name in TORCH_DTYPES:
+            return TORCH_DTYPES[name]
+        if (
+            self._tensors
+            and module in ("torch", "torch.cuda", "torch.storage")
+            and name in TORCH_STORAGE_DTYPES
+        ):
             return _Global(full, _not_called)
         if full == "torch._utils._rebuild_wrapper_subclass" and full in self._allowed:
             return _Global(full, _wrapper)
@@ -333,7 +338,7 @@ class _Unpickler(pickle._Unpickler):  # type: ignore[misc, name-defined, unused-
         if type(kind) is not _Global or type(key) is not str:
             raise Refused("its pickle has a storage without a kind or a key")
         _sizes((numel,))
-        dtype = STORAGES[kind.name.rpartition(".")[2]]
+        dtype = TORCH_STORAGE_DTYPES[kind.name.rpartition(".")[2]]
         whole = Storage(key, numel * dtype.itemsize, dtype.itemsize)
         known = self._storages.setdefault(key, whole)
         if known != whole:
