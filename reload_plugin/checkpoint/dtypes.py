@@ -59,7 +59,7 @@ TORCH_STORAGE_DTYPES: Mapping[str, torch.dtype] = {
     "ComplexFloatStorage": torch.complex64,
     "UntypedStorage": torch.uint8,
 }
-"""Class that ``torch.save`` names for the storage of a tensor -> its elements' dtype (``torch/storage.py``)."""
+"""Class that ``torch.save`` names for a tensor's storage -> dtype of its elements (``torch/storage.py``)."""
 
 
 def torch_name(dtype: torch.dtype) -> str:

@@ -10,9 +10,10 @@ from typing import Any
 import torch
 
 from ...checkpoint import Ranged, Source, Span, TensorInfo
+from ...checkpoint.sharding import cut
 from ...errors import SourceError, weights_error
 from .layout import UNTOUCHED, Target
-from .slices import Coverage, cut
+from .slices import SpanCoverage
 
 PIECE = 32 << 20
 """Bytes that are read at once where they have another dtype than the model."""
@@ -40,7 +41,7 @@ class Filling:
         self._missing: list[str] = []
         self._targets = targets
         self._staged: list[tuple[Target, torch.Tensor]] = []
-        self._coverage = Coverage()
+        self._coverage = SpanCoverage()
         self._check(strict, cast)
 
     def _name_of(self, target: Target) -> str:
