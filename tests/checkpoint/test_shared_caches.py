@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from reload_plugin.checkpoint import open_source
-from reload_plugin.checkpoint.io.reading import ReadBatch
+from reload_plugin.checkpoint.io.read_batches import ReadBatch
 from reload_plugin.plan.source import DirectRead, TensorInfo
 
 TENSORS = {f"layers.{number}.weight": torch.full((64,), float(number)) for number in range(40)}

@@ -19,13 +19,14 @@ import torch
 
 from ...errors import SourceError
 from ...plan.source import TensorInfo, tensor_info
-from ..checkpoint import Checkpoint
+from ..file_source import Checkpoint
 from ..io.json_files import open_regular, strict_json
-from ..io.reading import Assembly, Deferred, Part, Place
+from ..io.places import Assembly, Deferred, Part, Place
 from ..io.stamps import Stamp, stamp_of, stamped
 from ..pickle.pickle_names import DCP_METADATA
-from ..pickle.pickles import Inert, StoredTensor, unpickle
 from ..pickle.state_dicts import bare_name, weights_in
+from ..pickle.unpickling import unpickle
+from ..pickle.values import Inert, StoredTensor
 from ..sharding import Box, cover_error, whole_numbers
 from .safetensors_files import read_header
 from .torch_files import LONGEST_PICKLE, read_chunk

@@ -19,13 +19,13 @@ import torch
 
 from ...errors import SHOWN, SourceError
 from ...plan.source import TensorInfo, tensor_info
-from ..checkpoint import Checkpoint
+from ..file_source import Checkpoint
 from ..io.json_files import open_regular
-from ..io.reading import Assembly, Part
+from ..io.places import Assembly, Part
 from ..io.stamps import open_same
 from ..pickle.pickle_names import SHARDS
-from ..pickle.pickles import ForeignTensor, Inert, StoredTensor
 from ..pickle.state_dicts import steps_in, weights_in
+from ..pickle.values import ForeignTensor, Inert, StoredTensor
 from ..sharding import Box, chunk_of, cover_error, whole_numbers
 from .torch_files import TorchFile, read_torch_file
 

@@ -26,11 +26,12 @@ import xxhash
 from ...errors import SourceError
 from ...plan.source import Span, TensorInfo, tensor_info
 from ...record.tensor_layout import shared
-from ..checkpoint import Checkpoint
 from ..dtypes import METADATA_KEY, SAFETENSORS_DTYPES
+from ..file_source import Checkpoint
 from ..io.json_files import open_regular, strict_items
+from ..io.places import Place
+from ..io.read_batches import ReadBatch, read_batches_of
 from ..io.readahead import Piece, read_piece
-from ..io.reading import Place, ReadBatch, read_batches_of
 from ..io.stamps import WRITE_AGAIN, Stamp, stamped
 
 LONGEST_HEADER = 100_000_000

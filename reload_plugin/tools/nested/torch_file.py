@@ -18,9 +18,9 @@ from torch import nn
 from ...checkpoint import Checkpoint, Destinations, Stream, TensorInfo
 from ...checkpoint.dtypes import SAFETENSORS_NAMES
 from ...checkpoint.formats.torch_files import TorchFile, read_torch_file
-from ...checkpoint.io.reading import Part, placed
+from ...checkpoint.io.places import Part, placed
 from ...checkpoint.io.stamps import WRITE_AGAIN
-from ...checkpoint.pickle.pickles import ForeignTensor, Inert, Ordered, StoredTensor
+from ...checkpoint.pickle.values import ForeignTensor, Inert, Ordered, StoredTensor
 from ...device.host_memory import HostPool
 from ...errors import SourceError
 from .table import lay_out
