@@ -40,7 +40,7 @@ from safetensors.torch import save_file
 
 import reload_plugin
 from reload_plugin import vllm_api
-from reload_plugin.checkpoint.io import reading, vectored
+from reload_plugin.checkpoint.io import read_batches, reading, vectored
 from reload_plugin.commit import group_commit as commit
 from reload_plugin.device import host_memory as memory
 from reload_plugin.errors import EngineBrokenError, ReloadError
@@ -418,8 +418,8 @@ def tensors_read(lab: Lab, trap: Trap) -> Iterator[None]:
             yield
         return
     # Tensors of the real size fill a batch each; these are read one by one as well.
-    one_by_one = patch.multiple(reading, BATCH=1, AHEAD=1)
-    with one_by_one, patch.object(vectored, "preadv", trap.before(vectored.preadv)):
+    one_by_one = patch.object(read_batches, "BATCH", 1), patch.object(reading, "AHEAD", 1)
+    with one_by_one[0], one_by_one[1], patch.object(vectored, "preadv", trap.before(vectored.preadv)):
         yield
 
 

@@ -1,9 +1,9 @@
 """Readers of checkpoints: each gives names, shapes and dtypes first, and (name, tensor) pairs later."""
 
 from ..plan.source import Destinations, DirectRead, Ranged, Source, Span, Stream, TensorInfo
-from .checkpoint import Checkpoint
 from .detect import open_source
-from .folder import open_folder
+from .file_source import Checkpoint
+from .folder import open_folder, open_start, start_stamps
 from .formats.transformers_model import from_transformers
 from .stores import HostCopy, Overlay, SpillFile, give_back, in_a_file, kept_open, layers_of
 
@@ -26,4 +26,6 @@ __all__ = [
     "layers_of",
     "open_folder",
     "open_source",
+    "open_start",
+    "start_stamps",
 ]

@@ -78,7 +78,7 @@ def check_config(path: str, model_config: Any, start: Config | None) -> None:
     """Refuse a folder that a cold start would make another model of. Folders without config.json pass.
 
     Args:
-        path: folder, or repository in the local cache.
+        path: folder, or repository in the local cache; the engine's own at the engine's revision.
         model_config: config of the served model, for its ``hf_overrides``.
         start: what ``start_config`` gave when the engine started.
 
@@ -86,7 +86,7 @@ def check_config(path: str, model_config: Any, start: Config | None) -> None:
         SourceError: lists the settings that differ; or the folder's config.json cannot be read.
 
     """
-    found = None if start is None else _read(path, None)
+    found = None if start is None else _read(path, vllm_api.revision_of(path, model_config))
     if start is None or found is None:
         return
     try:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
 from ..errors import SHOWN, SourceError
-from .checkpoint import Checkpoint
+from .file_source import Checkpoint
 from .formats.dcp_files import METADATA, SHARD_FILE, DcpSource, ShardedSafetensorsSource
 from .formats.fsdp_files import RANK_FILE, FsdpSource
 from .formats.olmo_files import OlmoSource, is_olmo

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,9 @@ from .formats.fast_readers import READERS
 from .formats.safetensors_files import SafetensorsSource
 from .formats.safetensors_index import check_index, read_index
 from .formats.torch_source import TorchSource
+from .io.stamps import Stamp, stamp_of
+
+logger = logging.getLogger("vllm.reload_plugin")
 
 
 class UnlistedSource:
@@ -71,7 +75,8 @@ def open_folder(
     """The weights a cold start on ``path`` would load, or what else ``open_source`` finds there.
 
     Args:
-        path: local folder, single file, or the name of a repository that vLLM resolves.
+        path: local folder, single file, or the name of a repository that vLLM resolves; the engine's own
+            model path is read at the engine's revision.
         vllm_config: config of the engine; its load config says which safetensors files count.
         model_config: config of the model being reloaded.
         model: the model; some name patterns of their own.
@@ -92,8 +97,41 @@ def open_folder(
         return _of_folder(place, vllm_config, model_config, model)
     if place.is_absolute() or path.startswith(".") or place.exists() or path.count("/") != 1:
         raise SourceError(f"There is no folder {path}. {NEXT}")
-    files = _weight_files(path, vllm_config, model)
+    files = _weight_files(path, vllm_config, model, vllm_api.revision_of(path, model_config))
     return _of_files(path, files, vllm_config, model_config, model)
+
+
+def open_start(vllm_config: Any, model_config: Any, model: nn.Module) -> Source:
+    """The checkpoint in the engine's own model path, at its revision. A cached repository asks no hub.
+
+    Raises:
+        SourceError: as ``open_folder``.
+
+    """
+    path = model_config.model
+    folder = vllm_api.local_folder(path, vllm_api.revision_of(path, model_config), vllm_config)
+    return open_folder(path if folder is None else str(folder), vllm_config, model_config, model)
+
+
+def start_stamps(vllm_config: Any, model_config: Any, model: nn.Module) -> dict[str, Stamp] | None:
+    """Size, time and inode of the weight files that an engine has just started from, by the loader's rules.
+
+    A source of ``open_start`` with the same stamps reads the weights of the start again. None where the
+    engine did not start from files on this machine.
+    """
+    if not vllm_api.starts_from_files(vllm_config):
+        return None
+    path = getattr(model_config, "model", "")
+    folder = vllm_api.local_folder(path, vllm_api.revision_of(path, model_config), vllm_config)
+    if folder is None:
+        return None
+    try:
+        return {file: stamp_of(file) for file in _weight_files(str(folder), vllm_config, model)}
+    except SourceError as error:
+        logger.info(
+            "The weights of the start cannot be read again, so reloads keep a copy of them: %s", error
+        )
+        return None
 
 
 def _of_folder(folder: Path, vllm_config: Any, model_config: Any, model: nn.Module) -> Source:
@@ -129,9 +167,9 @@ def _of_files(
     return UnlistedSource(path, unlisted)
 
 
-def _weight_files(path: str, vllm_config: Any, model: nn.Module) -> list[str]:
+def _weight_files(path: str, vllm_config: Any, model: nn.Module, revision: str | None = None) -> list[str]:
     try:
-        return vllm_api.weight_files(vllm_config, model, path)
+        return vllm_api.weight_files(vllm_config, model, path, revision)
     except ReloadError:
         raise
     except Exception as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import time
 from collections.abc import Iterable, Mapping
@@ -17,6 +18,8 @@ from .io.stamps import WRITE_AGAIN
 
 KEY = "reload_plugin.source"
 """Key of the record in a file's ``__metadata__``."""
+WRITTEN = "reload_plugin.written"
+"""Key, beside the record, of what a conversion wrote into a folder: file name -> SHA-256; null: weights."""
 _PIECE = 4 << 20
 _TICKS = 1_000_000_000
 """Nanoseconds within which a file system may give two changes one time."""
@@ -71,8 +74,30 @@ def origin_of(converted: str | Path) -> Origin | None:
         SourceError: the file cannot be read, or its record is damaged.
 
     """
-    file = str(_first_file(Path(converted)))
-    return _origin_in(file, read_header(file).metadata)
+    file, metadata = _recorded(Path(converted))
+    return _origin_in(file, metadata)
+
+
+def written_files(folder: Path) -> dict[str, str | None]:
+    """File name -> SHA-256 of what a conversion wrote into a folder; None for weights and their index.
+
+    Raises:
+        SourceError: the folder cannot be read, its record is damaged, or no conversion wrote it.
+
+    """
+    file, metadata = _recorded(folder)
+    if _origin_in(file, metadata) is None:
+        raise SourceError(_not_converted(folder))
+    try:
+        found = json.loads(metadata.get(WRITTEN, "{}"))
+        if not isinstance(found, dict):
+            raise ValueError("not a JSON object")
+    except ValueError as error:
+        raise SourceError(
+            f"{file} says in a damaged way what its conversion wrote: {error}. "
+            "Convert the original again to another place."
+        ) from error
+    return found | {Path(file).name: None}
 
 
 def _origin_in(file: str, metadata: Mapping[str, str]) -> Origin | None:
@@ -103,10 +128,12 @@ def why_stale(converted: str | Path, original: str | Path | None = None) -> str 
     """
     origin = origin_of(converted)
     if origin is None:
-        raise SourceError(
-            f"{converted} does not say what it was converted from. Convert the original with reload_plugin."
-        )
+        raise SourceError(_not_converted(converted))
     return _why_stale(origin, original)
+
+
+def _not_converted(path: str | Path) -> str:
+    return f"{path} does not say what it was converted from. Convert the original with reload_plugin."
 
 
 def _why_stale(origin: Origin, original: str | Path | None) -> str | None:
@@ -152,7 +179,7 @@ def _difference(file: Path, then: FileStamp, read_ns: int) -> str | None:
     settled = then.changed_ns < read_ns - _TICKS
     if settled and times == (then.modified_ns, then.changed_ns, then.inode):
         return None
-    return None if _digest(file) == then.sha256 else f"{file.name} has other bytes than it had"
+    return None if file_digest(file) == then.sha256 else f"{file.name} has other bytes than it had"
 
 
 def _stamp(file: Path) -> FileStamp:
@@ -165,11 +192,17 @@ def _stamp(file: Path) -> FileStamp:
         modified_ns=found.st_mtime_ns,
         changed_ns=found.st_ctime_ns,
         inode=found.st_ino,
-        sha256=_digest(file),
+        sha256=file_digest(file),
     )
 
 
-def _digest(file: Path) -> str:
+def file_digest(file: Path) -> str:
+    """SHA-256 of a file's bytes, in hexadecimal.
+
+    Raises:
+        SourceError: the file cannot be read.
+
+    """
     total = hashlib.sha256()
     try:
         with open_regular(file) as handle:
@@ -180,10 +213,16 @@ def _digest(file: Path) -> str:
     return total.hexdigest()
 
 
-def _first_file(converted: Path) -> Path:
-    if not converted.is_dir():
-        return converted
-    files = sorted(converted.glob("*.safetensors"))
+def _recorded(converted: Path) -> tuple[str, Mapping[str, str]]:
+    """The file that holds a conversion's record, and its metadata; the first file where none does."""
+    files = sorted(converted.glob("*.safetensors")) if converted.is_dir() else [converted]
     if not files:
         raise SourceError(f"{converted} holds no safetensors files. Give what convert wrote.")
-    return files[0]
+    first: tuple[str, Mapping[str, str]] | None = None
+    for file in map(str, files):
+        found = file, read_header(file).metadata
+        if KEY in found[1]:
+            return found
+        first = first or found
+    assert first is not None, "there is a file"
+    return first

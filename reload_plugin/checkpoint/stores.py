@@ -16,8 +16,9 @@ import torch
 from ..device.host_memory import HostPool
 from ..errors import SourceError
 from ..plan.source import Destinations, Source, Stream, TensorInfo
-from .checkpoint import Checkpoint
-from .io.reading import Place, read_places
+from .file_source import Checkpoint
+from .io.places import Place
+from .io.reading import read_places
 
 SPILL_DIRECTORY = "RELOAD_PLUGIN_SPILL_DIR"
 """Environment variable: where spill files go when the caller names no folder (else the system's)."""

@@ -144,9 +144,13 @@ def diff(
 def convert(
     src: Annotated[Path, typer.Argument(metavar="SRC", help="A file or folder of weights, or a torch file.")],
     dst: Annotated[Path, typer.Argument(metavar="DST", help="A folder to make, or a file NAME.safetensors.")],
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is at DST.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace DST, whatever is there.")] = False,
     if_stale: Annotated[
-        bool, typer.Option("--if-stale", help="Do nothing where SRC has not changed.")
+        bool,
+        typer.Option(
+            "--if-stale",
+            help="Do nothing where SRC has not changed, else replace what was converted; other files stay.",
+        ),
     ] = False,
     weights_only: Annotated[
         bool, typer.Option("--weights-only", help="Of a torch file take only the weights.")
@@ -165,7 +169,7 @@ def convert(
     \b
     Examples:
       reload-plugin convert /checkpoints/step-12 /exports/step-12 --config /models/base
-      reload-plugin convert trainer.pt trainer.safetensors --overwrite --if-stale
+      reload-plugin convert trainer.pt trainer.safetensors --if-stale
     """
     from ..tools.conversion import convert as converted
     from ..tools.conversion import is_stale
@@ -177,7 +181,8 @@ def convert(
         report = converted(
             src,
             dst,
-            overwrite=overwrite or if_stale,
+            overwrite=overwrite,
+            replace_converted=if_stale,
             weights_only=weights_only,
             max_file_bytes=int(max_file_gb * 1e9),
             config=config,

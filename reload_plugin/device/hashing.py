@@ -180,6 +180,8 @@ def _words_of(tensor: torch.Tensor) -> torch.Tensor:
 @functools.cache
 def _weights(device: torch.device) -> torch.Tensor:
     """Odd numbers, the same for every process: int64 [_CHUNK]."""
-    generator = torch.Generator().manual_seed(0x5EED)
-    drawn = torch.randint(-(1 << 63), (1 << 63) - 1, (_CHUNK,), dtype=torch.int64, generator=generator)
+    generator = torch.Generator("cpu").manual_seed(0x5EED)
+    drawn = torch.randint(
+        -(1 << 63), (1 << 63) - 1, (_CHUNK,), dtype=torch.int64, generator=generator, device="cpu"
+    )
     return (drawn | 1).to(device)

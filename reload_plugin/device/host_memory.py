@@ -6,7 +6,6 @@ gets small again. Blocks lie in anonymous mappings, so that what is given back i
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import functools
 import mmap
@@ -14,7 +13,6 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -160,25 +158,6 @@ def resident() -> int:
         return int(os.read(statm, 200).split()[1]) * mmap.PAGESIZE
     finally:
         os.close(statm)
-
-
-def available(device: torch.device) -> int:
-    """Bytes that can still be allocated on a device; on the CPU what the system and its cgroup leave."""
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    found = [_cgroup_left()]
-    with contextlib.suppress(OSError, ValueError, StopIteration):
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-        found.append(int(next(line for line in lines if line.startswith("MemAvailable")).split()[1]) << 10)
-    return min(left for left in (*found, 1 << 62) if left is not None)
-
-
-def _cgroup_left() -> int | None:
-    with contextlib.suppress(OSError, ValueError):
-        group = Path("/sys/fs/cgroup")
-        limit, used = (int((group / f"memory.{name}").read_text()) for name in ("max", "current"))
-        return max(0, limit - used)
-    return None
 
 
 class Allocator(NamedTuple):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Protocol
@@ -9,6 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
+from ..device.default_device import callers_default_device
 from ..errors import ReloadError, SourceError
 from ..interrupts import call_out
 from ..plan.mismatches import RejectedWeightError
@@ -59,6 +62,10 @@ class WeightStream:
         self.waited = 0.0
         """Seconds in which the source had the word: files were read, or the caller's iterator ran."""
 
+    @functools.cached_property
+    def _callers_device(self) -> torch.device | None:
+        return callers_default_device()
+
     def __iter__(self) -> WeightStream:
         return self
 
@@ -107,9 +114,9 @@ class WeightStream:
         try:
             if self._trace.dry:  # meta tensors of our own, which are there already
                 return next(self._weights)
-            if not torch._C._len_torch_dispatch_stack():
+            if not torch._C._len_torch_dispatch_stack() and self._callers_device is None:
                 return self._fetching(next, self._weights)
-            with _disable_current_modes():
+            with _disable_current_modes(), self._callers_device or contextlib.nullcontext():
                 return self._fetching(next, self._weights)
         except StopIteration:
             self.exhausted = True

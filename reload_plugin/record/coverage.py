@@ -120,7 +120,7 @@ class Coverage:
     def _add_to_mask(self, view: Geometry) -> None:
         last = sum((n - 1) * s for n, s in zip(self.base.size, self.base.stride, strict=True))
         if self._mask is None:
-            self._mask = torch.zeros(last + 1, dtype=torch.bool)
+            self._mask = torch.zeros(last + 1, dtype=torch.bool, device="cpu")
         shifted = Geometry(view.offset - self.base.offset, view.size, view.stride)
         shifted.view(self._mask).fill_(True)
         self.volume += view.numel
@@ -134,7 +134,7 @@ class Coverage:
             for dim, n in enumerate(self.base.size)
         ]
         index = [{edge: i for i, edge in enumerate(es)} for es in edges]
-        grid = torch.zeros([len(es) - 1 for es in edges], dtype=torch.bool)
+        grid = torch.zeros([len(es) - 1 for es in edges], dtype=torch.bool, device="cpu")
         for box in self.boxes:
             cells = tuple(slice(index[d][a], index[d][b]) for d, (a, b) in enumerate(box))
             grid[cells] = True

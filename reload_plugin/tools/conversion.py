@@ -8,7 +8,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,8 +18,9 @@ from pydantic import BaseModel, ConfigDict
 from ..checkpoint import Checkpoint, open_source
 from ..checkpoint.formats.safetensors_files import read_header
 from ..checkpoint.io.writing import FilePlan, appearing, index_of, plan_files, write_file
-from ..checkpoint.sidecar import KEY, origin_of_files, why_stale
+from ..checkpoint.sidecar import KEY, WRITTEN, file_digest, origin_of_files, why_stale
 from ..errors import SourceError
+from .foreign_files import carry_over, foreign_files, refuse_collisions
 from .nested import NestedFile, Structure, unflatten
 
 STRUCTURE = "reload_plugin.structure"
@@ -29,6 +30,7 @@ FILE_BYTES = 5_000_000_000
 TORCH_FILES = (".pt", ".pth", ".bin", ".ckpt", ".tar")
 _WEIGHTS = (*TORCH_FILES, ".safetensors", ".distcp", ".metadata", ".gguf", ".h5", ".msgpack", ".npz", ".onnx")
 _INDEX = ".index.json"
+INDEX_NAME = f"model.safetensors{_INDEX}"
 _SMALL = 256 << 20
 """Bytes; larger files beside the weights are taken for weights."""
 
@@ -61,6 +63,7 @@ def convert(
     dst: str | Path,
     *,
     overwrite: bool = False,
+    replace_converted: bool = False,
     weights_only: bool = False,
     max_file_bytes: int = FILE_BYTES,
     config: str | Path | None = None,
@@ -74,7 +77,9 @@ def convert(
     Args:
         src: what ``open_source`` reads, or a torch file (``.pt``, ``.pth``, ``.bin``, ``.ckpt``).
         dst: a folder to make; or a file whose name ends in ``.safetensors``, which holds everything.
-        overwrite: replace what is at ``dst``.
+        overwrite: replace what is at ``dst``, whatever it is: of a folder, all that is in it.
+        replace_converted: replace what an earlier conversion wrote at ``dst``; other files there stay.
+            A file that the conversion would make, and that is not as an earlier one wrote it, is an error.
         weights_only: of a torch file too, take only the weights, under the names ``open_source`` gives them.
         max_file_bytes: largest file in a folder; more become several files with an index.
         config: folder with config.json and tokenizer, copied into the folder beside the weights; by default
@@ -96,8 +101,11 @@ def convert(
     single = dst.suffix == ".safetensors"
     plans = plan_files(content.source.infos(), None if single else max_file_bytes)
     beside = [] if single else _companions(src, None if config is None else Path(config))
+    update = replace_converted and not overwrite and dst.is_dir() and any(dst.iterdir())
+    foreign = foreign_files(dst) if update else []
+    refuse_collisions(foreign, _made(plans), beside)
     try:
-        with appearing(dst, overwrite) as partial:
+        with appearing(dst, overwrite or replace_converted) as partial:
             writing = _Writing(content, plans, progress)
             if single:
                 writing.file(partial, plans[0], first=True)
@@ -108,6 +116,7 @@ def convert(
                 raise SourceError(
                     f"{src} changed while it was read. Convert it when the trainer has finished writing."
                 )
+            carry_over(foreign, partial)
     except OSError as error:
         raise SourceError(_failed(dst, error)) from error
     return ConvertReport(
@@ -211,16 +220,24 @@ class _Writing:
         self._done = 0
 
     def folder(self, folder: Path, beside: Sequence[Path]) -> None:
-        for plan in self._plans:
-            self.file(folder / plan.name, plan, first=plan is self._plans[0])
-        if len(self._plans) > 1:
-            _write_text(folder / f"model.safetensors{_INDEX}", index_of(self._plans, {}))
+        # Copies first: the first file of weights notes their digests.
+        written: dict[str, str | None] = dict.fromkeys(_made(self._plans))
         for file in beside:
-            _copy(file, folder / file.name)
+            written[file.name] = _copy(file, folder / file.name)
+        if len(self._plans) > 1:
+            _write_text(folder / INDEX_NAME, index_of(self._plans, {}))
+        for plan in self._plans:
+            self.file(folder / plan.name, plan, first=plan is self._plans[0], written=written)
 
-    def file(self, path: Path, plan: FilePlan, first: bool) -> None:
-        """Write one file. The first one tells where all of it came from, and how it was nested."""
+    def file(
+        self, path: Path, plan: FilePlan, first: bool, written: Mapping[str, str | None] | None = None
+    ) -> None:
+        """Write one file. The first one tells where all of it came from, how it was nested, and what else was
+        written into its folder.
+        """
         metadata = {"format": "pt"} | (self._notes() if first else {})
+        if first and written is not None:
+            metadata[WRITTEN] = json.dumps(written)
         order = [info.name for info in plan.infos]
         with contextlib.closing(self._content.source.read(order)) as tensors:
             write_file(path, plan, metadata, tensors, self._wrote)
@@ -245,11 +262,18 @@ def _write_text(path: Path, text: str) -> None:
         os.fsync(file.fileno())
 
 
-def _copy(source: Path, target: Path) -> None:
+def _copy(source: Path, target: Path) -> str:
+    """Copy a file and have it on disk; returns the SHA-256 of the copy."""
     with source.open("rb") as old, target.open("xb") as new:
         shutil.copyfileobj(old, new)
         new.flush()
         os.fsync(new.fileno())
+    return file_digest(target)
+
+
+def _made(plans: Sequence[FilePlan]) -> list[str]:
+    """Names of the weight files of a folder, and of their index."""
+    return [plan.name for plan in plans] + ([INDEX_NAME] if len(plans) > 1 else [])
 
 
 def _companions(src: Path, config: Path | None) -> list[Path]:

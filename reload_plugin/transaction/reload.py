@@ -19,8 +19,9 @@ from .. import vllm_api
 from ..checkpoint import HostCopy, Source, SpillFile, TensorInfo, give_back, in_a_file, open_folder
 from ..checkpoint.config import check_config
 from ..commit.strategies import StrategyName as Policy
+from ..device.available_memory import available
 from ..device.gc_pause import full_gc_paused
-from ..device.host_memory import available, settle_heap
+from ..device.host_memory import settle_heap
 from ..errors import SERVES_OLD, CrossGroupEffectError, ReloadError, SourceError, weights_error
 from ..interrupts import call_between
 from ..load.progress import with_progress

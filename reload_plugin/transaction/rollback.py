@@ -17,7 +17,7 @@ from typing import Any
 from torch import nn
 
 from .. import vllm_api
-from ..checkpoint import Source, TensorInfo, give_back, kept_open, layers_of, open_folder
+from ..checkpoint import Source, TensorInfo, give_back, kept_open, layers_of, open_start
 from ..checkpoint.formats.safetensors_files import SafetensorsSource
 from ..commit.strategies import StrategyName as Policy
 from ..errors import SERVES_OLD, EngineBrokenError, ReloadError, SessionError, SourceError
@@ -154,7 +154,7 @@ def known_copy_plan(record: ModelRecord, whole_model: bool = False) -> CopyPlan 
 def _start_source(model: nn.Module, record: ModelRecord) -> Source | None:
     """The checkpoint in the engine's own model path, if it can be listed."""
     try:
-        source = open_folder(record.model_config.model, record.vllm_config, record.model_config, model)
+        source = open_start(record.vllm_config, record.model_config, model)
     except ReloadError:
         return None
     return source if source.infos() is not None else None

@@ -23,6 +23,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..device.default_device import cpu_by_default
+
 SUPPORTED = ("0.32.",)
 """Version prefixes whose seams the contract tests were run against."""
 
@@ -149,13 +151,14 @@ def current_vllm_config() -> Any:
 
 @contextlib.contextmanager
 def loading_context(vllm_config: Any, dtype: torch.dtype | None) -> Iterator[None]:
-    """The context in which a cold start loads and processes weights (config, default dtype).
+    """The context in which a cold start loads and processes weights (config, default dtype and device).
 
     Inference mode is left, so that tensors made inside are ordinary ones as at a cold start.
     """
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.no_grad())
+        stack.enter_context(cpu_by_default())
         if vllm_config is not None:
             stack.enter_context(get("vllm.config", "set_current_vllm_config")(vllm_config))
         if dtype is not None:
@@ -306,7 +309,31 @@ def process_online(layer: nn.Module) -> None:
         update()
 
 
-def weight_files(vllm_config: Any, model: nn.Module, path: str) -> list[str]:
+def revision_of(path: str, model_config: Any) -> str | None:
+    """The revision at which a checkpoint is read: the engine's for its own model path, else the default."""
+    own = path == getattr(model_config, "model", None)
+    return getattr(model_config, "revision", None) if own else None
+
+
+def local_folder(path: str, revision: str | None, vllm_config: Any) -> Path | None:
+    """The folder of a model on this machine: ``path`` itself, or the cached snapshot of that repository.
+
+    Asks no hub. None where there is no such folder.
+    """
+    if path and Path(path).is_dir():
+        return Path(path)
+    if path.count("/") != 1:
+        return None
+    try:
+        snapshot = get("huggingface_hub", "snapshot_download")(
+            path, revision=revision, cache_dir=vllm_config.load_config.download_dir, local_files_only=True
+        )
+    except (OSError, ValueError):  # not in the cache, or no name of a repository
+        return None
+    return Path(snapshot)
+
+
+def weight_files(vllm_config: Any, model: nn.Module, path: str, revision: str | None = None) -> list[str]:
     """The files that a cold start on ``path`` would read, in its order and by its rules."""
     loader_cls = get("vllm.model_executor.model_loader.default_loader", "DefaultModelLoader")
     load_config = _disk_load_config(vllm_config.load_config)
@@ -314,7 +341,7 @@ def weight_files(vllm_config: Any, model: nn.Module, path: str) -> list[str]:
     _, files, _, _ = loader._prepare_weights(
         path,
         None,
-        None,
+        revision,
         getattr(model, "fall_back_to_pt_during_load", True),
         getattr(model, "allow_patterns_overrides", None),
     )
@@ -393,11 +420,13 @@ def full_config(raw: dict[str, Any], model_config: Any) -> dict[str, Any] | None
 
 
 def all_weights(vllm_config: Any, model_config: Any, model: nn.Module, path: str) -> Iterator[Any]:
-    """vLLM's own iterator over the weights in ``path`` (any format its default loader reads)."""
+    """vLLM's own iterator over the weights in ``path`` (any format its default loader reads), at the engine's
+    revision where that is the engine's own model path.
+    """
     loader_cls = get("vllm.model_executor.model_loader.default_loader", "DefaultModelLoader")
     loader = loader_cls(_disk_load_config(vllm_config.load_config))
     config = copy.copy(model_config)
-    config.model, config.model_weights, config.revision = path, "", None
+    config.model, config.model_weights, config.revision = path, "", revision_of(path, model_config)
     return iter(loader.get_all_weights(config, model))
 
 

@@ -8,7 +8,6 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Iterable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -141,6 +140,7 @@ def _recording_processing(original: Callable[..., None]) -> Callable[..., None]:
     def process_weights_after_loading(
         model: nn.Module, model_config: Any, target_device: torch.device
     ) -> None:
+        from ..checkpoint import start_stamps
         from ..checkpoint.config import start_config
         from ..process.native_handles import watching_native
         from ..record.model_record import record_of
@@ -154,25 +154,11 @@ def _recording_processing(original: Callable[..., None]) -> Callable[..., None]:
         with TailWatch(model, record) as watch, watching_native(target_device, record.handles):
             original(model, model_config, target_device)
         finish_record(record, loaded, watch.before_tail, model_config, target_device)
-        record.start_stamps = _stamps(record.vllm_config, model_config)
+        record.start_stamps = start_stamps(record.vllm_config, model_config, model)
         record.start_config = start_config(model_config)
         _patch_workers()
 
     return process_weights_after_loading
-
-
-def _stamps(vllm_config: Any, model_config: Any) -> dict[str, tuple[int, int, int]] | None:
-    """Size, time and inode of the weight files this engine has just started from."""
-    from ..checkpoint.io.stamps import stamp_of
-    from ..errors import SourceError
-
-    folder = Path(getattr(model_config, "model", ""))
-    if not vllm_api.starts_from_files(vllm_config) or not folder.is_dir():
-        return None
-    try:
-        return {str(file): stamp_of(str(file)) for file in sorted(folder.glob("*.safetensors"))}
-    except SourceError:
-        return None
 
 
 def _patch_workers() -> None:

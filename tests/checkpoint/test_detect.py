@@ -272,12 +272,12 @@ def test_a_reload_asks_for_the_marker_and_reads_every_form(served: tuple, tmp_pa
 def test_weights_that_do_not_fit_are_refused_before_they_are_read(
     served: tuple, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from reload_plugin.checkpoint import checkpoint
+    from reload_plugin.checkpoint import file_source
 
     model, on_a, _, _ = served
     name = next(iter(B))
     torch.save(B | {name: torch.ones(3)}, tmp_path / "x.pt")
-    monkeypatch.setattr(checkpoint, "read_places", lambda *_: pytest.fail("a weight was read"))
+    monkeypatch.setattr(file_source, "read_places", lambda *_: pytest.fail("a weight was read"))
     with pytest.raises(ReloadError, match="misshapen"):
         reload_weights(model, weights_path=str(tmp_path / "x.pt"))
     assert values(model) == on_a

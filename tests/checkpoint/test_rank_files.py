@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 
 from reload_plugin import open_source
 from reload_plugin.checkpoint.formats.fsdp_files import _coordinate
-from reload_plugin.checkpoint.io.boxes import cover_error
-from reload_plugin.checkpoint.pickle.pickles import Inert, Storage, StoredTensor
+from reload_plugin.checkpoint.pickle.values import Inert, Storage, StoredTensor
+from reload_plugin.checkpoint.sharding import cover_error
 from reload_plugin.errors import SourceError
 from tests import trainers
 from tests.checkpoint.test_torch_files import ATTACKS, Command, archived, bits, records

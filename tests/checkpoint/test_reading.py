@@ -14,8 +14,9 @@ from safetensors.torch import save_file
 
 from reload_plugin.checkpoint import DirectRead, TensorInfo
 from reload_plugin.checkpoint.formats.safetensors_files import SafetensorsSource
-from reload_plugin.checkpoint.io import readahead, vectored
+from reload_plugin.checkpoint.io import read_batches, readahead, vectored
 from reload_plugin.checkpoint.io import reading as reading_module
+from reload_plugin.checkpoint.io.places import Place
 from reload_plugin.errors import SourceError
 from reload_plugin.load.completeness import Completeness
 from reload_plugin.plan.arrivals import Loaded
@@ -94,7 +95,7 @@ def source_of(folder: Path) -> SafetensorsSource:
 
 @pytest.fixture(autouse=True)
 def small_parcels(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reading_module, "BATCH", 300)
+    monkeypatch.setattr(read_batches, "BATCH", 300)
 
 
 def test_what_lands_is_where_it_goes_and_is_accounted_for(tmp_path: Path) -> None:
@@ -214,7 +215,7 @@ def test_what_is_large_is_read_in_pieces_by_a_team(
         reads.append(sum(nbytes for _, nbytes in parts.tolist()))
         return preadv(handle, parts, start, flags)
 
-    monkeypatch.setattr(reading_module, "SHARED", 50)
+    monkeypatch.setattr(read_batches, "SHARED", 50)
     monkeypatch.setattr(readahead, "SHARED", 50)
     monkeypatch.setattr(readahead, "WORTH_SHARING", 1)
     tensors, destinations = save(tmp_path / "1", seed=1), StackedRoom()
@@ -270,13 +271,11 @@ def test_several_readers_bring_what_one_does(tmp_path: Path, spare_cores: list[s
 
 
 def test_threads_that_only_read_have_half_as_much_each_as_a_team(monkeypatch: pytest.MonkeyPatch) -> None:
-    places = [
-        reading_module.Place(TensorInfo(str(n), (25,), torch.float32), "file", 100 * n, 100) for n in range(6)
-    ]
+    places = [Place(TensorInfo(str(n), (25,), torch.float32), "file", 100 * n, 100) for n in range(6)]
     monkeypatch.setattr(readahead, "_cores", torch.get_num_threads)
-    assert [len(parcel.places) for parcel in reading_module.read_batches_of(places)] == [3, 3]
+    assert [len(parcel.places) for parcel in read_batches.read_batches_of(places)] == [3, 3]
     monkeypatch.setattr(readahead, "_cores", lambda: torch.get_num_threads() + 8)
-    assert [len(parcel.places) for parcel in reading_module.read_batches_of(places)] == [2, 2, 2]
+    assert [len(parcel.places) for parcel in read_batches.read_batches_of(places)] == [2, 2, 2]
 
 
 def test_what_one_of_the_readers_meets_is_raised_and_all_of_them_end(

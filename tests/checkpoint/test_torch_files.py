@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from reload_plugin import open_source
 from reload_plugin.checkpoint.io import reading
-from reload_plugin.checkpoint.pickle.pickles import unpickle
+from reload_plugin.checkpoint.pickle.unpickling import unpickle
 from reload_plugin.errors import SourceError
 
 DTYPES = [

@@ -195,6 +195,20 @@ def test_convert_once_again_and_only_when_stale(run: Run, tmp_path: Path) -> Non
     assert run("inspect", target, "--json").json["elements"] == 3
 
 
+def test_convert_if_stale_keeps_the_users_files_in_the_target(run: Run, tmp_path: Path) -> None:
+    source, target = tmp_path / "a.pt", tmp_path / "out"
+    torch.save({"w": torch.ones(2)}, source)
+    run("convert", source, target)
+    (target / "notes.txt").write_text("mine")
+    (target / "runs").mkdir()
+    (target / "runs" / "log").write_text("mine too")
+    torch.save({"w": torch.zeros(3)}, source)
+    assert run("convert", source, target, "--if-stale", "--json").json["converted"] is True
+    assert (target / "notes.txt").read_text() == "mine"
+    assert (target / "runs" / "log").read_text() == "mine too"
+    assert run("inspect", target, "--json").json["elements"] == 3
+
+
 # --- plan ---
 
 

@@ -186,7 +186,7 @@ def test_the_first_reload_of_a_process_has_the_heap_keep_what_the_next_needs(
 
 FREE = """
 import ctypes, sys
-from reload_plugin.device import memory
+from reload_plugin.device import host_memory as memory
 heap, size = ctypes.CDLL(None), int(sys.argv[2]) << 20
 heap.malloc.argtypes, heap.malloc.restype = [ctypes.c_size_t], ctypes.c_void_p
 heap.free.argtypes = [ctypes.c_void_p]
@@ -228,7 +228,7 @@ def test_glibc_keeps_what_it_is_asked_to_unless_the_environment_says_otherwise(
 
 GROW_AND_GIVE_BACK = """
 import torch
-from reload_plugin.device import memory
+from reload_plugin.device import host_memory as memory
 blocks = [torch.ones(4 << 20) for _ in range(32)]
 del blocks
 full = memory.resident()

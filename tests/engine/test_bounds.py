@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import reload_plugin
-from reload_plugin.checkpoint.io import reading
+from reload_plugin.checkpoint.io import read_batches, reading
 from reload_plugin.commit.strategies import StagedCommit, StreamingCommit
 from reload_plugin.record import staged_storage
 from reload_plugin.record.model_record import record_of
@@ -89,7 +89,7 @@ def meter(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> Meter:
     assert BUDGET < engine.largest < engine.copy / 4
     monkeypatch.setattr(StagedCommit, "waiting_bytes", BUDGET)
     monkeypatch.setattr(StreamingCommit, "waiting_bytes", BUDGET)
-    monkeypatch.setattr(reading, "BATCH", 1)
+    monkeypatch.setattr(read_batches, "BATCH", 1)
     monkeypatch.setattr(reading, "AHEAD", 1)
     found = Meter()
     allocate = staged_storage.StagedStorage.materialise

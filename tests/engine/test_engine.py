@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 import reload_plugin
 from reload_plugin import errors, vllm_api
 from reload_plugin.checkpoint.formats import safetensors_files
-from reload_plugin.checkpoint.io import reading
+from reload_plugin.checkpoint.io import read_batches
 from reload_plugin.commit.strategies import StagedCommit
 from reload_plugin.device import host_memory as memory
 from reload_plugin.process import native_handles as native
@@ -949,7 +949,7 @@ def test_staging_memory_is_used_again_from_layer_to_layer(
     """Nothing may hold on to a layer that is done, or each would need pages of its own."""
     monkeypatch.setattr(memory, "SMALL", 1)
     monkeypatch.setattr(staged_storage, "SMALL", 1)
-    monkeypatch.setattr(reading, "BATCH", 1)
+    monkeypatch.setattr(read_batches, "BATCH", 1)
     anew = safetensors_files._cached_read_batches.__wrapped__  # those of earlier tests are larger
     monkeypatch.setattr(safetensors_files, "_cached_read_batches", anew)
     taken, in_use = [], []

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 import reload_plugin
-from reload_plugin.checkpoint import checkpoint
+from reload_plugin.checkpoint import file_source
 from reload_plugin.errors import MisshapenWeightsError, UnexpectedWeightsError
 from reload_plugin.plan.ignore_rules import ignorable
 from tests import oracle
@@ -228,7 +228,7 @@ def test_a_cast_that_would_lose_everything_is_refused_before_a_byte_is_read(
     tensors = read_tensors(tmp_path)
     save_file(tensors | {name: tensors[name].to(dtype)}, tmp_path / WEIGHTS)
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "read_in_batches", lambda *_: pytest.fail("a weight was read"))
+        patch.setattr(file_source, "read_in_batches", lambda *_: pytest.fail("a weight was read"))
         with pytest.raises(MisshapenWeightsError) as caught:
             reload_plugin.reload_weights(served.model, weights_path=str(tmp_path))
     assert list(caught.value.misshapen) == [name]

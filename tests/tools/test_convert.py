@@ -444,7 +444,7 @@ def test_staleness_is_settled_by_times_where_they_can_settle_it(
 
     monkeypatch.setattr(sidecar, "_TICKS", -(10**12))
     convert(trainer, trainer.with_name("out"))
-    monkeypatch.setattr(sidecar, "_digest", lambda _: pytest.fail("the bytes were read"))
+    monkeypatch.setattr(sidecar, "file_digest", lambda _: pytest.fail("the bytes were read"))
     assert not is_stale(trainer.with_name("out"))
 
 
@@ -485,6 +485,78 @@ def test_what_was_not_converted_here_says_so(folder: Path) -> None:
         is_stale(folder / "model-0.safetensors")
     with pytest.raises(SourceError, match="holds no nested state dict"):
         read_nested(folder)
+
+
+# --- a target that holds other files too ---
+
+
+def test_converting_again_keeps_the_files_that_no_conversion_wrote(folder: Path) -> None:
+    out = folder.parent / "out"
+    convert(folder, out, max_file_bytes=900)
+    (out / "results").mkdir()
+    others = {"notes.txt": "mine", "results/eval.json": "[1]", ".hidden": "x", "aaa.bin": "y"}
+    for name, text in others.items():
+        (out / name).write_text(text)
+    (out / "link").symlink_to("notes.txt")
+    (out / "dangling").symlink_to("nowhere")
+    (folder / "vocab.txt").unlink()
+    convert(folder, out, replace_converted=True)
+    assert {name: (out / name).read_text() for name in others} == others
+    assert (out / "link").is_symlink()
+    assert (out / "dangling").is_symlink()
+    assert [file.name for file in out.glob("*.safetensors*")] == ["model.safetensors"]
+    assert not (out / "vocab.txt").exists(), "written by the first conversion, and not by the second"
+    assert_same(in_order(by_the_library(out)), in_order(STATE))
+    assert leftovers(folder.parent) == []
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors.index.json", "model-00001-of-00001.txt"])
+def test_converting_again_never_writes_over_a_file_of_the_users(folder: Path, name: str) -> None:
+    """Not over one that the conversion wrote and the user changed, nor over one it never wrote."""
+    out = folder.parent / "out"
+    convert(folder, out)
+    (out / name).write_text("mine")
+    before = {file: file.read_bytes() for file in out.iterdir()}
+    collides = name.endswith(".json")
+    if collides:
+        with pytest.raises(SourceError, match=f"{name}.*Move them elsewhere"):
+            convert(folder, out, replace_converted=True, max_file_bytes=900)
+        assert {file: file.read_bytes() for file in out.iterdir()} == before
+        convert(folder, out, overwrite=True, max_file_bytes=900)
+        assert (out / name).read_text() != "mine"
+    else:
+        convert(folder, out, replace_converted=True, max_file_bytes=900)
+        assert (out / name).read_text() == "mine"
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_conversion_that_fails_leaves_a_folder_with_other_files_as_it_was(
+    monkeypatch: pytest.MonkeyPatch, folder: Path, fault: str
+) -> None:
+    out = folder.parent / "out"
+    convert(folder, out)
+    (out / "results").mkdir()
+    (out / "results" / "eval.json").write_text("[1]")
+    before = {file: file.read_bytes() for file in folder.parent.rglob("*") if file.is_file()}
+    step = 0
+    while failed_at(
+        step,
+        monkeypatch,
+        FAULTS[fault],
+        lambda: convert(folder, out, replace_converted=True, max_file_bytes=900),
+    ):
+        assert {file: file.read_bytes() for file in folder.parent.rglob("*") if file.is_file()} == before
+        step += 40 if step < len(STATE) - 40 else 1
+    assert (out / "results" / "eval.json").read_text() == "[1]"
+
+
+def test_a_foreign_safetensors_file_does_not_hide_the_record_of_a_conversion(folder: Path) -> None:
+    out = folder.parent / "out"
+    convert(folder, out)
+    save_file({"w": torch.ones(2)}, out / "adapter_model.safetensors")
+    assert not is_stale(out)
+    convert(folder, out, replace_converted=True)
+    assert (out / "adapter_model.safetensors").exists()
 
 
 # --- memory ---

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from reload_plugin.tools.fsdp.slices import Coverage, Division, local_shape, spans_of
+from reload_plugin.tools.fsdp.slices import Division, SpanCoverage, local_shape, spans_of
 from tests.fsdp_ranks import BUILDERS, Model
 
 RANKS = 2
@@ -331,7 +331,7 @@ def test_tensor_parallel_before_fsdp_as_torch_documents_it() -> None:
 
 
 def test_the_table_names_what_is_missing_twice_or_padding() -> None:
-    table = Coverage()
+    table = SpanCoverage()
     for place in ("whole", "short", "twice", "padding", "excused"):
         table.need(place, [(0, 4), (6, 9)])
     for place in ("whole", "short", "twice", "padding", "excused"):

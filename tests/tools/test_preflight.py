@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from reload_plugin.checkpoint import checkpoint, open_folder
+from reload_plugin.checkpoint import file_source, open_folder
 from reload_plugin.checkpoint.config import check_config, differences, start_config
 from reload_plugin.checkpoint.formats import safetensors_files
 from reload_plugin.checkpoint.formats.safetensors_files import SafetensorsSource
@@ -492,7 +492,7 @@ def test_an_engine_refuses_before_it_reads(
     engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make: Callable[[Engine, Path], None]
 ) -> None:
     make(engine, tmp_path)
-    monkeypatch.setattr(checkpoint, "read_in_batches", lambda *_: pytest.fail("a weight was read"))
+    monkeypatch.setattr(file_source, "read_in_batches", lambda *_: pytest.fail("a weight was read"))
     with pytest.raises(SourceError, match=REFUSED[make]) as caught:
         engine.reload(tmp_path)
     assert str(tmp_path) in str(caught.value)
@@ -538,7 +538,7 @@ def test_a_file_that_is_replaced_during_a_reload_leaves_the_engine_as_it_was(
     engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shutil.copytree(engine.folders["B"], tmp_path, dirs_exist_ok=True)
-    read = checkpoint.read_in_batches
+    read = file_source.read_in_batches
 
     def replacing(
         parcels: object, handles: object, paths: dict[str, str], *others: object
@@ -548,7 +548,7 @@ def test_a_file_that_is_replaced_during_a_reload_leaves_the_engine_as_it_was(
                 replaced(tmp_path / "model.safetensors")
             yield item
 
-    monkeypatch.setattr(checkpoint, "read_in_batches", replacing)
+    monkeypatch.setattr(file_source, "read_in_batches", replacing)
     with pytest.raises(SourceError, match="changed while it was read"):
         engine.reload(tmp_path)
     engine.assert_on_a()

@@ -19,14 +19,15 @@ import torch
 
 from ...errors import SourceError
 from ...plan.source import TensorInfo, tensor_info
-from ..checkpoint import Checkpoint
-from ..io.boxes import Box, cover_error
+from ..file_source import Checkpoint
 from ..io.json_files import open_regular, strict_json
-from ..io.reading import Assembly, Deferred, Part, Place
+from ..io.places import Assembly, Deferred, Part, Place
 from ..io.stamps import Stamp, stamp_of, stamped
 from ..pickle.pickle_names import DCP_METADATA
-from ..pickle.pickles import Inert, StoredTensor, unpickle
 from ..pickle.state_dicts import bare_name, weights_in
+from ..pickle.unpickling import unpickle
+from ..pickle.values import Inert, StoredTensor
+from ..sharding import Box, cover_error, whole_numbers
 from .safetensors_files import read_header
 from .torch_files import LONGEST_PICKLE, read_chunk
 
@@ -135,9 +136,12 @@ def _tensors(table: Any) -> Iterator[tuple[str, _Chunked]]:
         dtype = state[0] if type(state) is tuple else properties.get("dtype")
         if type(dtype) is not torch.dtype:
             raise ValueError(f"{fqn} has no dtype")
-        tensor_info(fqn, _ints(entry.get("size")), dtype)
-        boxes = [(_ints(chunk.get("offsets")), _ints(chunk.get("sizes"))) for chunk in entry.get("chunks")]
-        yield fqn, _Chunked(fqn, _ints(entry.get("size")), dtype, tuple(boxes))
+        tensor_info(fqn, whole_numbers(entry.get("size")), dtype)
+        boxes = [
+            (whole_numbers(chunk.get("offsets")), whole_numbers(chunk.get("sizes")))
+            for chunk in entry.get("chunks")
+        ]
+        yield fqn, _Chunked(fqn, whole_numbers(entry.get("size")), dtype, tuple(boxes))
 
 
 def _stored(table: Any, folder: Path) -> Iterator[tuple[tuple[str, tuple[int, ...]], _Chunk]]:
@@ -154,15 +158,9 @@ def _stored(table: Any, folder: Path) -> Iterator[tuple[tuple[str, tuple[int, ..
             raise ValueError(f"it names a file outside its folder: {path!r}")
         if info.get("transform_descriptors"):
             raise ValueError(f"{name} is stored through {info.get('transform_descriptors')}; save it without")
-        start, nbytes = _ints((start, nbytes))
-        at = _ints(offsets) if offsets is not None else ()
+        start, nbytes = whole_numbers((start, nbytes))
+        at = whole_numbers(offsets) if offsets is not None else ()
         yield (name, at), _Chunk((at, ()), str(folder / path), start, nbytes)
-
-
-def _ints(found: Any) -> tuple[int, ...]:
-    if type(found) not in (list, tuple) or not all(type(n) is int and 0 <= n < 1 << 63 for n in found):
-        raise ValueError("sizes or offsets are none")
-    return tuple(found)
 
 
 def _nested(tensors: Mapping[str, _Chunked], paths: Any) -> dict[str, Any]:
@@ -268,7 +266,7 @@ def _offsets(file: Path, metadata: Mapping[str, str]) -> dict[str, tuple[int, ..
         return {}
     try:
         table = strict_json(metadata[_SHARDING].encode())
-        return {name: _ints(entry["saved_offsets"]) for name, entry in table.items()}
+        return {name: whole_numbers(entry["saved_offsets"]) for name, entry in table.items()}
     except (ValueError, TypeError, AttributeError, KeyError) as error:
         raise SourceError(f"{file} has a damaged {_SHARDING}: {error}. {ONE_SAVE}") from error
 

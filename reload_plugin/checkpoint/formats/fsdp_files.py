@@ -19,14 +19,14 @@ import torch
 
 from ...errors import SHOWN, SourceError
 from ...plan.source import TensorInfo, tensor_info
-from ..checkpoint import Checkpoint
-from ..io.boxes import Box, cover_error
+from ..file_source import Checkpoint
 from ..io.json_files import open_regular
-from ..io.reading import Assembly, Part
+from ..io.places import Assembly, Part
 from ..io.stamps import open_same
 from ..pickle.pickle_names import SHARDS
-from ..pickle.pickles import ForeignTensor, Inert, StoredTensor
 from ..pickle.state_dicts import steps_in, weights_in
+from ..pickle.values import ForeignTensor, Inert, StoredTensor
+from ..sharding import Box, chunk_of, cover_error, whole_numbers
 from .torch_files import TorchFile, read_torch_file
 
 RANK_FILE = re.compile(r"model_world_size_(\d+)_rank_(\d+)\.pt")
@@ -249,21 +249,15 @@ def _part(name: str, file: TorchFile, tensor: StoredTensor, box: Box) -> Part:
 def _of_sharded_tensor(tensor: ForeignTensor, rank: int) -> Shard:
     """``ShardedTensor.__getstate__``: local shards, metadata, process group, sharding spec, RRefs."""
     local, metadata = tensor.state[0], tensor.state[1]
-    shape = _ints(metadata.get("size"))
+    shape = whole_numbers(metadata.get("size"))
     pieces = []
     for shard in local:
         box = (
-            _ints(shard.get("metadata").get("shard_offsets")),
-            _ints(shard.get("metadata").get("shard_sizes")),
+            whole_numbers(shard.get("metadata").get("shard_offsets")),
+            whole_numbers(shard.get("metadata").get("shard_sizes")),
         )
         pieces.append((box, _plain(shard.get("tensor"))))
     return Shard(rank, shape, tensor.dtype, tuple(pieces))
-
-
-def _ints(found: Any) -> tuple[int, ...]:
-    if type(found) not in (list, tuple) or not all(type(n) is int and n >= 0 for n in found):
-        raise ValueError("it has no sizes")
-    return tuple(found)
 
 
 def _plain(tensor: Any) -> StoredTensor:
@@ -293,7 +287,7 @@ def _coordinate(mesh: Inert, rank: int, world: int) -> tuple[tuple[int, ...], tu
         place = _unravelled(rank, sizes) if math.prod(sizes) == world else None
     if place is None or len(place) != len(sizes):
         raise ValueError("its device mesh does not hold this rank")
-    if not all(at < size for at, size in zip(_ints(place), sizes, strict=True)):
+    if not all(at < size for at, size in zip(whole_numbers(place), sizes, strict=True)):
         raise ValueError("its device mesh has no such place")
     return sizes, tuple(place)
 
@@ -303,7 +297,7 @@ def _mesh_sizes(mesh: Inert) -> tuple[int, ...]:
     if isinstance(layout, Inert):
         axes = layout.get("axes")
         if axes is not None:
-            return tuple(math.prod(_ints(axis.get("shape"))) for axis in axes)
+            return tuple(math.prod(whole_numbers(axis.get("shape"))) for axis in axes)
         shape = layout.get("shape")
         if shape is None and type(layout.args) is tuple and layout.args:
             shape = layout.args[0]
@@ -338,10 +332,8 @@ def _box(
         dim = placements[axis].get("dim")
         if not 0 <= dim < len(shape):
             raise ValueError(f"it is sharded along dimension {dim}")
-        piece = -(-left[dim] // sizes[axis])
-        start = min(place[axis] * piece, left[dim])
+        start, left[dim] = chunk_of(left[dim], sizes[axis], place[axis])
         offsets[dim] += start
-        left[dim] = min(piece, left[dim] - start)
     return tuple(offsets), tuple(left)
 
 

@@ -12,10 +12,10 @@ from collections.abc import Collection
 
 from ...errors import SourceError
 from ...plan.source import TensorInfo
-from ..checkpoint import Checkpoint
-from ..io.reading import Place
-from ..pickle.pickles import unpickle
+from ..file_source import Checkpoint
+from ..io.places import Place
 from ..pickle.state_dicts import weights_in
+from ..pickle.unpickling import unpickle
 from .safetensors_files import SafetensorsSource
 
 _LONGEST_NAME = 1 << 16

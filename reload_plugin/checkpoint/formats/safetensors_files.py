@@ -11,6 +11,7 @@ import contextlib
 import functools
 import math
 import os
+import threading
 from array import array
 from collections import Counter, OrderedDict
 from collections.abc import Mapping, Sequence
@@ -25,15 +26,13 @@ import xxhash
 from ...errors import SourceError
 from ...plan.source import Span, TensorInfo, tensor_info
 from ...record.tensor_layout import shared
-from ..checkpoint import Checkpoint
-from ..dtypes import STORABLE
+from ..dtypes import METADATA_KEY, SAFETENSORS_DTYPES
+from ..file_source import Checkpoint
 from ..io.json_files import open_regular, strict_items
+from ..io.places import Place
+from ..io.read_batches import ReadBatch, read_batches_of
 from ..io.readahead import Piece, read_piece
-from ..io.reading import Place, ReadBatch, read_batches_of
 from ..io.stamps import WRITE_AGAIN, Stamp, stamped
-
-_DTYPES: dict[str, torch.dtype] = {name: dtype for dtype, name in STORABLE.items()}
-"""Names of dtypes in a safetensors header (format description of the safetensors project)."""
 
 LONGEST_HEADER = 100_000_000
 """Bytes; the safetensors library refuses longer ones too."""
@@ -164,16 +163,20 @@ class Layout:
 
     def placed(self, file: str) -> Mapping[str, Place]:
         """Name -> where the tensor lies, in the order of the header; the same objects for the same file."""
-        if self._placed[0] != file:
+        # One read and one write of the attribute: another thread may replace it at any time.
+        last_file, places = self._placed
+        if last_file != file:
             tensors = zip(self.infos, self.starts, self.sizes, strict=True)
-            self._placed = file, {info.name: Place(info, file, *lies) for info, *lies in tensors}
-        return self._placed[1]
+            places = {info.name: Place(info, file, *lies) for info, *lies in tensors}
+            self._placed = file, places
+        return places
 
 
 REMEMBERED = 8
 """Headers that need not be parsed again: a trainer writes the same at every step."""
 LONGEST_REMEMBERED = 8 << 20
 """Bytes of a header from which on it is parsed again all the same."""
+_layouts_lock = threading.Lock()
 _layouts: OrderedDict[bytes, Layout] = OrderedDict()
 """Digest of a header's text -> what it says. The text itself takes as much memory as the rest of a plan."""
 
@@ -183,10 +186,13 @@ def _layout_of(text: bytes) -> Layout:
     if len(text) > LONGEST_REMEMBERED:
         return _parse(text)
     digest = xxhash.xxh3_128_digest(text)
-    layout = _layouts.pop(digest, None) or _parse(text)
-    _layouts[digest] = layout
-    while len(_layouts) > REMEMBERED:
-        _layouts.popitem(last=False)
+    with _layouts_lock:
+        layout = _layouts.pop(digest, None)
+    layout = layout or _parse(text)
+    with _layouts_lock:
+        _layouts[digest] = layout
+        while len(_layouts) > REMEMBERED:
+            _layouts.popitem(last=False)
     return layout
 
 
@@ -194,11 +200,14 @@ def _layout_of(text: bytes) -> Layout:
 def _cached_read_batches(
     order: tuple[str, ...], layouts: tuple[Layout, ...], files: tuple[str, ...]
 ) -> Sequence[ReadBatch]:
-    """The tensors of some files in parcels; the same for every save of the same layout."""
+    """The tensors of some files in read batches; the same for every save of the same layout.
+
+    All engines and threads of the process share them: whatever a batch keeps has to belong to its key.
+    """
     places: dict[str, Place] = {}
     for layout, file in zip(layouts, files, strict=True):
         places.update(layout.placed(file))
-    return list(read_batches_of(places[name] for name in order))
+    return tuple(read_batches_of(places[name] for name in order))
 
 
 def _parse(text: bytes) -> Layout:
@@ -219,7 +228,7 @@ def _parse(text: bytes) -> Layout:
             raise ValueError(f"it has {name!r} twice")
         names.add(name)
         try:
-            if name == _METADATA:
+            if name == METADATA_KEY:
                 metadata = _strings(entry)
                 continue
             info, start, nbytes = _tensor(name, entry)
@@ -236,14 +245,11 @@ def _parse(text: bytes) -> Layout:
     return Layout(metadata, infos, starts, sizes, _end_of(infos, starts, sizes, base) - base)
 
 
-_METADATA = "__metadata__"
-
-
 def _strings(entry: Any) -> dict[str, str]:
     if entry is None:
         return {}
     if not (type(entry) is dict and all(type(value) is str for value in entry.values())):
-        raise ValueError(f"its {_METADATA} is not a table of strings")
+        raise ValueError(f"its {METADATA_KEY} is not a table of strings")
     return entry
 
 
@@ -270,7 +276,7 @@ def _tensor(name: str, entry: Any) -> tuple[TensorInfo, int, int]:
         raise ValueError(f"{name} has the data_offsets {_brief(offsets)}")
     if not _naturals(shape):
         raise ValueError(f"{name} has the shape {_brief(shape)}")
-    dtype = _DTYPES.get(kind) if type(kind) is str else None
+    dtype = SAFETENSORS_DTYPES.get(kind) if type(kind) is str else None
     if dtype is None:
         raise UnknownDtypeError(name, _brief(kind))
     nbytes = offsets[1] - offsets[0]

@@ -18,9 +18,10 @@ from typing import Any, BinaryIO
 
 from ...errors import SourceError
 from ..io.json_files import open_regular
-from ..io.reading import Part
+from ..io.places import Part
 from ..io.stamps import WRITE_AGAIN, Stamp, stamped
-from ..pickle.pickles import Storage, StoredTensor, unpickle
+from ..pickle.unpickling import unpickle
+from ..pickle.values import Storage, StoredTensor
 
 _MAGIC = 0x1950A86A20F9469CFC6C
 """The first pickle of a file of torch before 1.6."""

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 
 from ...errors import SourceError
 from ...plan.source import tensor_info
-from ..checkpoint import Checkpoint
-from ..io.reading import placed
-from ..pickle.pickles import StoredTensor
+from ..file_source import Checkpoint
+from ..io.places import placed
 from ..pickle.state_dicts import weights_in
+from ..pickle.values import StoredTensor
 from .torch_files import TorchFile, read_torch_file
 
 

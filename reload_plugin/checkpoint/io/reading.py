@@ -4,249 +4,30 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import math
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import NamedTuple
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from ...device.host_memory import HostPool
-from ...plan.source import Destinations, DirectRead, Stream, TensorInfo
-from .readahead import SHARED, Batch, PageCache, Piece, ReadAhead, Run, read_piece, runs_of, spare_readers
-from .vectored import IOV_MAX, parts_at
+from ...plan.source import Destinations, DirectRead, Stream
+from .places import Assembly, Deferred, Part, Place, Placed
+from .read_batches import DirectReadPlan, ReadBatch, read_batches_of
+from .readahead import Batch, PageCache, Piece, ReadAhead, Run, read_piece, runs_of
+from .vectored import parts_at
 
 AHEAD = 16 << 20
 """Bytes that are being read before they are asked for; one batch more at most."""
 ANNOUNCED = 32 << 20
 """Bytes ahead of those being read that the system is told of; they go to its page cache."""
-BATCH = 16 << 20
-"""Bytes from which on tensors are not read together with the next, where the kernels' team reads: it takes
-0.3 ms to come together and to part. Where there are threads that only read, each reads half as many, so that
-several are at work."""
 SCRATCH = 8 << 20
 """Bytes of a file that are read at once on their way to memory of another layout."""
 
 
-@dataclass(frozen=True, slots=True)
-class Place:
-    """Where a tensor lies in one piece: file (or what its checkpoint calls it), first byte, bytes."""
-
-    info: TensorInfo
-    file: str
-    start: int
-    nbytes: int
-
-    @property
-    def files(self) -> tuple[str, ...]:
-        """The files that hold it."""
-        return (self.file,)
-
-    @property
-    def extents(self) -> Iterator[tuple[str, int, int]]:
-        """File, first byte and end of all that is read for it."""
-        yield self.file, self.start, self.start + self.nbytes
-
-
-@dataclass(frozen=True)
-class Part:
-    """A box of a tensor, and how its elements lie in a file."""
-
-    offsets: tuple[int, ...]
-    """Where the box begins in the tensor."""
-    sizes: tuple[int, ...]
-    file: str
-    start: int
-    """First byte of the first element."""
-    strides: tuple[int, ...]
-    """In elements, one a dimension, none negative."""
-
-    @property
-    def numel(self) -> int:
-        """Elements in the box."""
-        return math.prod(self.sizes)
-
-    @property
-    def in_one_piece(self) -> bool:
-        """Whether the elements lie one behind the other, in order."""
-        expected = 1
-        for size, stride in zip(reversed(self.sizes), reversed(self.strides), strict=True):
-            if size != 1 and stride != expected:
-                return False
-            expected *= size
-        return True
-
-    @property
-    def extent(self) -> int:
-        """Elements from the first to the last, those between them included."""
-        return 1 + sum((size - 1) * stride for size, stride in zip(self.sizes, self.strides, strict=True))
-
-
-@dataclass(frozen=True)
-class Assembly:
-    """A tensor that is put together from parts, which cover it and do not overlap."""
-
-    info: TensorInfo
-    parts: tuple[Part, ...]
-
-    @property
-    def files(self) -> tuple[str, ...]:
-        """The files that hold it."""
-        return tuple(dict.fromkeys(part.file for part in self.parts))
-
-    @property
-    def extents(self) -> Iterator[tuple[str, int, int]]:
-        """File, first byte and end of all that is read for it, the gaps in strided parts included."""
-        size = self.info.dtype.itemsize
-        return ((part.file, part.start, part.start + part.extent * size) for part in self.parts if part.numel)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the whole tensor."""
-        return math.prod(self.info.shape) * self.info.dtype.itemsize
-
-
-@dataclass(frozen=True)
-class Deferred:
-    """A tensor whose exact places are looked up when it is about to be read."""
-
-    info: TensorInfo
-    files: tuple[str, ...]
-    resolve: Callable[[Mapping[str, int]], Assembly] = field(repr=False, compare=False)
-    """Descriptors by file -> where it lies."""
-
-
-Placed = Place | Assembly | Deferred
-
-
-class FileRange(NamedTuple):
-    """Neighbouring bytes of a file, at most ``SHARED``, and the parameters' memory that they go to."""
-
-    file: str
-    start: int
-    nbytes: int
-    first: int
-    last: int
-    """The first of the landing's parts, and the one behind the last."""
-
-
-@dataclass(frozen=True, eq=False)
-class DirectReadPlan:
-    """How tensors that go as they are get from files to parameters."""
-
-    direct_read: DirectRead
-    stretches: Sequence[FileRange]
-    parts: npt.NDArray[np.int64]
-    """[3, parts]: number of the parameter, first byte, and number of bytes of each."""
-
-    @functools.cached_property
-    def ends(self) -> Sequence[int]:
-        """Bytes that the memory of each parameter has at least."""
-        numbers, first, length = self.parts
-        found = np.zeros(len(self.direct_read.parameters), dtype=np.int64)
-        np.maximum.at(found, numbers, first + length)
-        return found.tolist()
-
-
-@dataclass(eq=False)
-class ReadBatch:
-    """Tensors that one request reads. May be kept for the next reading of the same listing."""
-
-    places: Sequence[Place | Assembly]
-    nbytes: int
-    _landing: tuple[object, DirectReadPlan | None] = (None, None)
-    """The last answer of ``direct_read_plan``, and the key it was found by."""
-
-    def direct_read_plan(self, destinations: Destinations) -> DirectReadPlan | None:
-        """How to read all of it to where it goes; None unless that can be."""
-        key = destinations.key
-        if key is None:
-            return None
-        if self._landing[0] is not key:
-            self._landing = key, self._direct_read_plan_in(destinations)
-        return self._landing[1]
-
-    def _direct_read_plan_in(self, destinations: Destinations) -> DirectReadPlan | None:
-        places = [place for place in self.places if isinstance(place, Place)]
-        targets = (
-            destinations.targets([place.info for place in places])
-            if len(places) == len(self.places)
-            else None
-        )
-        if targets is None:
-            return None
-        parameters: dict[str, list[str]] = {}
-        for place, (parameter, _) in zip(places, targets, strict=True):
-            parameters.setdefault(parameter, []).append(place.info.name)
-        shapes = {place.info.name: place.info.shape for place in places}
-        direct_read = DirectRead(tuple(shapes), shapes, self.nbytes, parameters)
-        numbers = {parameter: number for number, parameter in enumerate(parameters)}
-        return DirectReadPlan(
-            direct_read, *_file_ranges(places, [(numbers[name], start) for name, start in targets])
-        )
-
-    @functools.cached_property
-    def extents(self) -> Sequence[tuple[str, int, int]]:
-        """File, first byte and end of what it reads; neighbours together."""
-        found: list[tuple[str, int, int]] = []
-        for file, start, end in (extent for place in self.places for extent in place.extents):
-            if found and found[-1][0] == file and found[-1][2] == start:
-                start = found.pop()[1]
-            found.append((file, start, end))
-        return found
-
-    def place_at(self, file: str, path: str, position: int) -> tuple[str, str]:
-        """The tensor that a byte of a file belongs to, behind the file's path."""
-        inside = (p for p in self.places if isinstance(p, Place) and p.file == file)
-        return path, next(p.info.name for p in inside if p.start <= position < p.start + p.nbytes)
-
-
-def _file_ranges(
-    places: Sequence[Place], targets: Sequence[tuple[int, int]]
-) -> tuple[list[FileRange], npt.NDArray[np.int64]]:
-    """Neighbours in a file together, and in memory too where they are neighbours in both; and their parts."""
-    found: list[FileRange] = []
-    parts: list[tuple[int, int, int]] = []
-    file, start, end, first = "", 0, -1, 0
-
-    def ended() -> None:
-        if end > start:
-            found.append(FileRange(file, start, end - start, first, len(parts)))
-
-    for place, (parameter, target) in zip(places, targets, strict=True):
-        done = 0
-        while done < place.nbytes:
-            if place.file != file or place.start + done != end or len(parts) - first >= IOV_MAX:
-                ended()
-                file, start, end, first = place.file, place.start + done, place.start + done, len(parts)
-            nbytes = min(place.nbytes - done, start + SHARED - end)
-            before = parts[-1] if len(parts) > first else None
-            if before is not None and before[0] == parameter and before[1] + before[2] == target + done:
-                parts[-1] = (parameter, before[1], before[2] + nbytes)
-            else:
-                parts.append((parameter, target + done, nbytes))
-            done += nbytes
-            end += nbytes
-            if end - start == SHARED:
-                ended()
-                start, first = end, len(parts)
-    ended()
-    return found, np.array(parts, dtype=np.int64).reshape(-1, 3).T.copy()
-
-
 _Asked = tuple[ReadBatch, list[torch.Tensor] | DirectRead, Batch]
 """A parcel, the tensors it is read to or where it lands, and its reading."""
-
-
-def placed(info: TensorInfo, part: Part) -> Place | Assembly:
-    """A tensor that lies in one file, in whatever layout."""
-    if not part.numel or part.in_one_piece:
-        return Place(info, part.file, part.start, part.numel * info.dtype.itemsize)
-    return Assembly(info, (part,))
 
 
 def read_places(
@@ -274,21 +55,6 @@ def read_in_batches(
 ) -> Stream:
     """The same for tensors that are sorted into parcels; ``paths`` says where files are that have names."""
     yield from _Reading(handles, paths, pool, destinations).all(iter(batches))  # type: ignore[misc]
-
-
-def read_batches_of(places: Iterable[Place | Assembly]) -> Iterator[ReadBatch]:
-    """Tensors that are read by one request: small ones together."""
-    enough = BATCH // 2 if spare_readers() > 0 else BATCH
-    batch: list[Place | Assembly] = []
-    nbytes = 0
-    for place in places:
-        batch.append(place)
-        nbytes += place.nbytes
-        if nbytes >= enough:
-            yield ReadBatch(batch, nbytes)
-            batch, nbytes = [], 0
-    if batch:
-        yield ReadBatch(batch, nbytes)
 
 
 def _announced(
@@ -457,7 +223,7 @@ def _copy_strided(handle: int, part: Part, box: torch.Tensor, name: str) -> None
     """Read a part by ranges of at most ``SCRATCH`` bytes, and copy from there."""
     itemsize = box.element_size()
     if part.extent * itemsize <= SCRATCH or part.extent == 1:
-        flat = torch.empty(part.extent, dtype=box.dtype)
+        flat = torch.empty(part.extent, dtype=box.dtype, device="cpu")
         _read_whole(handle, part, flat, name)
         box.copy_(flat.as_strided(part.sizes, part.strides))
         return

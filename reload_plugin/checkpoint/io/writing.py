@@ -24,7 +24,7 @@ import torch
 
 from ...errors import SourceError
 from .. import TensorInfo
-from ..dtypes import RESERVED, STORABLE
+from ..dtypes import METADATA_KEY, SAFETENSORS_NAMES
 from ..stores import bytes_of
 
 PARTIAL = ".partial"
@@ -79,7 +79,7 @@ def _aligned(infos: Sequence[TensorInfo]) -> tuple[TensorInfo, ...]:
 
 
 def _check(info: TensorInfo) -> None:
-    if info.dtype not in STORABLE:
+    if info.dtype not in SAFETENSORS_NAMES:
         raise SourceError(
             f"{info.name} has the dtype {info.dtype}, which safetensors has no name for. Save it in another."
         )
@@ -87,9 +87,9 @@ def _check(info: TensorInfo) -> None:
         info.name.encode()
     except UnicodeEncodeError:
         raise SourceError(f"The name {info.name!r} is no text. Save it under another.") from None
-    if info.name == RESERVED:
+    if info.name == METADATA_KEY:
         raise SourceError(
-            f"No tensor in a safetensors file can be called {RESERVED}. Save it under another name."
+            f"No tensor in a safetensors file can be called {METADATA_KEY}. Save it under another name."
         )
 
 
@@ -128,7 +128,7 @@ def _write_tensor(
     tensors: Iterator[tuple[str, torch.Tensor]],
     wrote: Callable[[int], None],
 ) -> None:
-    name, tensor = next(tensors, ("nothing", torch.empty(0)))
+    name, tensor = next(tensors, ("nothing", torch.empty(0, device="cpu")))
     if (name, tuple(tensor.shape), tensor.dtype) != (info.name, info.shape, info.dtype):
         found = f"{name} {list(tensor.shape)} {tensor.dtype}"
         raise SourceError(
@@ -141,11 +141,15 @@ def _write_tensor(
 
 
 def _header(plan: FilePlan, metadata: Mapping[str, str]) -> bytes:
-    header: dict[str, object] = {RESERVED: dict(metadata)} if metadata else {}
+    header: dict[str, object] = {METADATA_KEY: dict(metadata)} if metadata else {}
     end = 0
     for info in plan.infos:
         start, end = end, end + info.meta().nbytes
-        header[info.name] = {"dtype": STORABLE[info.dtype], "shape": info.shape, "data_offsets": [start, end]}
+        header[info.name] = {
+            "dtype": SAFETENSORS_NAMES[info.dtype],
+            "shape": info.shape,
+            "data_offsets": [start, end],
+        }
     text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
     text += b" " * (-len(text) % _ALIGN)
     return len(text).to_bytes(8, "little") + text

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, TypeVar
 
 from ...errors import SHOWN, SourceError
-from .pickles import StoredTensor
+from .values import StoredTensor
 
 Leaf = TypeVar("Leaf")
 

@@ -10,9 +10,10 @@ from typing import Any
 import torch
 
 from ...checkpoint import Ranged, Source, Span, TensorInfo
+from ...checkpoint.sharding import cut
 from ...errors import SourceError, weights_error
 from .layout import UNTOUCHED, Target
-from .slices import Coverage, cut
+from .slices import SpanCoverage
 
 PIECE = 32 << 20
 """Bytes that are read at once where they have another dtype than the model."""
@@ -40,7 +41,7 @@ class Filling:
         self._missing: list[str] = []
         self._targets = targets
         self._staged: list[tuple[Target, torch.Tensor]] = []
-        self._coverage = Coverage()
+        self._coverage = SpanCoverage()
         self._check(strict, cast)
 
     def _name_of(self, target: Target) -> str:
@@ -130,7 +131,7 @@ class Filling:
 
     def _read(self, name: str, target: Target) -> torch.Tensor:
         """The values of a target, flat and on the CPU."""
-        values = torch.empty(target.count, dtype=target.dtype)
+        values = torch.empty(target.count, dtype=target.dtype, device="cpu")
         if isinstance(self._source, Ranged) and self._infos[name].dtype == target.dtype:
             self._source.read_spans(name, target.spans, values)
             self.bytes_read += values.nbytes
@@ -152,7 +153,7 @@ class Filling:
         step = max(1, PIECE // info.dtype.itemsize)
         for start in range(0, target.count, step):
             stop = min(target.count, start + step)
-            part = torch.empty(stop - start, dtype=info.dtype)
+            part = torch.empty(stop - start, dtype=info.dtype, device="cpu")
             self._source.read_spans(name, list(cut(target.spans, start, stop)), part)
             self.bytes_read += part.nbytes
             yield start, part

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from ...checkpoint import Span
+from ...checkpoint.sharding import chunk_of, cut, joined, uncovered
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ def spans_of(shape: Sequence[int], divisions: Iterable[Division]) -> list[Span]:
         pieces = _chunks(kept[division.dim], division.pieces)
         parts = [_chunk(piece, division.ranks, division.rank) for piece in pieces]
         kept[division.dim] = [span for part in parts for span in part]
-    return list(_joined(_flat(shape, kept)))
+    return list(joined(_flat(shape, kept)))
 
 
 def local_shape(shape: Sequence[int], divisions: Iterable[Division]) -> tuple[int, ...]:
@@ -44,14 +45,9 @@ def local_shape(shape: Sequence[int], divisions: Iterable[Division]) -> tuple[in
     sizes = list(shape)
     for d in divisions:
         count = sizes[d.dim]
-        pieces = [_length(count, d.pieces, i) for i in range(d.pieces)]
-        sizes[d.dim] = sum(_length(piece, d.ranks, d.rank) for piece in pieces)
+        pieces = [chunk_of(count, d.pieces, piece)[1] for piece in range(d.pieces)]
+        sizes[d.dim] = sum(chunk_of(piece, d.ranks, d.rank)[1] for piece in pieces)
     return tuple(sizes)
-
-
-def _length(count: int, parts: int, part: int) -> int:
-    size = -(-count // parts)
-    return max(0, min(count, (part + 1) * size) - part * size)
 
 
 def _chunks(spans: list[Span], parts: int) -> list[list[Span]]:
@@ -61,18 +57,8 @@ def _chunks(spans: list[Span], parts: int) -> list[list[Span]]:
 def _chunk(spans: list[Span], parts: int, part: int) -> list[Span]:
     """Part of a sequence that is made of spans, by the rule of ``torch.chunk``."""
     count = sum(stop - start for start, stop in spans)
-    first = part * -(-count // parts)
-    return list(cut(spans, first, first + _length(count, parts, part)))
-
-
-def cut(spans: Iterable[Span], first: int, last: int) -> Iterator[Span]:
-    """Elements ``first`` to ``last`` of the sequence that spans make one behind the other."""
-    position = 0
-    for start, stop in spans:
-        low, high = max(first, position), min(last, position + stop - start)
-        if low < high:
-            yield start + low - position, start + high - position
-        position += stop - start
+    first, length = chunk_of(count, parts, part)
+    return list(cut(spans, first, first + length))
 
 
 def _flat(shape: Sequence[int], kept: Sequence[Sequence[Span]]) -> Iterator[Span]:
@@ -90,23 +76,7 @@ def _flat(shape: Sequence[int], kept: Sequence[Sequence[Span]]) -> Iterator[Span
             yield base + start * inner, base + stop * inner
 
 
-def _joined(spans: Iterable[Span]) -> Iterator[Span]:
-    """Neighbours as one; without empty ones."""
-    held: Span | None = None
-    for start, stop in spans:
-        if start == stop:
-            continue
-        if held is not None and held[1] == start:
-            held = held[0], stop
-            continue
-        if held is not None:
-            yield held
-        held = start, stop
-    if held is not None:
-        yield held
-
-
-class Coverage:
+class SpanCoverage:
     """Which elements of each place have to be written, and which were. A place is named by its owner.
 
     It looks at positions and never at values: padding is simply not asked for, and any value may be written.
@@ -147,25 +117,11 @@ class Coverage:
         twice = next((b[0] for a, b in itertools.pairwise(written) if b[0] < a[1]), None)
         if twice is not None:
             return f"element {twice:,} was written twice"
-        needed, done = (list(_joined(sorted(spans))) for spans in (self._needed[place], written))
+        needed, done = (list(joined(sorted(spans))) for spans in (self._needed[place], written))
         if needed == done:
             return None
-        missing = next(_outside(needed, done), None)
+        missing = next(uncovered(needed, done), None)
         if missing is not None:
             return f"elements {missing[0]:,} to {missing[1]:,} were not written"
-        start, stop = next(_outside(done, needed))
+        start, stop = next(uncovered(done, needed))
         return f"elements {start:,} to {stop:,} are padding and were written"
-
-
-def _outside(spans: Sequence[Span], others: Sequence[Span]) -> Iterator[Span]:
-    """Parts of ``spans`` that no span of ``others`` covers; both sorted and disjoint."""
-    for start, stop in spans:
-        position = start
-        for low, high in others:
-            if high <= position or low >= stop:
-                continue
-            if low > position:
-                yield position, low
-            position = max(position, high)
-        if position < stop:
-            yield position, stop

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ...checkpoint.dtypes import TORCH_DTYPES
 from ...errors import ReloadError, SourceError
 from .form import FORMAT, TAGS, Structure
 
@@ -116,8 +117,8 @@ class _Builder:
 
 def _seen(tensor: torch.Tensor, view: Mapping[str, Any]) -> torch.Tensor:
     """A view of the stored bytes of ``tensor``."""
-    dtype = getattr(torch, view["dtype"])
-    if not isinstance(dtype, torch.dtype):
+    dtype = TORCH_DTYPES.get(view["dtype"])
+    if dtype is None:
         raise TypeError(f"{view['dtype']} is no dtype")
     if not tensor.is_contiguous():
         raise ValueError("a stored tensor is not contiguous any more")

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ...checkpoint.dtypes import RESERVED, STORABLE
+from ...checkpoint.dtypes import METADATA_KEY, SAFETENSORS_NAMES, torch_name
 from ...errors import SourceError
 from .form import FORMAT, Structure
 from .walk import Leaf, Path, Walk
@@ -31,7 +31,7 @@ class Stored:
         Shares memory with the original where that is such a tensor already.
         """
         tensor = _dense(self.tensor.detach().cpu())
-        return tensor if tensor.dtype in STORABLE else tensor.reshape(-1).view(torch.uint8)
+        return tensor if tensor.dtype in SAFETENSORS_NAMES else tensor.reshape(-1).view(torch.uint8)
 
 
 def flatten(nested: Any) -> tuple[dict[str, torch.Tensor], Structure]:
@@ -86,7 +86,7 @@ class _Naming:
 
     def __init__(self, leaves: list[Leaf]) -> None:
         self._leaves = leaves
-        self._names: set[str] = {RESERVED}
+        self._names: set[str] = {METADATA_KEY}
 
     def settle(self) -> list[Stored]:
         """Name every tensor, and store those that share memory once."""
@@ -119,7 +119,7 @@ class _Naming:
             if leaf is not base and not (base is not None and _same_place(leaf.tensor, base.tensor)):
                 leaf.node["view"] = _view_of(leaf.tensor, start)
         if base is not None:
-            if base.tensor.dtype not in STORABLE:
+            if base.tensor.dtype not in SAFETENSORS_NAMES:
                 _note_dtype(group, base)
             return Stored(name, base.tensor)
         storage = group[0].tensor.untyped_storage()
@@ -183,7 +183,7 @@ def _view_of(tensor: torch.Tensor, start: int) -> dict[str, Any]:
     """How to see a tensor in the stored bytes, which begin at byte ``start`` of its storage."""
     size = tensor.element_size()
     view: dict[str, Any] = {
-        "dtype": str(tensor.dtype).removeprefix("torch."),
+        "dtype": torch_name(tensor.dtype),
         "shape": list(tensor.shape),
         "stride": list(tensor.stride()),
         "offset": tensor.storage_offset() * size - start,

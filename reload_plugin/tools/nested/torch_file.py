@@ -16,11 +16,11 @@ import torch
 from torch import nn
 
 from ...checkpoint import Checkpoint, Destinations, Stream, TensorInfo
-from ...checkpoint.dtypes import STORABLE
+from ...checkpoint.dtypes import SAFETENSORS_NAMES
 from ...checkpoint.formats.torch_files import TorchFile, read_torch_file
-from ...checkpoint.io.reading import Part, placed
+from ...checkpoint.io.places import Part, placed
 from ...checkpoint.io.stamps import WRITE_AGAIN
-from ...checkpoint.pickle.pickles import ForeignTensor, Inert, Ordered, StoredTensor
+from ...checkpoint.pickle.values import ForeignTensor, Inert, Ordered, StoredTensor
 from ...device.host_memory import HostPool
 from ...errors import SourceError
 from .table import lay_out
@@ -71,7 +71,7 @@ class NestedFile(Checkpoint):
 
 
 def _info(name: str, tensor: torch.Tensor) -> TensorInfo:
-    if tensor.dtype in STORABLE:
+    if tensor.dtype in SAFETENSORS_NAMES:
         return TensorInfo(name, tuple(tensor.shape), tensor.dtype)
     return TensorInfo(name, (tensor.numel() * tensor.element_size(),), torch.uint8)
 
@@ -82,7 +82,7 @@ def _as_stored(read: torch.Tensor, described: torch.Tensor) -> torch.Tensor:
         read.conj_physical_()
     if described.is_neg():
         read.neg_()
-    return read if read.dtype in STORABLE else read.reshape(-1).view(torch.uint8)
+    return read if read.dtype in SAFETENSORS_NAMES else read.reshape(-1).view(torch.uint8)
 
 
 class _Outline:

@@ -10,7 +10,9 @@ import torch
 from ..device.host_memory import HostPool
 from ..errors import SourceError
 from ..plan.source import Destinations, Stream, TensorInfo, layer_order
-from .io.reading import Placed, ReadBatch, read_in_batches, read_places
+from .io.places import Placed
+from .io.read_batches import ReadBatch
+from .io.reading import read_in_batches, read_places
 from .io.stamps import Stamp, check_same, open_same
 
 

@@ -1,0 +1,214 @@
+"""Reading pickles without running anything in them: every object becomes a description of itself.
+
+A pickle is a program that may import and call anything. The one here may only name things from a list, and
+what it names is not imported: classes become ``Inert`` values, tensors become ``StoredTensor`` descriptions
+of bytes in a file, and calls only build such values. Python's own unpickler in Python is the base and not
+the one in C, which allocates whatever a damaged pickle asks for.
+"""
+
+from __future__ import annotations
+
+import io
+import pickle
+from collections.abc import Callable, Collection, Mapping
+from typing import Any, BinaryIO
+
+import torch
+
+from ..dtypes import TORCH_DTYPES, TORCH_STORAGE_DTYPES
+from .calls import CALLS, EXACT_CALLS, Global, Maker, brief, call, check_key, check_sizes, not_called, wrapper
+from .pickle_names import NOT_STORED, PLAIN
+from .values import Inert, Ordered, Refused, Storage
+
+
+def unpickle(
+    data: bytes | BinaryIO,
+    extra: Collection[str] = (),
+    *,
+    tensors: bool = True,
+    plain: bool = True,
+    exact: bool = False,
+    storages: dict[str, Storage] | None = None,
+) -> Any:
+    """What a pickle describes. Nothing is imported, called or made that it names.
+
+    Args:
+        data: the pickle; a file is left behind its end.
+        extra: names that it may use beside tensors, of the form ``module.name``; they become ``Inert``.
+        tensors: whether it may use tensors.
+        plain: whether it may use what lies beside the weights in a trainer's file.
+        exact: whether everything has to be told apart: an OrderedDict becomes ``Ordered``, torch.Size and
+            tensors that are no plain ones ``Inert``, and tensors say whether they are parameters.
+        storages: collects the storages it names, by key.
+
+    Raises:
+        ValueError: it is damaged, or names anything else.
+
+    """
+    allowed = frozenset(extra) | (PLAIN if plain else frozenset()) | (NOT_STORED if exact else frozenset())
+    calls = EXACT_CALLS if exact else CALLS
+    file = io.BytesIO(data) if isinstance(data, bytes) else data
+    try:
+        return _Unpickler(file, allowed, calls, tensors, {} if storages is None else storages).load()
+    except Refused as error:
+        raise ValueError(str(error)) from error
+    except Exception as error:  # whatever a damaged pickle leads to
+        raise ValueError(f"its pickle is damaged ({type(error).__name__}: {brief(error)})") from error
+
+
+class _Unpickler(pickle._Unpickler):  # type: ignore[misc, name-defined, unused-ignore]
+    """See the module. The operations that are left build values; those that call go through ``call``."""
+
+    stack: list[Any]
+    append: Callable[[Any], None]
+    pop_mark: Callable[[], list[Any]]
+
+    def __init__(
+        self,
+        file: Any,
+        allowed: Collection[str],
+        calls: Mapping[str, Maker],
+        tensors: bool,
+        storages: dict[str, Storage],
+    ) -> None:
+        super().__init__(file, encoding="utf-8", errors="strict")
+        self._allowed = allowed
+        self._calls = calls
+        self._tensors = tensors
+        self._storages = storages
+
+    def find_class(self, module: str, name: str) -> Any:
+        """The stand-in for a name, dtypes excepted, which are themselves."""
+        full = f"{'builtins' if module == '__builtin__' else module}.{name}"
+        if module == "torch" and name in TORCH_DTYPES:
+            return TORCH_DTYPES[name]
+        if (
+            self._tensors
+            and module in ("torch", "torch.cuda", "torch.storage")
+            and name in TORCH_STORAGE_DTYPES
+        ):
+            return Global(full, not_called)
+        if full == "torch._utils._rebuild_wrapper_subclass" and full in self._allowed:
+            return Global(full, wrapper)
+        if full == "builtins.getattr" and full in self._allowed:
+            return Global(full, self._attribute)
+        if full in self._calls and (self._tensors or full in ("torch.Size", "collections.OrderedDict")):
+            return Global(full, self._calls[full])
+        if full in self._allowed:
+            return Global(full, lambda *args: Inert(full, args))
+        raise Refused(f"its pickle asks for {brief(full)}, which is not loaded because it could run code")
+
+    def _attribute(self, owner: Any, name: Any) -> Global:
+        """A class inside a class, which old protocols spell as a call of getattr."""
+        full = f"{owner.name}.{name}" if type(owner) is Global and type(name) is str else "getattr"
+        if full not in self._allowed:
+            raise Refused(f"its pickle asks for {brief(full)}, which is not loaded because it could run code")
+        return Global(full, lambda *args: Inert(full, args))
+
+    def persistent_load(self, pid: Any) -> tuple[Storage, torch.dtype]:
+        """A storage, and the dtype that it was written with."""
+        if not self._tensors or type(pid) is not tuple or len(pid) not in (5, 6) or pid[0] != "storage":
+            raise Refused("its pickle refers to something outside that is no storage")
+        kind, key, _, numel = pid[1:5]
+        view = pid[5] if len(pid) == 6 else None
+        if type(kind) is not Global or type(key) is not str:
+            raise Refused("its pickle has a storage without a kind or a key")
+        check_sizes((numel,))
+        dtype = TORCH_STORAGE_DTYPES[kind.name.rpartition(".")[2]]
+        whole = Storage(key, numel * dtype.itemsize, dtype.itemsize)
+        known = self._storages.setdefault(key, whole)
+        if known != whole:
+            raise Refused(f"its pickle gives storage {brief(key)} two sizes")
+        return (whole if view is None else _view(whole, view)), dtype
+
+    def _reduce(self) -> None:
+        args = self.stack.pop()
+        self.stack[-1] = call(self.stack[-1], args)
+
+    def _newobj(self) -> None:
+        self._reduce()
+
+    def _build(self) -> None:
+        state = self.stack.pop()
+        target = self.stack[-1]
+        if type(target) is Inert:
+            slots = type(state) is tuple and len(state) == 2 and type(state[1]) is dict
+            plain = state[0] if slots and type(state[0]) is dict else {}
+            target.state = plain | state[1] if slots else state
+        elif type(target) is Ordered:
+            target.attributes = state
+        elif type(target) is not dict:  # an OrderedDict carries _metadata, which is no weight
+            raise Refused(f"its pickle sets the state of {brief(target)}")
+
+    def _setitem(self) -> None:
+        value, key = self.stack.pop(), self.stack.pop()
+        _put(self.stack[-1], (key, value))
+
+    def _setitems(self) -> None:
+        items = self.pop_mark()
+        _put(self.stack[-1], items)
+
+    def _dict(self) -> None:
+        items = self.pop_mark()
+        found: dict[Any, Any] = {}
+        _put(found, items)
+        self.append(found)
+
+    def _append(self) -> None:
+        value = self.stack.pop()
+        _extend(self.stack[-1], [value])
+
+    def _appends(self) -> None:
+        items = self.pop_mark()
+        _extend(self.stack[-1], items)
+
+
+def _table() -> dict[int, Callable[[Any], None]]:
+    """The operations of pickle that build plain values, as Python does them, and ours for the rest."""
+    own = {
+        "REDUCE": _Unpickler._reduce,
+        "NEWOBJ": _Unpickler._newobj,
+        "BUILD": _Unpickler._build,
+        "SETITEM": _Unpickler._setitem,
+        "SETITEMS": _Unpickler._setitems,
+        "DICT": _Unpickler._dict,
+        "APPEND": _Unpickler._append,
+        "APPENDS": _Unpickler._appends,
+    }
+    plain = """
+        PROTO FRAME STOP MARK POP POP_MARK DUP NONE NEWTRUE NEWFALSE INT BININT BININT1 BININT2 LONG1
+        FLOAT BINFLOAT STRING BINSTRING SHORT_BINSTRING BINBYTES SHORT_BINBYTES UNICODE BINUNICODE
+        SHORT_BINUNICODE EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3 EMPTY_LIST LIST EMPTY_DICT GLOBAL STACK_GLOBAL
+        BINPERSID GET BINGET LONG_BINGET PUT BINPUT LONG_BINPUT MEMOIZE
+    """
+    base: Mapping[int, Any] = pickle._Unpickler.dispatch  # type: ignore[attr-defined, unused-ignore]
+    found = {getattr(pickle, name)[0]: base[getattr(pickle, name)[0]] for name in plain.split()}
+    return found | {getattr(pickle, name)[0]: function for name, function in own.items()}
+
+
+_Unpickler.dispatch = _table()
+
+
+def _view(whole: Storage, view: Any) -> Storage:
+    """A part of a storage, as torch before 1.6 writes it: (key, first element, elements)."""
+    if type(view) is not tuple or len(view) != 3:
+        raise Refused("its pickle has a view of a storage that is none")
+    check_sizes(view[1:])
+    start, nbytes = view[1] * whole.itemsize, view[2] * whole.itemsize
+    if start + nbytes > whole.nbytes:
+        raise Refused("its pickle has a view that reaches beyond its storage")
+    return Storage(whole.key, nbytes, whole.itemsize, start)
+
+
+def _put(target: Any, items: Any) -> None:
+    if type(target) not in (dict, Ordered) or len(items) % 2:
+        raise Refused("its pickle sets items of something that is no dict")
+    for index in range(0, len(items), 2):
+        check_key(items[index])
+        target[items[index]] = items[index + 1]
+
+
+def _extend(target: Any, items: list[Any]) -> None:
+    if type(target) is not list:
+        raise Refused("its pickle appends to something that is no list")
+    target.extend(items)
