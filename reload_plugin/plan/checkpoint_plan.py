@@ -14,9 +14,10 @@ from torch import nn
 from torch.utils._python_dispatch import _disable_current_modes
 
 from ..device.gc_pause import gc_paused
-from ..errors import ReloadError, SourceError, weights_error
+from ..errors import SERVES_OLD, ReloadError, SourceError, weights_error
+from ..record.model_record import complete_record_of
 from ..record.placement import placement
-from ..transaction.session import SERVES_OLD, ReloadSession, complete_record_of
+from ..transaction.session import ReloadSession
 from .arrivals import Loaded
 from .copy_plan import CopyPlan
 from .known_checkpoint import KnownCheckpoint

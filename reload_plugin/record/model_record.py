@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from ..device.host_memory import HostPool
+from ..errors import NotRecordedError
 from .generation import Generation
 from .snapshot import Contents, Key
 from .tensor_layout import (
@@ -250,3 +251,15 @@ def record_of(model: nn.Module) -> ModelRecord | None:
     """The record of a model, or None when it was built without one."""
     found = model.__dict__.get(RECORD_ATTRIBUTE)
     return found if isinstance(found, ModelRecord) else None
+
+
+def complete_record_of(model: nn.Module) -> ModelRecord:
+    """The model's record; raises NotRecordedError when there is none or it is not complete."""
+    record = record_of(model)
+    if record is None or not record.complete:
+        raise NotRecordedError(
+            f"{type(model).__name__} has no recorded load format, so its weights cannot be reloaded. Install "
+            "the plugin (entry point group vllm.general_plugins) in the process that builds the model, or "
+            "call record_for_reloading(model) right after it is constructed, before its weights are loaded."
+        )
+    return record

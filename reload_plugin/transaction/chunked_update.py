@@ -8,8 +8,9 @@ from collections.abc import Iterator
 from torch import nn
 
 from ..device.host_memory import settle_heap
-from ..errors import SessionError
+from ..errors import SERVES_OLD, SessionError
 from ..interrupts import held, let_through
+from ..record.model_record import complete_record_of
 from ..report import ReloadReport
 from .rollback import (
     abandon_open_session,
@@ -25,7 +26,7 @@ from .rollback import (
     session_for,
     with_all_ranks,
 )
-from .session import SERVES_OLD, ReloadSession, complete_record_of
+from .session import ReloadSession
 
 
 @contextlib.contextmanager

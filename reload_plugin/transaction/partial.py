@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator
 from torch import nn
 
 from ..checkpoint import HostCopy, Overlay, Source, SpillFile, give_back, in_a_file
-from ..errors import PartialUpdateError, SourceError, weights_error
+from ..errors import SERVES_OLD, PartialUpdateError, SourceError, weights_error
 from ..interrupts import call_between
 from ..load.progress import with_progress
 from ..options import ReloadOptions
@@ -23,7 +23,6 @@ from ..plan.known_checkpoint import KnownCheckpoint
 from ..record.model_record import LayerRecord, ModelRecord
 from ..report import ReloadReport
 from .rollback import expected, has_rollback_source, known_copy_plan, rollback_on_failure, session_for
-from .session import SERVES_OLD
 
 SMALL_UPDATE = 64 << 20
 """Bytes of partial updates that are kept in memory; more go to a file."""

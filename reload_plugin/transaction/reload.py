@@ -20,7 +20,7 @@ from ..checkpoint import HostCopy, Source, SpillFile, TensorInfo, give_back, in_
 from ..checkpoint.config import check_config
 from ..device.gc_pause import full_gc_paused
 from ..device.host_memory import available, settle_heap
-from ..errors import CrossGroupEffectError, ReloadError, SourceError, weights_error
+from ..errors import SERVES_OLD, CrossGroupEffectError, ReloadError, SourceError, weights_error
 from ..interrupts import call_between
 from ..load.progress import with_progress
 from ..load.stream import WeightStream
@@ -50,7 +50,7 @@ from .rollback import (
     rollback_on_failure,
     session_for,
 )
-from .session import SERVES_OLD, Policy, ReloadSession
+from .session import Policy, ReloadSession
 
 __all__ = [
     "abandon_open_session",

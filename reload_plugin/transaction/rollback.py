@@ -19,17 +19,17 @@ from torch import nn
 from .. import vllm_api
 from ..checkpoint import Source, TensorInfo, give_back, kept_open, layers_of, open_folder
 from ..checkpoint.formats.safetensors_files import SafetensorsSource
-from ..errors import EngineBrokenError, ReloadError, SessionError, SourceError
+from ..errors import SERVES_OLD, EngineBrokenError, ReloadError, SessionError, SourceError
 from ..interrupts import call_held, held
 from ..load.overflow import Overflow
 from ..plan.checkpoint_plan import Plan, PlanUnavailableError, make_plan
 from ..plan.copy_plan import CopyPlan
 from ..plan.known_checkpoint import KnownCheckpoint
 from ..ranks.votes import vote_for
-from ..record.model_record import ModelRecord
+from ..record.model_record import ModelRecord, complete_record_of
 from ..record.placement import placement
 from ..report import ReloadReport
-from .session import SERVES_OLD, Policy, ReloadSession, SessionState, complete_record_of
+from .session import Policy, ReloadSession, SessionState
 
 logger = logging.getLogger("vllm.reload_plugin")
 

@@ -31,33 +31,36 @@ from ..commit.group_commit import Commit
 from ..device.gc_pause import full_gc_paused, gc_paused
 from ..device.host_memory import MemoryGauge, growth, keep_within
 from ..device.output_reuse import ReusableOutputs, reusing_served_outputs
-from ..errors import LateLoaderError, NotRecordedError, SessionError, SourceError, weights_error
+from ..errors import SERVES_OLD, LateLoaderError, SessionError, SourceError, weights_error
 from ..interrupts import call_between, call_out, deliver, held
 from ..load.admission import Admission
 from ..load.completeness import Completeness
 from ..load.destinations import StagingDestinations, StagingMemory
 from ..load.overflow import OPEN_BUDGET, OPEN_STREAMING, Overflow
-from ..load.stream import Fetching, WeightStream, load_all, load_by_copy_plan
+from ..load.stream import Fetching, WeightStream, load_by_copy_plan
 from ..options import Wanted
 from ..plan.arrivals import Loaded
 from ..plan.copy_plan import CopyPlan, copy_by_plan
 from ..plan.ignore_rules import ignorable
 from ..plan.known_checkpoint import KnownCheckpoint
+from ..plan.loader_run import load_all
 from ..plan.mismatches import Mismatches
 from ..plan.slots import check_slots
 from ..plan.tracer import LoadTrace
 from ..process.native_handles import NativeWatch, forget_handles, release_native_memory, watching_native
 from ..process.processing import ProcessWeights, process_stage, process_tail
+from ..record.changes import after_change, before_change
 from ..record.generation import Generation
-from ..record.model_record import ModelRecord, record_of
+from ..record.layer_groups import shared_tensors
+from ..record.model_record import complete_record_of
 from ..record.module_tree import WrappedTree, rewrap_tree, unwrap_tree
 from ..record.placement import placement
 from ..record.staged_group import StagedGroup
 from ..record.staged_storage import StagedStorage
+from ..record.untouched_layers import UntouchedLayers
 from ..report import ReloadReport
 from ..tensors import storage_id
-from ..verify.digest import after_change, before_change, served_digest
-from ..verify.untouched_layers import UntouchedLayers
+from ..verify.digest import served_digest
 
 Policy = Literal["staged", "streaming"]
 
@@ -75,8 +78,6 @@ budget, which also has the beginning of the next layer, and gives way before the
 
 SEVERAL = 8 << 20
 """Bytes of layers that are processed between two looks at how large the process is."""
-
-SERVES_OLD = "The engine serves what it served before."
 
 
 class SessionState(enum.Enum):
@@ -230,7 +231,7 @@ class ReloadSession:
     def open(self) -> None:
         """Prepare to load. The model goes on serving until the first ``load``."""
         self._require(SessionState.READY)
-        shared = _shared_tensors(self._record)
+        shared = shared_tensors(self._record)
         device = self._record.target_device
         chosen = self._expected.groups
         groups = [group for group in self._record.groups if chosen is None or group.name in chosen]
@@ -852,18 +853,6 @@ class ReloadSession:
             )
 
 
-def complete_record_of(model: nn.Module) -> ModelRecord:
-    """The model's record; raises NotRecordedError when there is none or it is not complete."""
-    record = record_of(model)
-    if record is None or not record.complete:
-        raise NotRecordedError(
-            f"{type(model).__name__} has no recorded load format, so its weights cannot be reloaded. Install "
-            "the plugin (entry point group vllm.general_plugins) in the process that builds the model, or "
-            "call record_for_reloading(model) right after it is constructed, before its weights are loaded."
-        )
-    return record
-
-
 _original: list[ProcessWeights] = []
 
 
@@ -878,17 +867,6 @@ def original_process_weights() -> ProcessWeights:
         return _original[0]
     found: ProcessWeights = vllm_api.get(vllm_api.LOADER_UTILS, "process_weights_after_loading")
     return found
-
-
-def _shared_tensors(record: ModelRecord) -> frozenset[int]:
-    """Tensors (by record) that several groups hold and that are nobody's parameter: left alone."""
-    seen: set[int] = set()
-    shared: set[int] = set()
-    for group in record.groups:
-        own = {id(t) for t in group.tensors}
-        shared |= own & seen
-        seen |= own
-    return frozenset(shared)
 
 
 def _note_touched(committed: set[str], completeness: Completeness, storage: StagedStorage) -> None:

@@ -10,9 +10,9 @@ from pydantic import BaseModel, ConfigDict
 from torch import nn
 
 from ..errors import ReloadError
+from ..record.model_record import complete_record_of
 from ..report import ReloadReport
 from ..verify.digest import served_digest
-from .session import complete_record_of
 
 
 class ReloadStatus(BaseModel):

@@ -226,8 +226,8 @@ def _add_worker_calls(worker: type) -> None:
     """What ``collective_rpc`` reaches by name: the state of a worker's model, what became of the engine's
     caches, and the end of an update.
     """
+    from ..record.model_record import complete_record_of
     from ..transaction.rollback import abandon_all_updates, note_caches
-    from ..transaction.session import complete_record_of
     from ..transaction.status import status_of
 
     def reload_status(self: Any, digest: bool = True) -> dict[str, Any]:

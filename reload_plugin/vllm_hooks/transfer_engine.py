@@ -21,10 +21,9 @@ from torch import nn
 
 from .. import vllm_api
 from ..checkpoint import Source, open_folder
-from ..errors import SHOWN, SessionError, SourceError
+from ..errors import SERVES_OLD, SHOWN, SessionError, SourceError
 from ..record.model_record import record_of
 from ..transaction.rollback import abandon_open_session
-from ..transaction.session import SERVES_OLD
 
 BACKEND = "files"
 """What ``weight_transfer_config`` calls this engine."""

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from ..errors import CrossGroupEffectError
-from ..record.model_record import ModelRecord
-from ..record.snapshot import Snapshot, holds_same, put_back, read
 from ..tensors import storage_id
+from .model_record import ModelRecord
+from .snapshot import Snapshot, holds_same, put_back, read
 
 _SHOWN = 3
 
