@@ -28,6 +28,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+SERVES_OLD = "The engine serves what it served before."
+"""What a message says of the served weights after a failure that changed nothing."""
+
 SHOWN = 8
 """Offenders spelled out in a message; the attributes always hold all of them."""
 

@@ -9,7 +9,8 @@ import torch
 from ..checkpoint import TensorInfo
 from ..device.host_memory import HostPool
 from ..plan.copy_plan import StridedCopy
-from ..plan.tracer import LoadTrace, Touching
+from ..plan.materialisation import Touching
+from ..plan.tracer import LoadTrace
 from .completeness import Completeness
 
 

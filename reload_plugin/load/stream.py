@@ -14,13 +14,9 @@ from torch.utils._python_dispatch import _disable_current_modes
 from ..device.default_device import callers_default_device
 from ..errors import ReloadError, SourceError
 from ..interrupts import call_out
-from ..plan.mismatches import RejectedWeightError
+from ..plan.loader_run import LIMIT, load_all
 from ..plan.source import DirectRead
 from ..plan.tracer import LoadTrace
-
-_LIMIT = 10_000
-"""Offenders after which a stream is not read any further."""
-
 
 Fetching = Callable[[Callable[[Iterator[Any]], Any], Iterator[Any]], Any]
 """Calls ``next`` with the weights: whether Ctrl-C may come then."""
@@ -107,7 +103,7 @@ class WeightStream:
         return name, tensor
 
     def _fetch(self) -> object:
-        if self._trace.mismatches.count > _LIMIT:
+        if self._trace.mismatches.count > LIMIT:
             self.exhausted = True
             raise StopIteration
         started = time.perf_counter()
@@ -193,32 +189,3 @@ def load_by_copy_plan(
                 load_all(load_weights, WeightStream([(name, tensor)], trace, lambda: None), trace)
         del tensor  # a layer that is complete now gives its memory back
         router.close_complete()
-
-
-def load_all(load_weights: Callable[[Any], Any], feed: WeightStream, trace: LoadTrace) -> None:
-    """Run the model's loader over the feed, going on after each weight it rejects.
-
-    Rejected weights end up in ``trace.mismatches``; whatever else the source or a late write raises
-    goes through. After the first problem nothing more is written, the rest is only checked.
-    """
-    while not feed.exhausted:
-        seen = len(trace.loaded.shapes)
-        try:
-            load_weights(feed)
-            return
-        except RejectedWeightError:
-            pass
-        except ReloadError:
-            raise
-        except Exception as error:  # noqa: BLE001 - loaders raise anything; every offender is collected
-            _note_rejection(trace, error)
-        if len(trace.loaded.shapes) == seen and trace.mismatches.count > _LIMIT:
-            return
-
-
-def _note_rejection(trace: LoadTrace, error: Exception) -> None:
-    """Sort what a vLLM loader raised: no place for this name, or not in this shape."""
-    name = trace.current
-    reason = f"{type(error).__name__}: {str(error).splitlines()[0][:200] if str(error) else 'no message'}"
-    lost = isinstance(error, (KeyError, AttributeError)) or "no module or parameter named" in str(error)
-    (trace.mismatches.unexpected if lost else trace.mismatches.misshapen)[name] = reason

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 
-from .model_record import Group, LayerRecord, TensorRecord
+from .model_record import Group, LayerRecord, ModelRecord, TensorRecord
 
 SMALL_GROUP = 64 << 10
 """Bytes up to which a layer is joined with other small ones."""
@@ -82,3 +82,14 @@ def _is_bare(group: Group) -> bool:
     """Whether its layers are processed last and have no parameters."""
     last = all(layer.deferred and not layer.late and not layer.online for layer in group.layers)
     return last and not any(tensor.is_parameter for tensor in group.tensors)
+
+
+def shared_tensors(record: ModelRecord) -> frozenset[int]:
+    """Tensors (by record) that several groups hold and that are nobody's parameter: left alone."""
+    seen: set[int] = set()
+    shared: set[int] = set()
+    for group in record.groups:
+        own = {id(t) for t in group.tensors}
+        shared |= own & seen
+        seen |= own
+    return frozenset(shared)

@@ -70,8 +70,7 @@ class Accounting:
         self._completeness.settle()
         groups = [group for group in self._view.groups if not group.processed]
         if self._completeness.copy_plan is None and self._view.entered:
-            made = (tensor for group in self._pipeline.open for tensor in group.new_parameters())
-            loaded.in_new_parameters.update(name for one in made for name in self._trace.weights_in(one))
+            self._trace.note_new_parameters(self._pipeline.open)
         return check_slots(groups, loaded, mismatches, self._rule_of, self._known.was_written)
 
     def _rule_of(self, name: str, shape: tuple[int, ...]) -> str | None:

@@ -20,7 +20,6 @@ from ..process.processing import process_stage, process_tail
 from ..record.model_record import ModelRecord
 from ..record.model_view import ModelView
 from ..record.staged_group import StagedGroup
-from ..tensors import storage_id
 from .dispatch import untraced
 from .stage_clock import StageClock
 from .takeover import Takeover
@@ -254,8 +253,8 @@ class GroupPipeline:
             return
         for name, layer in group.layers:
             for key, parameter in layer._parameters.items():
-                if parameter is not None and (storage := storage_id(parameter)):
-                    self._trace.complete[storage] = f"{name}.{key}", group.group.tensors[0].name
+                if parameter is not None:
+                    self._trace.note_complete(parameter, f"{name}.{key}", group.group.tensors[0].name)
 
 
 class HeapBudget:

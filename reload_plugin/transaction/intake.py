@@ -17,9 +17,10 @@ from ..load.admission import Admission
 from ..load.completeness import Completeness
 from ..load.destinations import StagingDestinations, StagingMemory
 from ..load.overflow import Overflow
-from ..load.stream import Fetching, WeightStream, load_all, load_by_copy_plan
+from ..load.stream import Fetching, WeightStream, load_by_copy_plan
 from ..plan.copy_plan import copy_by_plan
 from ..plan.known_checkpoint import KnownCheckpoint
+from ..plan.loader_run import load_all
 from ..plan.mismatches import Mismatches
 from ..plan.source import DirectRead
 from ..plan.tracer import LoadTrace

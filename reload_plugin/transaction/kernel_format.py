@@ -10,12 +10,13 @@ from torch import nn
 
 from ..errors import SERVES_OLD, KernelFormatError, weights_error
 from ..options import ReloadOptions
+from ..record.changes import making
 from ..record.generation import Generation
 from ..record.model_record import LayerRecord, ModelRecord, complete_record_of
 from ..record.module_state import owns_native, tensors_in
 from ..record.snapshot import ABSENT
 from ..report import ReloadReport
-from ..verify.digest import making, served_digest
+from ..verify.digest import served_digest
 from .rollback import replace_rollback_source
 
 

@@ -31,33 +31,36 @@ from ..commit.group_commit import Commit
 from ..device.gc_pause import full_gc_paused, gc_paused
 from ..device.host_memory import MemoryGauge, growth, keep_within
 from ..device.output_reuse import ReusableOutputs, reusing_served_outputs
-from ..errors import LateLoaderError, NotRecordedError, SessionError, SourceError, weights_error
+from ..errors import SERVES_OLD, LateLoaderError, SessionError, SourceError, weights_error
 from ..interrupts import call_between, call_out, deliver, held
 from ..load.admission import Admission
 from ..load.completeness import Completeness
 from ..load.destinations import StagingDestinations, StagingMemory
 from ..load.overflow import OPEN_BUDGET, OPEN_STREAMING, Overflow
-from ..load.stream import Fetching, WeightStream, load_all, load_by_copy_plan
+from ..load.stream import Fetching, WeightStream, load_by_copy_plan
 from ..options import Wanted
 from ..plan.arrivals import Loaded
 from ..plan.copy_plan import CopyPlan, copy_by_plan
 from ..plan.ignore_rules import ignorable
 from ..plan.known_checkpoint import KnownCheckpoint
+from ..plan.loader_run import load_all
 from ..plan.mismatches import Mismatches
+from ..plan.served_guard import served_tensors
 from ..plan.slots import check_slots
 from ..plan.tracer import LoadTrace
 from ..process.native_handles import NativeWatch, forget_handles, release_native_memory, watching_native
 from ..process.processing import ProcessWeights, process_stage, process_tail
+from ..record.changes import after_change, before_change
 from ..record.generation import Generation
-from ..record.model_record import ModelRecord, record_of
+from ..record.layer_groups import shared_tensors
+from ..record.model_record import complete_record_of
 from ..record.module_tree import WrappedTree, rewrap_tree, unwrap_tree
 from ..record.placement import placement
 from ..record.staged_group import StagedGroup
 from ..record.staged_storage import StagedStorage
+from ..record.untouched_layers import UntouchedLayers
 from ..report import ReloadReport
-from ..tensors import storage_id
-from ..verify.digest import after_change, before_change, served_digest
-from ..verify.untouched_layers import UntouchedLayers
+from ..verify.digest import served_digest
 
 Policy = Literal["staged", "streaming"]
 
@@ -75,8 +78,6 @@ budget, which also has the beginning of the next layer, and gives way before the
 
 SEVERAL = 8 << 20
 """Bytes of layers that are processed between two looks at how large the process is."""
-
-SERVES_OLD = "The engine serves what it served before."
 
 
 class SessionState(enum.Enum):
@@ -206,9 +207,8 @@ class ReloadSession:
         self._bystanders: UntouchedLayers | None = None
         self._moved: list[str] = []
         by_hand = inspect is not None or (overflow is not None and not self._expected.planned)
-        touching = functools.partial(_note_touched, self.committed, self.completeness)
-        self._trace.touching = touching
-        self._memory = StagingMemory(self.completeness, self._trace, self._record.pool, touching)
+        self._touching = functools.partial(_note_touched, self.committed, self.completeness)
+        self._memory = StagingMemory(self.completeness, self._trace, self._record.pool, self._touching)
         self.destinations = StagingDestinations(self.completeness, self._memory, by_hand)
 
     # -- life -------------------------------------------------------------------------------------
@@ -230,7 +230,7 @@ class ReloadSession:
     def open(self) -> None:
         """Prepare to load. The model goes on serving until the first ``load``."""
         self._require(SessionState.READY)
-        shared = _shared_tensors(self._record)
+        shared = shared_tensors(self._record)
         device = self._record.target_device
         chosen = self._expected.groups
         groups = [group for group in self._record.groups if chosen is None or group.name in chosen]
@@ -388,7 +388,8 @@ class ReloadSession:
             stage.enter(by_copy_plan, self._trace.dry, self._from_served, straight, alias_served)
             self._trace.watch(stage.storages)
             self.completeness.admit(stage)
-        self._trace.find_protected = functools.partial(_served_storages, self._stages, self._bystanders)
+        served = functools.partial(served_tensors, self._stages, self._bystanders)
+        self._trace.protect(served, self._touching)
 
     def _all_by_copy_plan(self) -> bool:
         """Whether every weight goes by a route, and no loader will look at the model."""
@@ -497,8 +498,7 @@ class ReloadSession:
         self.completeness.settle()
         stages = [stage for stage in self._stages if not stage.processed]
         if self.completeness.copy_plan is None and self._entered:
-            made = (tensor for stage in self._open_stages.values() for tensor in stage.new_parameters())
-            self.loaded.in_new_parameters.update(name for one in made for name in self._trace.weights_in(one))
+            self._trace.note_new_parameters(self._open_stages.values())
         return check_slots(stages, self.loaded, self.mismatches, self._rule_of, self._expected.was_written)
 
     def rehearse(self) -> list[str]:
@@ -575,8 +575,7 @@ class ReloadSession:
             stage.drop()
         self._stages, self._open_stages, self._late, self._staged = [], {}, [], []
         self._closed = []
-        self._trace.storages, self._trace.complete = {}, {}
-        self._trace.find_protected = dict
+        self._trace.forget_model()
         self._bystanders = None
         after_change(self._record, self)
         self._record.pool.settle()
@@ -625,8 +624,8 @@ class ReloadSession:
             return
         for name, layer in stage.layers:
             for key, parameter in layer._parameters.items():
-                if parameter is not None and (storage := storage_id(parameter)):
-                    self._trace.complete[storage] = f"{name}.{key}", stage.group.tensors[0].name
+                if parameter is not None:
+                    self._trace.note_complete(parameter, f"{name}.{key}", stage.group.tensors[0].name)
 
     def _put_back_parameters(self) -> list[str]:
         """Give layers that were complete the parameters they had, should a loader have given them others.
@@ -714,7 +713,7 @@ class ReloadSession:
             return []
         gone = stage.let_go(keep)
         for storage in gone:
-            self._trace.storages.pop(storage.key, None)
+            self._trace.unwatch(storage)
         return gone
 
     def _apply(self, commit: Commit) -> None:
@@ -852,18 +851,6 @@ class ReloadSession:
             )
 
 
-def complete_record_of(model: nn.Module) -> ModelRecord:
-    """The model's record; raises NotRecordedError when there is none or it is not complete."""
-    record = record_of(model)
-    if record is None or not record.complete:
-        raise NotRecordedError(
-            f"{type(model).__name__} has no recorded load format, so its weights cannot be reloaded. Install "
-            "the plugin (entry point group vllm.general_plugins) in the process that builds the model, or "
-            "call record_for_reloading(model) right after it is constructed, before its weights are loaded."
-        )
-    return record
-
-
 _original: list[ProcessWeights] = []
 
 
@@ -880,27 +867,6 @@ def original_process_weights() -> ProcessWeights:
     return found
 
 
-def _shared_tensors(record: ModelRecord) -> frozenset[int]:
-    """Tensors (by record) that several groups hold and that are nobody's parameter: left alone."""
-    seen: set[int] = set()
-    shared: set[int] = set()
-    for group in record.groups:
-        own = {id(t) for t in group.tensors}
-        shared |= own & seen
-        seen |= own
-    return frozenset(shared)
-
-
 def _note_touched(committed: set[str], completeness: Completeness, storage: StagedStorage) -> None:
     """Served memory is about to be written to. No method, so that a session is not held by what it holds."""
     committed.add(completeness.group_of(storage.primary.name))
-
-
-def _served_storages(stages: list[StagedGroup], bystanders: UntouchedLayers) -> dict[int, str]:
-    """Storages of everything that is served, to keep loaders away from them."""
-    found = dict(bystanders.storages)
-    for stage in stages:
-        for path, tensor in stage.served_tensors():
-            found[storage_id(tensor) or 0] = path
-    staged = {storage.key for stage in stages for storage in stage.storages}
-    return {key: name for key, name in found.items() if key and key not in staged}

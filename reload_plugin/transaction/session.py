@@ -31,11 +31,12 @@ from ..options import Wanted
 from ..plan.arrivals import Loaded
 from ..plan.known_checkpoint import KnownCheckpoint
 from ..plan.mismatches import Mismatches
+from ..record.changes import after_change, before_change
 from ..record.generation import Generation
 from ..record.model_record import complete_record_of
+from ..record.untouched_layers import UntouchedLayers
 from ..report import ReloadReport
-from ..verify.digest import after_change, before_change, served_digest
-from ..verify.untouched_layers import UntouchedLayers
+from ..verify.digest import served_digest
 from .intake import Inspect
 from .session_parts import SessionOptions, SessionParts, wire
 from .session_report import make_report

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch import nn
@@ -15,13 +16,14 @@ from ..load.destinations import StagingMemory
 from ..load.overflow import Overflow
 from ..plan.known_checkpoint import KnownCheckpoint
 from ..plan.mismatches import Mismatches
+from ..plan.served_guard import served_tensors
 from ..plan.tracer import LoadTrace
+from ..record.layer_groups import shared_tensors
 from ..record.model_record import ModelRecord
 from ..record.model_view import EnterOptions, ModelView
 from ..record.staged_group import StagedGroup
 from ..record.staged_storage import StagedStorage
-from ..tensors import storage_id
-from ..verify.untouched_layers import UntouchedLayers
+from ..record.untouched_layers import UntouchedLayers
 from .accounting import Accounting, world_size
 from .group_pipeline import GroupPipeline
 from .intake import Inspect, Intake
@@ -56,6 +58,8 @@ class SessionParts:
     accounting: Accounting
     clock: StageClock
     gauge: MemoryGauge
+    touching: Callable[[StagedStorage], None]
+    """Told of staging in served memory before somebody may write there."""
 
     @property
     def all_by_copy_plan(self) -> bool:
@@ -75,14 +79,14 @@ class SessionParts:
 
     def protect(self, untouched: UntouchedLayers) -> None:
         """Have the trace keep loaders away from everything that is served."""
-        self.trace.find_protected = functools.partial(_served_storages, self.view, untouched)
+        served = functools.partial(served_tensors, self.view.groups, untouched)
+        self.trace.protect(served, self.touching)
 
     def drop(self) -> None:
         """Forget everything that is not served; the view has to be hidden."""
         self.view.drop()
         self.pipeline.forget()
-        self.trace.storages, self.trace.complete = {}, {}
-        self.trace.find_protected = dict
+        self.trace.forget_model()
 
 
 def wire(model: nn.Module, record: ModelRecord, options: SessionOptions) -> SessionParts:
@@ -102,7 +106,6 @@ def wire(model: nn.Module, record: ModelRecord, options: SessionOptions) -> Sess
     strategy = strategy_class(log, gauge, admission, _Release(completeness, trace))
     view = _view_of(record, known, options, gauge, strategy)
     touching = functools.partial(_note_touched, log.groups, completeness)
-    trace.touching = touching
     memory = StagingMemory(completeness, trace, record.pool, touching)
     pipeline = GroupPipeline(
         model, record, view, trace, completeness, admission, strategy, log, clock, options.whole_model
@@ -135,6 +138,7 @@ def wire(model: nn.Module, record: ModelRecord, options: SessionOptions) -> Sess
         accounting,
         clock,
         gauge,
+        touching,
     )
 
 
@@ -146,7 +150,7 @@ def _view_of(
     strategy: CommitStrategy,
 ) -> ModelView:
     chosen = known.groups
-    shared = _shared_tensors(record)
+    shared = shared_tensors(record)
     groups = [
         StagedGroup(group, record.target_device, shared, gauge)
         for group in record.groups
@@ -182,31 +186,10 @@ class _Release:
             return []
         gone = group.let_go(keep)
         for storage in gone:
-            self._trace.storages.pop(storage.key, None)
+            self._trace.unwatch(storage)
         return gone
-
-
-def _shared_tensors(record: ModelRecord) -> frozenset[int]:
-    """Tensors (by record) that several groups hold and that are nobody's parameter: left alone."""
-    seen: set[int] = set()
-    shared: set[int] = set()
-    for group in record.groups:
-        own = {id(t) for t in group.tensors}
-        shared |= own & seen
-        seen |= own
-    return frozenset(shared)
 
 
 def _note_touched(committed: set[str], completeness: Completeness, storage: StagedStorage) -> None:
     """Served memory is about to be written to."""
     committed.add(completeness.group_of(storage.primary.name))
-
-
-def _served_storages(view: ModelView, untouched: UntouchedLayers) -> dict[int, str]:
-    """Storages of everything that is served, to keep loaders away from them."""
-    found = dict(untouched.storages)
-    for group in view.groups:
-        for path, tensor in group.served_tensors():
-            found[storage_id(tensor) or 0] = path
-    staged = {storage.key for group in view.groups for storage in group.storages}
-    return {key: name for key, name in found.items() if key and key not in staged}

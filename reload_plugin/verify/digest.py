@@ -7,30 +7,19 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import threading
 from collections.abc import Collection
-from typing import Protocol
 
 import torch
 
 from ..device.hashing import Hash, form_of
 from ..process.native_handles import handle_in
+from ..record.changes import making
 from ..record.model_record import HolderRecord, ModelRecord, TensorRecord
 from ..record.module_state import holds_nothing, owns_native, reachable, values_of
 from ..record.snapshot import ABSENT, tables_of
 from ..tensors import storage_id
 
 logger = logging.getLogger("vllm.reload_plugin")
-
-making = threading.RLock()
-"""Held while a digest is made: no reload begins meanwhile."""
-
-
-class Change(Protocol):
-    """A reload, while the served weights may not be in their places."""
-
-    def show_served_if_idle(self) -> bool:
-        """Show what is served, all of it, until the reload goes on. Says whether that could be done."""
 
 
 def served_digest(record: ModelRecord) -> str | None:
@@ -45,17 +34,6 @@ def served_digest(record: ModelRecord) -> str | None:
             made = digest_of(record, forget=not record.changes)
             serving = record.generation = dataclasses.replace(serving, digest=made)
         return serving.digest
-
-
-def before_change(record: ModelRecord, change: Change) -> None:
-    """Called before anything that is served may be elsewhere, until ``after_change``."""
-    with making:
-        record.changes.add(change)
-
-
-def after_change(record: ModelRecord, change: Change) -> None:
-    """What is served is in its places again. Harmless where ``before_change`` was not called."""
-    record.changes.discard(change)
 
 
 def digest_of(record: ModelRecord, forget: bool = True) -> str | None:

@@ -15,9 +15,10 @@ from vllm.model_executor.model_loader import utils
 
 from reload_plugin import ReloadSession, reload_weights
 from reload_plugin.checkpoint import TensorInfo
-from reload_plugin.plan import tracer as load_module
+from reload_plugin.plan import provenance as provenance_module
 from reload_plugin.plan.checkpoint_plan import make_plan
 from reload_plugin.plan.known_checkpoint import KnownCheckpoint
+from reload_plugin.plan.provenance import Provenance
 from reload_plugin.record import layer_groups as record_module
 from reload_plugin.record.construction_trace import ConstructionTrace
 from reload_plugin.record.recorder import record_constructed
@@ -266,8 +267,8 @@ def test_only_what_is_written_when_it_comes_is_replayed(
 ) -> None:
     """The first weight is kept back while the second is written."""
     model = cold([[step] for step in steps], checkpoint(1, 3))
-    for many in (load_module._MANY, 0):
-        monkeypatch.setattr(load_module, "_MANY", many)
+    for many in (provenance_module._MANY, 0):
+        monkeypatch.setattr(provenance_module, "_MANY", many)
         infos = [TensorInfo(f"w{number}", (SIZE,), torch.float32) for number in range(3)]
         plan = make_plan(model, infos, "a folder")
         assert (plan.copy_plan is not None) is copy_plan
@@ -342,16 +343,16 @@ def test_a_loader_that_keeps_weights_back_gets_them_in_their_own_order(
 def test_what_is_gone_is_not_remembered(monkeypatch: pytest.MonkeyPatch, dry: bool) -> None:
     """Of weights that were loaded, and of those that the loader had no use for."""
     most: list[int] = []
-    monkeypatch.setattr(load_module, "_MANY", 10)
+    monkeypatch.setattr(provenance_module, "_MANY", 10)
     monkeypatch.setattr("reload_plugin.plan.checkpoint_plan._AT_A_TIME", 10)
-    begin = load_module.LoadTrace.begin
+    begin = Provenance.begin
 
-    def noting(trace: load_module.LoadTrace, *args: object) -> None:
-        begin(trace, *args)
-        most.append(len(trace._noted))
-        assert trace._noted.keys() == trace._sources.keys()
+    def noting(provenance: Provenance, *args: object) -> None:
+        begin(provenance, *args)
+        most.append(len(provenance._held))
+        assert provenance._held.keys() == provenance._sources.keys()
 
-    monkeypatch.setattr(load_module.LoadTrace, "begin", noting)
+    monkeypatch.setattr(Provenance, "begin", noting)
     count = 600
     used = [Step(number, number, "negated", False) for number in range(count // 2)]
     model = cold([used], checkpoint(1, count))

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+
+import torch
 
 from ..errors import CrossGroupEffectError
-from ..record.model_record import ModelRecord
-from ..record.snapshot import Snapshot, holds_same, put_back, read
-from ..tensors import storage_id
+from .model_record import ModelRecord
+from .snapshot import Snapshot, holds_same, put_back, read
 
 _SHOWN = 3
 
@@ -24,16 +25,17 @@ class UntouchedLayers:
     def __init__(self, record: ModelRecord, reloaded: Iterable[str]) -> None:
         chosen = set(reloaded)
         groups = [group for group in record.groups if group.name not in chosen]
-        tensors = [(tensor.ref(), tensor.name) for group in groups for tensor in group.tensors]
-        self.storages: dict[int, str] = {
-            key: name for tensor, name in tensors if tensor is not None and (key := storage_id(tensor))
-        }
-        """Identity of the memory that a loader has no business in -> name of a tensor there."""
+        self._tensors = [(tensor.name, tensor.ref) for group in groups for tensor in group.tensors]
         layers = [layer for group in groups for layer in group.layers]
         held = [(layer.name, holder.ref()) for layer in layers for holder in layer.holders]
         self._held: list[tuple[str, object, Snapshot]] = [
             (name, holder, read(holder)) for name, holder in held if holder is not None
         ]
+
+    def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Their tensors that are alive, with their names: a loader has no business there."""
+        alive = ((name, ref()) for name, ref in self._tensors)
+        yield from ((name, tensor) for name, tensor in alive if tensor is not None)
 
     def put_back(self) -> list[str]:
         """Give the layers what they held. Returns the names of those that held something else."""
