@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Literal, get_args
 
 import torch
@@ -11,20 +12,45 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from .errors import ReloadError
 
 ReloadPolicy = Literal["auto", "host", "spill", "reread", "streaming"]
-"""What a failure costs, and what the way back costs. All but ``streaming`` are all or nothing.
+"""What a failure costs, and what the rollback source costs; see ``POLICIES``."""
 
-=============  ==========================================================  ============================
-policy         where the old generation is until the new one is whole      extra memory at the peak
-=============  ==========================================================  ============================
-``host``       served; the new one is prepared beside it, then committed   one kernel-format copy, one layer
-``spill``      in its own source; the new weights go to a file first       one layer (and disk for the file)
-``reread``     in its own source; the new weights are in files already     one layer
-``streaming``  nowhere: after a failure the engine refuses to serve        one layer
-``auto``       ``reread`` where both are in files; else ``host`` if there is memory for it, else ``spill``
-=============  ==========================================================  ============================
 
-One layer means its staging and a fixed budget of 128 MiB.
-"""
+@dataclass(frozen=True)
+class Policy:
+    """How a reload is committed, and where the old weights are until the new ones are whole."""
+
+    name: ReloadPolicy
+    strategy: Literal["staged", "streaming"]
+    """Name of the commit strategy; see ``commit.strategies``."""
+    rollback: Literal["host", "spill", "reread", "none"]
+    """``host``: the old weights stay where they are served; the new ones are prepared beside them, in memory
+    of the device that serves. ``reread``: their own source is read again. ``spill``: the same, and the new
+    weights go to a file first. ``none``: nowhere; after a failure the engine refuses to serve."""
+    extra_memory: str
+    """At the peak. One layer means its staging and a fixed budget of 128 MiB."""
+
+    @property
+    def needs_rollback_source(self) -> bool:
+        """Whether the source of the served weights has to be there."""
+        return self.rollback in ("spill", "reread")
+
+    @property
+    def undoes(self) -> bool:
+        """Whether a failure leaves the old weights."""
+        return self.rollback != "none"
+
+
+POLICIES: Mapping[str, Policy] = {
+    policy.name: policy
+    for policy in (
+        Policy("host", "staged", "host", "one kernel-format copy and one layer"),
+        Policy("spill", "streaming", "spill", "one layer, and disk for the file"),
+        Policy("reread", "streaming", "reread", "one layer"),
+        Policy("streaming", "streaming", "none", "one layer"),
+    )
+}
+"""The policies that a caller can name. ``auto`` is ``reread`` where the old and the new weights are both in
+files; else ``host`` if there is memory for it, else ``spill``."""
 
 
 Wanted = bool | Literal["later"]

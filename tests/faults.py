@@ -47,7 +47,7 @@ from reload_plugin.errors import EngineBrokenError, ReloadError
 from reload_plugin.record import staged_group, staged_storage
 from reload_plugin.record.model_record import record_of
 from reload_plugin.transaction.chunked_update import restore_for_reloading
-from reload_plugin.transaction.rollback import before_forward_pass
+from reload_plugin.transaction.reload_call import before_forward_pass
 from reload_plugin.transaction.session import ReloadSession
 from tests.checkpoints import WEIGHTS, read_tensors
 from tests.oracle import Live

@@ -5,15 +5,27 @@ from .detect import open_source
 from .file_source import Checkpoint
 from .folder import open_folder, open_start, start_stamps
 from .formats.transformers_model import from_transformers
-from .stores import HostCopy, Overlay, SpillFile, give_back, in_a_file, kept_open, layers_of
+from .stores import (
+    DummyWeights,
+    HostCopy,
+    Overlay,
+    Rereadable,
+    SpillFile,
+    give_back,
+    in_a_file,
+    kept_open,
+    layers_of,
+)
 
 __all__ = [
     "Checkpoint",
     "Destinations",
     "DirectRead",
+    "DummyWeights",
     "HostCopy",
     "Overlay",
     "Ranged",
+    "Rereadable",
     "Source",
     "Span",
     "SpillFile",

@@ -9,7 +9,7 @@ import os
 import tempfile
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from typing import IO, Any
+from typing import IO, Any, overload
 
 import torch
 
@@ -218,7 +218,25 @@ class Overlay:
             give_back(layer)
 
 
-def layers_of(source: Source | None) -> Sequence[Source]:
+class DummyWeights:
+    """The weights of an engine started with ``load_format=dummy``: made anew, the same every time."""
+
+    description = "vLLM's dummy weights"
+
+    def unchanged(self) -> bool:
+        """Dummy weights do not change."""
+        return True
+
+
+Rereadable = Source | DummyWeights
+"""What can give the same weights again."""
+
+
+@overload
+def layers_of(source: Source | None) -> Sequence[Source]: ...
+@overload
+def layers_of(source: Rereadable | None) -> Sequence[Rereadable]: ...
+def layers_of(source: Rereadable | None) -> Sequence[Rereadable]:
     """A source as what it is made of, the lowest first."""
     if source is None:
         return ()
@@ -226,7 +244,7 @@ def layers_of(source: Source | None) -> Sequence[Source]:
 
 
 @contextlib.contextmanager
-def kept_open(source: Source | None) -> Iterator[None]:
+def kept_open(source: Rereadable | None) -> Iterator[None]:
     """While entered, a source can be read though its files are deleted, or others come to have their names.
 
     Raises:
@@ -241,7 +259,7 @@ def kept_open(source: Source | None) -> Iterator[None]:
         yield
 
 
-def give_back(source: Source | None) -> None:
+def give_back(source: Rereadable | None) -> None:
     """Close a source that holds something; most hold nothing between two readings."""
     close = getattr(source, "close", None)
     if close is not None:

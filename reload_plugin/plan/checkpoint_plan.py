@@ -55,12 +55,11 @@ class Plan:
         """Bytes of the checkpoint, an upper bound of what it needs in load format."""
         return sum(info.meta().nbytes for info in self.infos.values())
 
-    def still_holds(self, model: nn.Module, infos: Iterable[TensorInfo]) -> bool:
-        """Whether the plan was made for exactly these tensors, on a model whose experts have not moved."""
-        same = list(self.infos.values()) == list(infos)
-        return same and self.placement == placement(complete_record_of(model))
+    def is_of(self, infos: Iterable[TensorInfo], placement: object) -> bool:
+        """Whether the plan was made for exactly these tensors on this placement."""
+        return self.placement == placement and list(self.infos.values()) == list(infos)
 
-    def raise_problems(self, source: str) -> None:
+    def raise_mismatches(self, source: str) -> None:
         """Raise WeightsError with every offender, if there is one."""
         if self.mismatches:
             raise weights_error(source, SERVES_OLD, **vars(self.mismatches))

@@ -1,9 +1,9 @@
-"""What a model serves: which generation of weights, since when, and what went wrong last."""
+"""Which weights a model serves, and since when."""
 
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 
 @dataclass(frozen=True)
@@ -16,6 +16,14 @@ class Generation:
     """The caller's name for these weights."""
     source: str = "the engine's start"
     digest: str | None = None
-    """Of what the kernels read, once somebody asked; see ``digest.served_digest``."""
+    """Of what the kernels read, once somebody asked; see ``verify.digest``."""
     since: float = field(default_factory=time.time)
     """Unix time (s) of the commit."""
+
+    def with_digest(self, digest: str | None) -> Generation:
+        """The same weights, whose digest was made."""
+        return replace(self, digest=digest)
+
+    def without_digest(self) -> Generation:
+        """The same generation, of whose weights nothing is known any more."""
+        return replace(self, digest=None)

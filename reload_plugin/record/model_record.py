@@ -8,16 +8,15 @@ from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
 
-from ..device.host_memory import HostPool
 from ..errors import NotRecordedError
-from .generation import Generation
+from .changes import Changes
 from .snapshot import Contents, Key
 from .tensor_layout import (
     Geometry,
@@ -32,6 +31,9 @@ _FEW_BYTES = 64
 
 RECORD_ATTRIBUTE = "_reload_plugin_record"
 """Where a model keeps its record, so that both are freed together."""
+
+STATE_ATTRIBUTE = "_reload_plugin_state"
+"""Where a model keeps its ``EngineState``."""
 
 
 @dataclass(eq=False)
@@ -173,9 +175,11 @@ class Group:
         return not any(layer.effect or layer.deferred or layer.online or layer.late for layer in self.layers)
 
 
-@dataclass(eq=False)
+@dataclass(frozen=True, eq=False)
 class ModelRecord:
-    """Everything needed to put a model back into load format and process it again."""
+    """Everything needed to put a model back into load format and process it again. Not written to after the
+    start; what a model serves and what was learnt since is in ``transaction.engine_state.EngineState``.
+    """
 
     layers: list[LayerRecord]
     vllm_config: Any
@@ -185,53 +189,15 @@ class ModelRecord:
     group_of: dict[str, int] = field(default_factory=dict)
     """Load-format tensor -> number of its group in ``groups``, which keep the model's order."""
     complete: bool = False
-    deferred_groups: set[str] = field(default_factory=set)
-    """Names of groups that are open until all weights have come: a loader made a parameter for one, of which
-    its load format tells nothing, or comes back to its parameters when others have come."""
-    generation: Generation = field(default_factory=Generation)
-    """The generation of weights that the model answers with."""
-    changes: weakref.WeakSet[Any] = field(default_factory=weakref.WeakSet)
-    """Reloads that have begun and are not over; see ``digest.Change``."""
-    last_report: Any = None
-    """ReloadReport of the last good reload, without its long lists."""
-    last_error: str | None = None
-    """What the last reload that failed said; None once one succeeded."""
-    handles: dict[int, bytes | None] = field(default_factory=dict)
-    """Native handle -> digest of what it was made of; see ``native.Handles``."""
-    native: dict[str, list[torch.Tensor]] = field(default_factory=dict)
-    """Group name -> memory that the group's native handles point into."""
-    session: Any = None
-    """The session that vLLM's layerwise calls have open."""
-    rollback_source: Any = None
-    """A Source that would give the served weights again, if there is one."""
-    names_of_group: dict[str, frozenset[str]] | None = None
-    """Group name -> weights that went into it at the last good reload."""
-    copy_plan: Any = None
-    """Routes of the last good reload."""
-    last_infos: Any = None
-    """What the last reload through the model's loader brought, as TensorInfo."""
-    planned_for: Any = None
-    """The placement and the listing that routes were last learnt from; they are not tried twice."""
-    plan: Any = None
-    """Plan of the last checkpoint that was read from files."""
-    kept: dict[str, str] = field(default_factory=dict)
-    """What the last good reload kept, as in its report."""
-    start_stamps: dict[str, tuple[int, int, int]] | None = None
-    """Weight file -> size, time and inode when the engine had just started from it."""
-    start_config: dict[str, Any] | None = None
-    """The config.json that the engine had just started with, as it was on disk."""
-    start_shapes: dict[str, tuple[int, ...]] | None = None
-    """Name -> shape in the checkpoint the engine started with."""
-    start_coverage: dict[str, str] | None = None
-    """Parameter -> how completely that checkpoint writes it."""
-    has_cross_group_effects: bool = False
-    """Whether processing some layers alone was seen to change others, so that all are reloaded always."""
-    broken: str | None = None
-    """Why the model holds a mixture of two generations, if it does."""
-    pool: HostPool = field(default_factory=HostPool)
-    """Memory for staging, kept from reload to reload."""
-    vote: Any = None
-    """This rank's vote in the reload that is under way, where several ranks hold the model."""
+    """Whether the start is over, and what PWAL changes is recorded."""
+    changes: Changes = field(default_factory=Changes)
+    """Who has the served weights out of their places at the moment."""
+
+    @functools.cached_property
+    def grown_groups(self) -> frozenset[str]:
+        """Names of groups for which a loader made a parameter that the constructor had not made."""
+        grown = (group for group in self.groups if any(layer.grown for layer in group.layers))
+        return frozenset(group.name for group in grown)
 
     @property
     def largest(self) -> int:
@@ -241,10 +207,6 @@ class ModelRecord:
     def group_with(self, tensor: str) -> Group:
         """The group of a load-format tensor."""
         return self.groups[self.group_of[tensor]]
-
-    def defer_groups_of(self, parameters: Iterable[str]) -> None:
-        """A loader came back to these parameters: keep their groups open to the end from now on."""
-        self.deferred_groups.update(self.group_with(parameter).name for parameter in parameters)
 
 
 def record_of(model: nn.Module) -> ModelRecord | None:

@@ -193,15 +193,17 @@ class TailWatch:
 
 
 def finish_record(
+    model: nn.Module,
     record: ModelRecord,
     loaded: list[Contents],
     before_tail: list[Contents] | None,
     model_config: Any,
     target_device: torch.device,
-) -> None:
+) -> ModelRecord:
     """Complete the record after PWAL: keep what changed, and group layers that share memory.
 
     Args:
+        model: keeps the complete record in place of the one made at construction.
         record: the record made at construction.
         loaded: a ``look`` taken when the weights were loaded and PWAL was about to begin.
         before_tail: a ``look`` taken when PWAL's tail began, or None when it had none.
@@ -229,14 +231,17 @@ def finish_record(
     for layer in record.layers:
         module = layer.ref()
         layer.passed_over = module is not None and not vllm_api.is_processed(module)
-    record.model_config = model_config
-    record.target_device = target_device
-    record.groups = _group(record.layers)
-    record.group_of = {t.name: number for number, group in enumerate(record.groups) for t in group.tensors}
-    record.deferred_groups = {
-        group.name for group in record.groups if any(layer.grown for layer in group.layers)
-    }
-    record.complete = True
+    groups = _group(record.layers)
+    finished = dataclasses.replace(
+        record,
+        model_config=model_config,
+        target_device=target_device,
+        groups=groups,
+        group_of={t.name: number for number, group in enumerate(groups) for t in group.tensors},
+        complete=True,
+    )
+    vllm_api.attach(model, RECORD_ATTRIBUTE, finished)
+    return finished
 
 
 def _has_initial_values(record: TensorRecord) -> bool:

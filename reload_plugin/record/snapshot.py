@@ -35,7 +35,7 @@ _TABLES = ("_parameters", "_buffers", "_modules")
 _MODULE_INTERNALS = frozenset(nn.Module().__dict__) - {"training"}
 
 
-OUR_ATTRIBUTES = frozenset({"_reload_plugin_record", "load_weights"})
+OUR_ATTRIBUTES = frozenset({"_reload_plugin_record", "_reload_plugin_state", "load_weights"})
 """Instance attributes that this package sets on a model; never part of its state."""
 
 

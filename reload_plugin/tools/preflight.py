@@ -15,7 +15,8 @@ from ..checkpoint.config import check_config, start_config
 from ..errors import ReloadError, SourceError, UnsupportedError
 from ..record.construction_trace import ConstructionTrace
 from ..record.recorder import finish_record, look, record_constructed
-from ..transaction.rollback import plan_for
+from ..transaction.engine_state import begin_state
+from ..transaction.known import plan_for
 
 
 class Preflight(BaseModel):
@@ -58,10 +59,10 @@ def preflight(checkpoint: str | Path, model: str, engine: Mapping[str, Any] | No
 
     """
     source = open_source(checkpoint)
-    config, record, built = _on_meta(model, dict(engine or {}))
-    reason = _another_model(str(checkpoint), config.model_config, record.start_config)
+    config, state, built = _on_meta(model, dict(engine or {}))
+    reason = _another_model(str(checkpoint), config.model_config, state.start.config)
     try:
-        plan = plan_for(built, record, source)
+        plan = plan_for(built, state, source)
     except SourceError:
         raise
     except ReloadError as error:
@@ -89,7 +90,7 @@ def preflight(checkpoint: str | Path, model: str, engine: Mapping[str, Any] | No
 
 
 def _on_meta(model: str, engine: dict[str, Any]) -> tuple[Any, Any, torch.nn.Module]:
-    """The engine's config, the record of the model's load format, and the model."""
+    """The engine's config, the state of the model, and the model."""
     if vllm_api.version() is None:
         raise UnsupportedError(
             "vLLM is not installed here. Install it beside this package (pip install vllm)."
@@ -104,9 +105,10 @@ def _on_meta(model: str, engine: dict[str, Any]) -> tuple[Any, Any, torch.nn.Mod
             f"vLLM {vllm_api.version()} could not make the model of {model}: {reason}. Check its config.json."
         ) from error
     record = record_constructed(built, trace, config)
-    finish_record(record, look(record), None, config.model_config, torch.device("cpu"))
-    record.start_config = start_config(config.model_config)
-    return config, record, built
+    record = finish_record(built, record, look(record), None, config.model_config, torch.device("cpu"))
+    state = begin_state(built, record)
+    state.start.config = start_config(config.model_config)
+    return config, state, built
 
 
 def _another_model(checkpoint: str, model_config: Any, start: Any) -> str | None:

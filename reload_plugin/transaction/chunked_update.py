@@ -1,31 +1,22 @@
-"""Updates in several calls: vLLM's layerwise start and finish, and abort; in between the engine serves."""
+"""Updates in several calls: a block, vLLM's layerwise start and finish, and abort; in between the engine
+serves.
+"""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from torch import nn
 
 from ..device.host_memory import settle_heap
 from ..errors import SERVES_OLD, SessionError
 from ..interrupts import held, let_through
-from ..record.model_record import ModelRecord, complete_record_of
 from ..report import ReloadReport
-from .rollback import (
-    abandon_open_session,
-    after_commit,
-    as_reload_errors,
-    expected,
-    learn_copy_plan,
-    needs_attention,
-    note_report,
-    noting_failures,
-    refuse_while_update_open,
-    rollback_on_failure,
-    session_for,
-    with_all_ranks,
-)
+from .engine_state import EngineState, state_of
+from .known import known_checkpoint, learn_copy_plan, session_for
+from .reload_call import as_reload_errors, reload_call, with_all_ranks
+from .rollback import after_commit, rollback_on_failure
 from .session import ReloadSession
 
 
@@ -43,50 +34,39 @@ def restore_for_reloading(model: nn.Module) -> Iterator[ReloadSession]:
         WeightsError: at the end of the block, listing all that does not fit.
 
     """
-    with noting_failures(model) as record:
-        learn_copy_plan(model, record)
-        session = session_for(model, record, "model.load_weights", "staged", expected(model, record))
-        with rollback_on_failure(model, record, session), session:
+    with reload_call(model, spans_calls=True) as state:
+        session = _session(model, state, "model.load_weights")
+        with rollback_on_failure(model, state, session), session:
             session.take_over()
-            with _open_update(record, session), let_through():
-                yield session
+            state.open(session)
+            try:
+                with let_through():
+                    yield session
+            finally:
+                state.close(session)
+            session.agree = state.vote
             report = session.finish()
-        after_commit(record, None, session)
-        session.report = note_report(record, report)
+        after_commit(state, None, session)
+        state.outcome.succeeded(report)
         settle_heap()
-
-
-@contextlib.contextmanager
-def _open_update(record: ModelRecord, session: ReloadSession) -> Iterator[None]:
-    """The session is the open update of its model, so that nobody begins another."""
-    record.session = session
-    needs_attention.add(record)
-    try:
-        yield
-    finally:
-        if record.session is session:
-            record.session = None
-        if record.broken is None:
-            needs_attention.discard(record)
 
 
 @held()
 def open_layerwise(model: nn.Module) -> None:
-    """vLLM's ``initialize_layerwise_reload``: from now on ``model.load_weights`` stages a reload.
+    """vLLM's ``initialize_layerwise_reload``: from now on ``model.load_weights`` loads into an update.
 
     Raises:
         SessionError: another update is open; it says whose.
 
     """
-    record = complete_record_of(model)
-    refuse_while_update_open(record)
-    learn_copy_plan(model, record)
-    session = session_for(model, record, "a weight update", "staged", expected(model, record))
-    session.digest = "later"  # who finishes it does not give its report to anybody
-    session.open()
-    session.take_over()
-    record.session = session
-    needs_attention.add(record)
+    state = state_of(model)
+    with state.in_a_call():
+        state.refuse_while_update_open()
+        session = _session(model, state, "a weight update")
+        session.digest = "later"  # nobody is given the report of an update that is finished this way
+        session.open()
+        session.take_over()
+        state.open(session)
 
 
 @held()
@@ -94,25 +74,28 @@ def finish_layerwise(model: nn.Module) -> ReloadReport:
     """vLLM's ``finalize_layerwise_reload``: check, process, commit.
 
     Raises:
+        SessionError: no update is open.
         WeightsError: the update stays open: send what is missing and finish again, or abort it.
 
     """
-    record = complete_record_of(model)
-    try:
-        with with_all_ranks(record):
-            session: ReloadSession | None = record.session
-            if session is None:
-                raise SessionError(f"No weight update is open: none was started, or it failed. {SERVES_OLD}")
-            session.agree = record.vote
-            with as_reload_errors(record), rollback_on_failure(model, record, session):
-                report = session.finish()
-    except BaseException as error:
-        record.last_error = f"{type(error).__name__}: {error}"
-        raise
-    record.session = None
-    needs_attention.discard(record)
-    after_commit(record, None, session)
-    report = note_report(record, report)
+    state = state_of(model)
+    with state.in_a_call():
+        try:
+            with with_all_ranks(state):
+                session = state.update
+                if session is None:
+                    raise SessionError(
+                        f"No weight update is open: none was started, or it failed. {SERVES_OLD}"
+                    )
+                session.agree = state.vote
+                with as_reload_errors(state), rollback_on_failure(model, state, session):
+                    report = session.finish()
+        except BaseException as error:
+            state.outcome.failed(error)
+            raise
+        state.close(session)
+        after_commit(state, None, session)
+        state.outcome.succeeded(report)
     settle_heap()
     return report
 
@@ -120,7 +103,17 @@ def finish_layerwise(model: nn.Module) -> ReloadReport:
 @held()
 def abort_weight_update(model: nn.Module) -> bool:
     """End the open weight update; the engine serves what it served before. Says whether one was open."""
-    record = complete_record_of(model)
-    was_open = record.session is not None
-    abandon_open_session(record)
-    return was_open
+    state = state_of(model)
+    with state.in_a_call():
+        return state.abandon_update()
+
+
+def abandon_updates(states: Iterable[EngineState]) -> bool:
+    """End the open updates of some models (a draft model has its own). Says whether one was open."""
+    return sum(state.abandon_update() for state in states) > 0  # every one, not the first alone
+
+
+def _session(model: nn.Module, state: EngineState, source: str) -> ReloadSession:
+    """A session for weights that nobody lists beforehand."""
+    learn_copy_plan(model, state)
+    return session_for(model, state, source, "staged", known_checkpoint(model, state))

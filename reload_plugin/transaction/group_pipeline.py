@@ -15,12 +15,13 @@ from ..load.admission import Admission
 from ..load.completeness import Completeness
 from ..options import Wanted
 from ..plan.tracer import LoadTrace
-from ..process.native_handles import NativeWatch, release_native_memory, watching_native
+from ..process.native_handles import Handles, NativeWatch, release_native_memory, watching_native
 from ..process.processing import process_stage, process_tail
 from ..record.model_record import ModelRecord
 from ..record.model_view import ModelView
 from ..record.staged_group import StagedGroup
 from .dispatch import untraced
+from .engine_state import EngineState
 from .stage_clock import StageClock
 from .takeover import Takeover
 from .vllm_processing import original_process_weights
@@ -46,7 +47,7 @@ class GroupPipeline:
 
     Args:
         model: that is reloaded.
-        record: of the model.
+        state: of the model.
         view: shows and hides the groups.
         trace: watches the model's loader; learns which parameters belong to complete groups.
         completeness: which groups are complete.
@@ -61,7 +62,7 @@ class GroupPipeline:
     def __init__(
         self,
         model: nn.Module,
-        record: ModelRecord,
+        state: EngineState,
         view: ModelView,
         trace: LoadTrace,
         completeness: Completeness,
@@ -76,7 +77,7 @@ class GroupPipeline:
         self.takeover: Takeover | None = None
         self.digest: Wanted = True
         """Whether native handles are hashed when they are made: False is no."""
-        self._model, self._record, self._view = model, record, view
+        self._model, self._state, self._record, self._view = model, state, state.record, view
         self._trace, self._completeness, self._admission = trace, completeness, admission
         self._strategy, self._log, self._clock = strategy, log, clock
         self._whole_model = whole_model
@@ -86,7 +87,7 @@ class GroupPipeline:
         """Groups that are processed and that the tail of PWAL changes once more."""
         self._parameters: list[tuple[str, nn.Module, dict[str, nn.Parameter | None]]] = []
         """Layers that were complete while the model's loader ran, and the parameters they had then."""
-        self._heap = HeapBudget(record.largest)
+        self._heap = HeapBudget(state.record.largest)
         self._watch = ProcessingWatch()
 
     def begin(self) -> None:
@@ -115,7 +116,7 @@ class GroupPipeline:
         if not complete or self._whole_model or mismatches:
             return
         for group in complete:
-            waits = group.group.deferred or group.group.name in self._record.deferred_groups
+            waits = group.group.deferred or group.group.name in self._state.deferred_groups
             if id(group) in self._open and not waits:
                 self._close(group)
 
@@ -224,7 +225,10 @@ class GroupPipeline:
             with self._clock.timed("process"):
                 released = self._release_native_memory(group)
                 watched = self._watch.begin(
-                    self._record, self.digest is not False, reuses_outputs=self._strategy.commits_each_group
+                    self._record,
+                    self._state.handles,
+                    self.digest is not False,
+                    reuses_outputs=self._strategy.commits_each_group,
                 )
                 process_stage(group, self._record, original_process_weights(), *watched)
         finally:
@@ -239,7 +243,7 @@ class GroupPipeline:
         large = group.group.nbytes > KEPT_BESIDE and not group.group.passed_over
         if not (large and self._strategy.commits_each_group):
             return False
-        return release_native_memory(group.made_by_processing(), self._record.handles)
+        return release_native_memory(group.made_by_processing(), self._state.handles)
 
     def _keep(self, group: StagedGroup) -> None:
         at_once = self._strategy.commits_each_group
@@ -298,14 +302,14 @@ class ProcessingWatch:
         self._begun: tuple[NativeWatch, ReusableOutputs] | None = None
 
     def begin(
-        self, record: ModelRecord, hashes: bool, reuses_outputs: bool
+        self, record: ModelRecord, handles: Handles, hashes: bool, reuses_outputs: bool
     ) -> tuple[NativeWatch, ReusableOutputs]:
         """The watch over native handles, paused, and what hands out served memory for results."""
         if self._begun is None:
             device = record.target_device
             watch = self.ends_with.enter_context
             self.ends_with.callback(setattr, self, "_begun", None)
-            native = watch(watching_native(device, record.handles, hashes))
+            native = watch(watching_native(device, handles, hashes))
             outputs = watch(reusing_served_outputs(reuses_outputs and device.type == "cpu"))
             native.paused = True
             self._begun = native, outputs

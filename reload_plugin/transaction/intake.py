@@ -24,9 +24,9 @@ from ..plan.loader_run import load_all
 from ..plan.mismatches import Mismatches
 from ..plan.source import DirectRead
 from ..plan.tracer import LoadTrace
-from ..record.model_record import ModelRecord
 from ..record.model_view import ModelView
 from .dispatch import untraced
+from .engine_state import EngineState
 from .group_pipeline import GroupPipeline
 from .stage_clock import StageClock
 
@@ -39,7 +39,7 @@ class Intake:
 
     Args:
         model: that is reloaded.
-        record: of the model.
+        state: of the model.
         view: shown before the model's own loader runs.
         trace: watches that loader.
         completeness: which weights came and which groups are complete.
@@ -56,7 +56,7 @@ class Intake:
     def __init__(
         self,
         model: nn.Module,
-        record: ModelRecord,
+        state: EngineState,
         view: ModelView,
         trace: LoadTrace,
         completeness: Completeness,
@@ -70,7 +70,7 @@ class Intake:
     ) -> None:
         self.spilled_bytes = 0
         """Bytes that were put aside on disk and loaded from there."""
-        self._model, self._record, self._view = model, record, view
+        self._model, self._state, self._view = model, state, view
         self._trace, self._completeness, self._admission = trace, completeness, admission
         self._memory, self._known, self._pipeline, self._clock = memory, known, pipeline, clock
         self._overflow, self._inspect = overflow, inspect
@@ -102,7 +102,7 @@ class Intake:
             try:
                 load_all(loader, stream, self._trace)
             finally:
-                self._record.defer_groups_of(self._trace.loaded.read_back)
+                self._state.defer_groups_of(self._trace.loaded.read_back)
             if late := self._pipeline.put_back_parameters():
                 raise self._trace.late(late[0])
         else:

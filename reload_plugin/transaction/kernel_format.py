@@ -10,14 +10,12 @@ from torch import nn
 
 from ..errors import SERVES_OLD, KernelFormatError, weights_error
 from ..options import ReloadOptions
-from ..record.changes import making
-from ..record.generation import Generation
-from ..record.model_record import LayerRecord, ModelRecord, complete_record_of
+from ..record.model_record import LayerRecord, ModelRecord
 from ..record.module_state import owns_native, tensors_in
 from ..record.snapshot import ABSENT
 from ..report import ReloadReport
-from ..verify.digest import served_digest
-from .rollback import replace_rollback_source
+from .caches import CACHES
+from .engine_state import state_of
 
 
 def copy_kernel_format(
@@ -35,8 +33,8 @@ def copy_kernel_format(
 
     """
     started = time.perf_counter()
-    record = complete_record_of(model)
-    _require_tensors_only(record)
+    state = state_of(model)
+    _require_tensors_only(state.record)
     served = _served(model)
     staged: dict[str, torch.Tensor] = {}
     offenders: dict[str, dict[str, str]] = {"unexpected": {}, "duplicate": {}, "misshapen": {}}
@@ -47,13 +45,13 @@ def copy_kernel_format(
         if not staged and not any(offenders.values()):
             raise KernelFormatError(f"{source} holds no tensors. {SERVES_OLD}")
         raise weights_error(source, SERVES_OLD, **offenders)
-    if record.vote is not None:
-        record.vote(None)
+    if state.vote is not None:
+        state.vote(None)
     nbytes, names = sum(tensor.nbytes for tensor in staged.values()), list(staged)
-    with making, torch.inference_mode(False), torch.no_grad():
+    with state.record.changes.held_off(), torch.inference_mode(False), torch.no_grad():
         _copy_all(staged, served)
-        record.generation = Generation(record.generation.version + 1, chosen.weight_version, source)
-    replace_rollback_source(record, None)
+        state.commit(chosen.weight_version, source)
+    state.replace_rollback_source(None)
     return ReloadReport(
         source=source,
         policy="staged",
@@ -63,9 +61,10 @@ def copy_kernel_format(
         layers=len({name.rpartition(".")[0] for name in names}),
         staging_bytes=nbytes,
         seconds={"total": time.perf_counter() - started},
-        version=record.generation.version,
+        version=state.generation.version,
         weight_version=chosen.weight_version,
-        digest=served_digest(record) if chosen.digest is True else None,
+        caches=CACHES,
+        digest=state.served_digest() if chosen.digest is True else None,
     )
 
 

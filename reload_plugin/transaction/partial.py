@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator
 
 from torch import nn
 
-from ..checkpoint import HostCopy, Overlay, Source, SpillFile, give_back, in_a_file
+from ..checkpoint import DummyWeights, HostCopy, Overlay, Source, SpillFile, give_back, in_a_file
 from ..errors import SERVES_OLD, PartialUpdateError, SourceError, weights_error
 from ..interrupts import call_between
 from ..load.progress import with_progress
@@ -22,20 +22,23 @@ from ..plan.checkpoint_plan import Plan, PlanUnavailableError, make_plan
 from ..plan.known_checkpoint import KnownCheckpoint
 from ..record.model_record import LayerRecord, ModelRecord
 from ..report import ReloadReport
-from .rollback import expected, has_rollback_source, known_copy_plan, rollback_on_failure, session_for
+from .engine_state import EngineState
+from .known import known_checkpoint, known_copy_plan, session_for
+from .rollback import has_rollback_source, rollback_on_failure
+from .session_report import ReportFacts
 
 SMALL_UPDATE = 64 << 20
 """Bytes of partial updates that are kept in memory; more go to a file."""
 
 
-def base_of(model: nn.Module, record: ModelRecord) -> Source | None:
+def base_of(model: nn.Module, state: EngineState) -> Source | None:
     """Where the weights that do not come can be read again, if anywhere."""
-    base = record.rollback_source if has_rollback_source(model, record) else None
-    return base if getattr(base, "infos", None) is not None else None
+    base = state.rollback_source if has_rollback_source(model, state) else None
+    return None if base is None or isinstance(base, DummyWeights) else base
 
 
 def laid_over(
-    model: nn.Module, record: ModelRecord, base: Source, top: Source
+    model: nn.Module, state: EngineState, base: Source, top: Source
 ) -> tuple[Overlay, frozenset[str] | None]:
     """``base`` with the weights of ``top``, all of which the model has a use for, and the groups they change;
     None if that is not known, since the model's loader keeps weights back or puts several together.
@@ -44,22 +47,22 @@ def laid_over(
         WeightsError: some of ``top`` do not fit.
 
     """
-    changed = _known_groups(record, top)
+    changed = _known_groups(state, top)
     if changed is None:
-        changed = frozenset(_plan_of(model, record, top).names_of_group) or None
+        changed = frozenset(_plan_of(model, state, top).names_of_group) or None
     return Overlay(base, top), changed
 
 
-def _known_groups(record: ModelRecord, top: Source) -> frozenset[str] | None:
+def _known_groups(state: EngineState, top: Source) -> frozenset[str] | None:
     """The groups that weights go to, if weights like them came with the last good reload."""
-    copy_plan, infos = known_copy_plan(record), {info.name: info for info in top.infos() or ()}
+    copy_plan, infos = known_copy_plan(state), {info.name: info for info in top.infos() or ()}
     for name, info in infos.items():
         tensor_plan = copy_plan.of.get(name) if copy_plan is not None else None
         if tensor_plan is None or (tensor_plan.shape, tensor_plan.dtype) != (info.shape, info.dtype):
             return None
     found = {
         group: names
-        for group, names in (record.names_of_group or {}).items()
+        for group, names in state.plans.names_of_group.items()
         if not names.isdisjoint(infos.keys())
     }
     return frozenset(found) if found and infos.keys() <= frozenset().union(*found.values()) else None
@@ -120,7 +123,7 @@ def _around(layer: str) -> Iterator[str]:
 
 
 def update_in_place(
-    model: nn.Module, record: ModelRecord, top: Source, options: ReloadOptions
+    model: nn.Module, state: EngineState, top: Source, options: ReloadOptions
 ) -> ReloadReport:
     """Change layers that processing leaves as they are, starting from the values they serve.
 
@@ -129,36 +132,36 @@ def update_in_place(
         WeightsError: what came does not fit.
 
     """
-    plan = _plan_of(model, record, top)
+    plan = _plan_of(model, state, top)
     touched = frozenset(plan.names_of_group)
     if not touched:
         raise PartialUpdateError(
             "This model's loader keeps weights back or puts several together, so it is not known which "
             f"layers some of them change, and the others cannot be read again. {SERVES_OLD} Send all weights."
         )
-    tail = _tail(record)
-    unfit = _changed_by_processing(record, touched)
+    tail = _tail(state.record)
+    unfit = _changed_by_processing(state.record, touched)
     if not unfit:
         known = KnownCheckpoint(groups=touched | tail)
-        with session_for(model, record, top.description, "staged", known, from_served=True) as rehearsal:
+        with session_for(model, state, top.description, "staged", known, from_served=True) as rehearsal:
             unfit = rehearsal.rehearse()
     if unfit:
-        _refuse(record, top, unfit)
-    known = expected(model, record)
+        _refuse(state, top, unfit)
+    known = known_checkpoint(model, state)
     chosen = KnownCheckpoint(
         plan.names_of_group, False, plan.copy_plan, known.was_written, known.start_shapes, touched | tail
     )
-    with session_for(model, record, top.description, "staged", chosen, from_served=True) as session:
-        session.agree = record.vote
+    with session_for(model, state, top.description, "staged", chosen, from_served=True) as session:
+        session.agree = state.vote
         session.weight_version, session.digest = options.weight_version, options.digest
-        with rollback_on_failure(model, record, session):
+        session.facts = ReportFacts("host", sent=len(top.infos() or ()))
+        with rollback_on_failure(model, state, session):
             reading = with_progress(top.read(None, None, session.destinations), top, options.progress)
             with contextlib.closing(reading) as weights:
                 session.load(weights, call_between)
             if session.mismatches:
                 session.parts.accounting.check(session.source)
-            report = session.finish(check=False)
-    return report.model_copy(update={"partial": True, "old_generation": "host"})
+            return session.finish(check=False)
 
 
 def _changed_by_processing(record: ModelRecord, groups: frozenset[str]) -> list[str]:
@@ -175,11 +178,11 @@ def _changed_by_processing(record: ModelRecord, groups: frozenset[str]) -> list[
     ]
 
 
-def _plan_of(model: nn.Module, record: ModelRecord, top: Source) -> Plan:
+def _plan_of(model: nn.Module, state: EngineState, top: Source) -> Plan:
     infos = top.infos()
     if not infos:
         raise SourceError(f"{top.description} gave no weights, or cannot list them. {SERVES_OLD}")
-    known = expected(model, record)
+    known = known_checkpoint(model, state)
     try:
         plan = make_plan(
             model,
@@ -200,11 +203,11 @@ def _plan_of(model: nn.Module, record: ModelRecord, top: Source) -> Plan:
     return plan
 
 
-def _refuse(record: ModelRecord, top: Source, unfit: Iterable[str]) -> None:
+def _refuse(state: EngineState, top: Source, unfit: Iterable[str]) -> None:
     sent = {info.name for info in top.infos() or ()}
-    names_of_group = record.names_of_group or {}
+    names_of_group = state.plans.names_of_group
     companions: list[str] = []
-    for group in record.groups:
+    for group in state.record.groups:
         if group.name in unfit:
             names = names_of_group.get(group.name) or {t.name for t in group.tensors if t.is_parameter}
             companions += sorted(names - sent)

@@ -31,15 +31,12 @@ from ..options import Wanted
 from ..plan.arrivals import Loaded
 from ..plan.known_checkpoint import KnownCheckpoint
 from ..plan.mismatches import Mismatches
-from ..record.changes import after_change, before_change
-from ..record.generation import Generation
-from ..record.model_record import complete_record_of
 from ..record.untouched_layers import UntouchedLayers
 from ..report import ReloadReport
-from ..verify.digest import served_digest
+from .engine_state import state_of
 from .intake import Inspect
 from .session_parts import SessionOptions, SessionParts, wire
-from .session_report import make_report
+from .session_report import ReportFacts, make_report
 from .session_state import SessionState
 from .takeover import Takeover
 
@@ -92,10 +89,12 @@ class ReloadSession:
         """What the last ``load`` or ``finish`` that raised said."""
         self.weight_version: str | None = None
         """The caller's name for these weights, from the commit on."""
+        self.facts = ReportFacts()
+        """What its caller tells the report."""
         self.opened_by = f"opened by thread {threading.current_thread().name} of process {os.getpid()}"
         self.agree = agree
         options = SessionOptions(policy, whole_model, expected, overflow, inspect, from_served)
-        self._parts = wire(model, complete_record_of(model), options)
+        self._parts = wire(model, state_of(model), options)
         self._spoiled: str | None = None
         """Why this session can only be aborted, if processing is not the reason."""
         self._untouched: UntouchedLayers | None = None
@@ -156,8 +155,8 @@ class ReloadSession:
     def open(self) -> None:
         """Prepare to load."""
         self._require(SessionState.READY)
-        record = self._parts.record
-        record.pool.reserve(record.largest)
+        state = self._parts.state
+        state.pool.reserve(state.record.largest)
         self.state = SessionState.OPEN
 
     def load(
@@ -199,12 +198,13 @@ class ReloadSession:
             show: show the load format from the beginning; else only when the model's own loader is needed.
 
         """
-        if self.state is SessionState.LOADING:
-            yield
-            return
-        self._require(SessionState.OPEN)
-        self.state, stay = SessionState.LOADING, False
-        with held():
+        stay = False
+        with held(), self._parts.state.in_a_call():
+            if self.state is SessionState.LOADING:
+                yield
+                return
+            self._require(SessionState.OPEN)
+            self.state = SessionState.LOADING
             try:
                 with self._parts.pipeline.context():
                     self._enter(show)
@@ -222,7 +222,7 @@ class ReloadSession:
         if parts.view.entered and not show:
             return
         if not parts.view.entered:
-            before_change(parts.record, self)
+            parts.record.changes.begin(self)
             self._untouched = UntouchedLayers(parts.record, [group.group.name for group in parts.view.groups])
             parts.protect(self._untouched)
         parts.enter()
@@ -265,7 +265,7 @@ class ReloadSession:
             SessionError: it can only be aborted, because something failed before.
 
         """
-        with held(), full_gc_paused(), self._noting_failure():
+        with held(), self._parts.state.in_a_call(), full_gc_paused(), self._noting_failure():
             self._require(SessionState.OPEN)
             if reason := self._spoiled or self._parts.pipeline.spoiled:
                 raise SessionError(f"This reload cannot be finished, only aborted: {reason}. {SERVES_OLD}")
@@ -277,7 +277,7 @@ class ReloadSession:
             self._drop()
             if self.digest is True:
                 with self._parts.clock.timed("digest"):
-                    served_digest(self._parts.record)
+                    self._parts.state.served_digest()
             self.report = make_report(self, kept, ignored)
             return self.report
 
@@ -299,8 +299,7 @@ class ReloadSession:
             with parts.clock.timed("commit"):
                 parts.strategy.commit_all()
                 self.state = SessionState.COMMITTED
-                version = parts.record.generation.version + 1
-                parts.record.generation = Generation(version, self.weight_version, self.source)
+                parts.state.commit(self.weight_version, self.source)
                 parts.strategy.release_all()
         finally:
             parts.view.hide()
@@ -358,8 +357,8 @@ class ReloadSession:
             self._takeover = None
         self._parts.drop()
         self._untouched = None
-        after_change(self._parts.record, self)
-        self._parts.record.pool.settle()
+        self._parts.record.changes.end(self)
+        self._parts.state.pool.settle()
 
     @contextlib.contextmanager
     def _noting_failure(self) -> Iterator[None]:

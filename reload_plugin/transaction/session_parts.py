@@ -25,6 +25,7 @@ from ..record.staged_group import StagedGroup
 from ..record.staged_storage import StagedStorage
 from ..record.untouched_layers import UntouchedLayers
 from .accounting import Accounting, world_size
+from .engine_state import EngineState
 from .group_pipeline import GroupPipeline
 from .intake import Inspect, Intake
 from .stage_clock import StageClock
@@ -46,6 +47,7 @@ class SessionOptions:
 class SessionParts:
     """Each does one job; the session tells them when."""
 
+    state: EngineState
     record: ModelRecord
     known: KnownCheckpoint
     trace: LoadTrace
@@ -89,30 +91,31 @@ class SessionParts:
         self.trace.forget_model()
 
 
-def wire(model: nn.Module, record: ModelRecord, options: SessionOptions) -> SessionParts:
+def wire(model: nn.Module, state: EngineState, options: SessionOptions) -> SessionParts:
     """Make the collaborators of one session; nothing of the model is touched.
 
     Raises:
         KeyError: no strategy has the name of the policy.
 
     """
+    record = state.record
     known = options.known or KnownCheckpoint()
     clock, gauge, mismatches = StageClock(), MemoryGauge(), Mismatches()
     trace = LoadTrace(mismatches, False, known.start_shapes, world_size(record) > 1, known.is_later)
     completeness = Completeness(trace.loaded, mismatches, known)
     strategy_class = STRATEGIES[options.policy]
     admission = Admission(record, completeness, gauge, strategy_class.waiting_bytes)
-    log = CommitLog(record.handles, record.native)
+    log = CommitLog(state.handles, state.native)
     strategy = strategy_class(log, gauge, admission, _Release(completeness, trace))
     view = _view_of(record, known, options, gauge, strategy)
     touching = functools.partial(_note_touched, log.groups, completeness)
-    memory = StagingMemory(completeness, trace, record.pool, touching)
+    memory = StagingMemory(completeness, trace, state.pool, touching)
     pipeline = GroupPipeline(
-        model, record, view, trace, completeness, admission, strategy, log, clock, options.whole_model
+        model, state, view, trace, completeness, admission, strategy, log, clock, options.whole_model
     )
     intake = Intake(
         model,
-        record,
+        state,
         view,
         trace,
         completeness,
@@ -126,6 +129,7 @@ def wire(model: nn.Module, record: ModelRecord, options: SessionOptions) -> Sess
     )
     accounting = Accounting(model, record, view, trace, completeness, known, pipeline)
     return SessionParts(
+        state,
         record,
         known,
         trace,

@@ -2,33 +2,64 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ..report import ReloadReport
+from .caches import CACHES
 
 if TYPE_CHECKING:
     from .session import ReloadSession
 
 
+@dataclass(frozen=True)
+class ReportFacts:
+    """What only the caller of a session knows of the reload."""
+
+    rollback: str = "host"
+    """Where the old weights were until the commit."""
+    planned_seconds: float | None = None
+    """Seconds of the plan, where there was one to make."""
+    kept_by_plan: Mapping[str, str] | None = None
+    """Parameter -> rule, of what the plan says no weight comes for; None without a plan: what the last reload
+    kept and groups that were complete by name keep again."""
+    spilled_bytes: int = 0
+    """Bytes that the caller wrote to a file first."""
+    sent: int | None = None
+    """For a partial update: how many weights came."""
+
+
 def make_report(session: ReloadSession, kept: dict[str, str], ignored: dict[str, str]) -> ReloadReport:
-    """What a session did; what only its caller knows is added by ``ReportBuilder``."""
-    parts = session.parts
-    generation = parts.record.generation
+    """What a session did. ``kept`` and ``ignored`` are the account of its slots."""
+    parts, facts = session.parts, session.facts
+    generation, completeness = parts.state.generation, parts.completeness
+    before = facts.kept_by_plan
+    if before is None:
+        last = parts.state.outcome.kept.items()
+        before = {name: rule for name, rule in last if completeness.took_by_name(name)}
+    seconds = parts.clock.seconds()
+    if facts.planned_seconds is not None:
+        seconds["plan"] = facts.planned_seconds
     return ReloadReport(
         source=session.source,
         policy=parts.strategy.name,
+        old_generation=facts.rollback,
         tensors=session.loaded.count,
         nbytes=session.loaded.nbytes,
-        replayed=parts.completeness.replayed,
-        computed=parts.completeness.computed,
+        replayed=completeness.replayed,
+        computed=completeness.computed,
         layers=len(session.touched_groups),
-        kept=kept,
+        kept={**before, **kept},
         ignored=ignored,
         moved=tuple(parts.log.moved),
         staging_bytes=parts.gauge.peak,
-        seconds=parts.clock.seconds(),
+        seconds=seconds,
         version=generation.version,
         weight_version=session.weight_version,
         digest=generation.digest,
-        spilled_bytes=parts.intake.spilled_bytes,
+        spilled_bytes=facts.spilled_bytes or parts.intake.spilled_bytes,
+        partial=facts.sent is not None,
+        companions=0 if facts.sent is None else session.loaded.count - facts.sent,
+        caches=CACHES,
     )

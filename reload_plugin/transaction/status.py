@@ -10,9 +10,8 @@ from pydantic import BaseModel, ConfigDict
 from torch import nn
 
 from ..errors import ReloadError
-from ..record.model_record import complete_record_of
 from ..report import ReloadReport
-from ..verify.digest import served_digest
+from .engine_state import state_of
 
 
 class ReloadStatus(BaseModel):
@@ -47,29 +46,29 @@ def status_of(model: nn.Module, digest: bool = True, rank: int = 0) -> ReloadSta
     Args:
         model: a recorded model.
         digest: where nobody asked for the digest of these weights before, make it and remember it. Reads all
-            weights once; not done inside a block of ``restore_for_reloading``.
+            weights once.
         rank: what to put into the answer.
 
     Raises:
         NotRecordedError: the model was built without the plugin.
 
     """
-    record = complete_record_of(model)
-    known = served_digest(record) if digest and record.broken is None else record.generation.digest
-    serving, session, report = record.generation, record.session, record.last_report
+    state = state_of(model)
+    known = state.served_digest() if digest else state.generation.digest
+    serving, session, report = state.generation, state.update, state.outcome.report
     update = None
     if session is not None:
         update = f"{session.source}, {session.opened_by}, {session.loaded.count} weights so far"
         update += f", failed: {session.failed}" if session.failed else ""
     return ReloadStatus(
-        state="broken" if record.broken is not None else "updating" if update else "serving",
+        state="broken" if state.broken is not None else "updating" if update else "serving",
         version=serving.version,
         weight_version=serving.weight_version,
-        digest=None if record.broken is not None else known,
+        digest=None if state.broken is not None else known,
         source=serving.source,
         since=serving.since,
         update=update,
-        last_error=record.broken or record.last_error,
+        last_error=state.broken or state.outcome.error,
         report=None if report is None else report.model_copy(update={"digest": known}),
         rank=rank,
     )

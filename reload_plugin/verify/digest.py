@@ -5,15 +5,13 @@ All weights have to be read for it, so a reload whose report nobody gets leaves 
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 from collections.abc import Collection
 
 import torch
 
 from ..device.hashing import Hash, form_of
-from ..process.native_handles import handle_in
-from ..record.changes import making
+from ..process.native_handles import Handles, handle_in
 from ..record.model_record import HolderRecord, ModelRecord, TensorRecord
 from ..record.module_state import holds_nothing, owns_native, reachable, values_of
 from ..record.snapshot import ABSENT, tables_of
@@ -22,21 +20,7 @@ from ..tensors import storage_id
 logger = logging.getLogger("vllm.reload_plugin")
 
 
-def served_digest(record: ModelRecord) -> str | None:
-    """The digest of what a model serves, made now unless it was before, and remembered with the generation.
-
-    None, beside the cases of ``digest_of``, where a reload is at work that cannot step aside. Not to be asked
-    of a broken model, which serves nothing.
-    """
-    with making:
-        serving = record.generation
-        if serving.digest is None and all(change.show_served_if_idle() for change in list(record.changes)):
-            made = digest_of(record, forget=not record.changes)
-            serving = record.generation = dataclasses.replace(serving, digest=made)
-        return serving.digest
-
-
-def digest_of(record: ModelRecord, forget: bool = True) -> str | None:
+def digest_of(record: ModelRecord, handles: Handles, forget: bool = True) -> str | None:
     """XXH3-128 (hex) over all that was recorded of a model's layers, as it is now.
 
     That is: parameters and buffers, what processing put beside them (packed weights, scales as numbers,
@@ -46,6 +30,7 @@ def digest_of(record: ModelRecord, forget: bool = True) -> str | None:
 
     Args:
         record: of the model.
+        handles: native handles that are known, with the digests of what they were made of.
         forget: whether what is known of native handles that no layer holds may be forgotten.
 
     Returns:
@@ -53,7 +38,7 @@ def digest_of(record: ModelRecord, forget: bool = True) -> str | None:
         something cannot be hashed, which is logged: the new weights are served by then.
 
     """
-    book = _DigestBuilder(record)
+    book = _DigestBuilder(handles)
     try:
         for layer in record.layers:
             if not layer.has_keys:
@@ -71,9 +56,9 @@ def digest_of(record: ModelRecord, forget: bool = True) -> str | None:
 class _DigestBuilder:
     """Adds up one model, each tensor's values once."""
 
-    def __init__(self, record: ModelRecord) -> None:
+    def __init__(self, handles: Handles) -> None:
         self._total = Hash()
-        self._handles = record.handles
+        self._handles = handles
         self._found: set[int] = set()
         self._known = True
         """No native handle so far whose contents are not known."""

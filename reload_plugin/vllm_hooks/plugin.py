@@ -145,17 +145,20 @@ def _recording_processing(original: Callable[..., None]) -> Callable[..., None]:
         from ..process.native_handles import watching_native
         from ..record.model_record import record_of
         from ..record.recorder import TailWatch, finish_record, look
+        from ..transaction.engine_state import begin_state
 
         record = record_of(model) if isinstance(model, nn.Module) else None
         if record is None or record.complete:
             original(model, model_config, target_device)
             return
         loaded = look(record)
-        with TailWatch(model, record) as watch, watching_native(target_device, record.handles):
+        handles: dict[int, bytes | None] = {}
+        with TailWatch(model, record) as watch, watching_native(target_device, handles):
             original(model, model_config, target_device)
-        finish_record(record, loaded, watch.before_tail, model_config, target_device)
-        record.start_stamps = start_stamps(record.vllm_config, model_config, model)
-        record.start_config = start_config(model_config)
+        record = finish_record(model, record, loaded, watch.before_tail, model_config, target_device)
+        state = begin_state(model, record, handles)
+        state.start.stamps = start_stamps(record.vllm_config, model_config, model)
+        state.start.config = start_config(model_config)
         _patch_workers()
 
     return process_weights_after_loading
@@ -213,7 +216,8 @@ def _add_worker_calls(worker: type) -> None:
     caches, and the end of an update.
     """
     from ..record.model_record import complete_record_of
-    from ..transaction.rollback import abandon_all_updates, note_caches
+    from ..transaction.reload_call import abandon_all_updates
+    from ..transaction.rollback import note_caches
     from ..transaction.status import status_of
 
     def reload_status(self: Any, digest: bool = True) -> dict[str, Any]:
@@ -242,7 +246,7 @@ def _add_worker_calls(worker: type) -> None:
 
 def _ending(original: Callable[..., Any]) -> Callable[..., Any]:
     """The worker's ``update_weights``: a chunk that fails ends the update, whoever raised it."""
-    from ..transaction.rollback import abandon_all_updates
+    from ..transaction.reload_call import abandon_all_updates
 
     def update_weights(self: Any, *args: Any, **kwargs: Any) -> Any:
         try:
@@ -272,7 +276,7 @@ def _hashing_first(original: Callable[..., Any]) -> Callable[..., Any]:
 
 def _guarding(original: Callable[..., Any]) -> Callable[..., Any]:
     """The worker's forward pass, which never runs on half-loaded weights."""
-    from ..transaction.rollback import before_forward_pass
+    from ..transaction.reload_call import before_forward_pass
 
     def execute_model(self: Any, *args: Any, **kwargs: Any) -> Any:
         before_forward_pass()

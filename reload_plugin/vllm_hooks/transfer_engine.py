@@ -23,7 +23,7 @@ from .. import vllm_api
 from ..checkpoint import Source, open_folder
 from ..errors import SERVES_OLD, SHOWN, SessionError, SourceError
 from ..record.model_record import record_of
-from ..transaction.rollback import abandon_open_session
+from ..transaction.engine_state import state_of
 
 BACKEND = "files"
 """What ``weight_transfer_config`` calls this engine."""
@@ -129,9 +129,8 @@ class FilesTransfer:
 
     def receive_weights(self, update_info: UpdateInfo) -> None:
         """Load the named tensors through ``model.load_weights``, which the open update has taken over."""
-        record = record_of(self.model)
         # Without an open update load_weights would write into the weights that are served.
-        if record is not None and record.session is None:
+        if record_of(self.model) is not None and state_of(self.model).update is None:
             raise SessionError(f"No weight update is open: none was started, or it failed. {SERVES_OLD}")
         source = open_folder(update_info.path, self.vllm_config, self.model_config, self.model)
         order = _order(source, update_info.names)
@@ -154,9 +153,8 @@ def _order(source: Source, names: Sequence[str] | None) -> Sequence[str] | None:
 
 
 def _abandon(model: nn.Module) -> None:
-    record = record_of(model)
-    if record is not None:
-        abandon_open_session(record)
+    if record_of(model) is not None:
+        state_of(model).abandon_update()
 
 
 @functools.cache

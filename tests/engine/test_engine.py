@@ -27,7 +27,7 @@ from reload_plugin.process import native_handles as native
 from reload_plugin.record import staged_storage
 from reload_plugin.record.model_record import record_of
 from reload_plugin.transaction import group_pipeline
-from reload_plugin.transaction.rollback import before_forward_pass
+from reload_plugin.transaction.reload_call import before_forward_pass
 from tests import oracle
 from tests.checkpoints import read_tensors
 from tests.processor import packs_bf16

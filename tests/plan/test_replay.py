@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 import reload_plugin
 from reload_plugin.commit.group_commit import Commit
 from reload_plugin.transaction import rollback as generation
-from reload_plugin.transaction.rollback import before_forward_pass
+from reload_plugin.transaction.reload_call import before_forward_pass
 from tests import oracle
 from tests.checkpoints import Tensors, read_tensors
 from tests.zoo import case_named

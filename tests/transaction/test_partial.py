@@ -13,7 +13,7 @@ import reload_plugin
 from reload_plugin.errors import PartialUpdateError, ReloadError
 from reload_plugin.record.model_record import record_of
 from reload_plugin.transaction import partial
-from reload_plugin.transaction.rollback import before_forward_pass
+from reload_plugin.transaction.reload_call import before_forward_pass
 from reload_plugin.vllm_hooks import plugin
 from tests import oracle
 from tests.checkpoints import read_tensors

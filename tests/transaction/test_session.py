@@ -54,7 +54,7 @@ from reload_plugin.record.staged_group import StagedGroup
 from reload_plugin.record.staged_storage import POISON
 from reload_plugin.tensors import storage_id
 from reload_plugin.transaction import group_pipeline
-from reload_plugin.transaction.rollback import before_forward_pass
+from reload_plugin.transaction.reload_call import before_forward_pass
 from reload_plugin.verify import digest
 from reload_plugin.vllm_hooks import plugin
 

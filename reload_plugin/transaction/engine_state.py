@@ -1,0 +1,272 @@
+"""What one model serves, and what is under way with it.
+
+One object a model, so that two engines of a process never answer for one another. Everybody may read it; it
+is written by the methods here only.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from .. import vllm_api
+from ..checkpoint import Rereadable, Source, give_back, layers_of
+from ..device.host_memory import HostPool
+from ..errors import SERVES_OLD, EngineBrokenError, SessionError
+from ..plan.plan_cache import PlanCache
+from ..process.native_handles import Handles
+from ..ranks.votes import Vote
+from ..record.generation import Generation
+from ..record.model_record import STATE_ATTRIBUTE, ModelRecord, complete_record_of
+from ..report import ReloadReport
+from ..verify import digest
+from .start import StartedFrom
+
+if TYPE_CHECKING:
+    from .session import ReloadSession
+
+
+class EngineState:
+    """The state of one recorded model.
+
+    Args:
+        record: of the model, complete.
+        handles: native handles that its start made, with the digests of what they were made of.
+
+    """
+
+    def __init__(self, record: ModelRecord, handles: Handles | None = None) -> None:
+        self.record = record
+        self.plans = PlanCache()
+        self.pool = HostPool()
+        """Memory for staging, kept from reload to reload."""
+        self.handles: Handles = {} if handles is None else handles
+        self.native: dict[str, list[torch.Tensor]] = {}
+        """Group name -> memory that the group's native handles point into."""
+        self.deferred_groups = set(record.grown_groups)
+        """Names of groups that stay open until all weights have come: a loader made a parameter for one, of
+        which its load format tells nothing, or comes back to its parameters when others have come."""
+        self.start = StartedFrom()
+        """What is known of the checkpoint the engine started with."""
+        self.generation = Generation()
+        self.update: ReloadSession | None = None
+        """The open update: its session spans several calls."""
+        self.broken: str | None = None
+        """Why nothing can be served: the model holds a mixture of two generations, or its weights are
+        lost."""
+        self.rollback_source: Rereadable | None = None
+        """Gives the served weights again, if anything does."""
+        self.vote: Vote | None = None
+        """This rank's vote in the reload that is under way, where several ranks hold the model."""
+        self.outcome = Outcome()
+        self._reloading = _OneAtATime()
+
+    # -- what is served ----------------------------------------------------------------------------
+
+    def commit(self, weight_version: str | None, source: str) -> None:
+        """New weights are served from now on."""
+        self.generation = Generation(self.generation.version + 1, weight_version, source)
+
+    def rolled_back_to(self, generation: Generation) -> None:
+        """The old weights were read again: they are served under the version they had."""
+        self.generation = generation
+
+    def break_(self, reason: str) -> EngineBrokenError:
+        """The model holds a mixture. Returns the error to raise."""
+        self.broken = reason
+        return EngineBrokenError(
+            f"The engine holds a mixture of two generations and refuses to serve: {reason}. "
+            "Reload a complete checkpoint to heal it."
+        )
+
+    def mark_lost(self, reason: str) -> None:
+        """The served weights are gone: nothing is served until a reload heals the model. Their digest is
+        forgotten and their rollback source is given back, so that nothing is built upon them.
+        """
+        self.broken = reason
+        self.generation = self.generation.without_digest()
+        self.replace_rollback_source(None)
+
+    def heal(self) -> None:
+        """A complete reload was committed."""
+        self.broken = self.outcome.error = None
+
+    def replace_rollback_source(self, source: Rereadable | None) -> None:
+        """The served weights come from ``source`` now; what the old one holds and the new one does not is
+        given back.
+        """
+        old, self.rollback_source = self.rollback_source, source
+        kept = {id(layer) for layer in layers_of(source)}
+        for layer in layers_of(old):
+            if id(layer) not in kept:
+                give_back(layer)
+
+    def absorb_update(self, source: Source) -> None:
+        """The rollback source is the same weights in fewer layers; whoever joined them gave the rest back."""
+        self.rollback_source = source
+
+    def before_forward_pass(self) -> None:
+        """Called before every forward pass of the model.
+
+        Raises:
+            EngineBrokenError: the model holds a mixture of two generations, or has lost its weights.
+            SessionError: it is called from within a reload, whose iterator of weights runs the engine, say.
+
+        """
+        if self.broken is not None:
+            raise EngineBrokenError(
+                f"The engine does not serve: {self.broken}. Reload a complete checkpoint to heal it."
+            )
+        if self._reloading.wait_unless_mine():
+            raise SessionError(
+                "The engine cannot serve inside a call that reloads its weights: the weights that are passed "
+                "in must not be made by this engine. Collect them first."
+            )
+
+    def served_digest(self) -> str | None:
+        """The digest of what is served, made now unless it was before, and remembered with the generation.
+
+        None, beside the cases of ``digest_of``, where a reload is at work or nothing is served.
+        """
+        if self.broken is not None:
+            return None
+        with self.record.changes.held_off() as all_there:
+            if self.generation.digest is None and all_there:
+                made = digest.digest_of(self.record, self.handles, forget=not self.record.changes)
+                self.generation = self.generation.with_digest(made)
+            return self.generation.digest
+
+    # -- one reload at a time ----------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def in_a_call(self) -> Iterator[None]:
+        """Around every call that may change the model.
+
+        Raises:
+            SessionError: another thread is in such a call.
+
+        """
+        with self._reloading.entered():
+            yield
+
+    def open(self, session: ReloadSession) -> None:
+        """An update that spans several calls begins."""
+        self.update = session
+
+    def close(self, session: ReloadSession) -> None:
+        """The update is over. Harmless when another one is open."""
+        if self.update is session:
+            self.update = None
+
+    def refuse_while_update_open(self) -> None:
+        """Raises SessionError while an update is open and well. One that failed is dropped for the next."""
+        session = self.update
+        if session is None:
+            return
+        if session.failed:
+            self.abandon_update()
+            return
+        raise SessionError(
+            f"A weight update is open: {session.source}, {session.opened_by}, {session.loaded.count} weights "
+            f"so far. {SERVES_OLD} Finish it or abort it (abort_weight_update) first."
+        )
+
+    def abandon_update(self) -> bool:
+        """End the open update; its weights were never served. Says whether one was open."""
+        session, self.update = self.update, None
+        if session is not None:
+            session.abort()
+        return session is not None
+
+    # -- small things ------------------------------------------------------------------------------
+
+    def defer_groups_of(self, parameters: Iterable[str]) -> None:
+        """A loader came back to these parameters: keep their groups open to the end from now on."""
+        self.deferred_groups.update(self.record.group_with(parameter).name for parameter in parameters)
+
+
+class Outcome:
+    """How the last reloads ended, for ``status``."""
+
+    def __init__(self) -> None:
+        self.report: ReloadReport | None = None
+        """Of the last good reload, without its long lists."""
+        self.error: str | None = None
+        """What the last reload that failed said; None once one succeeded."""
+        self.kept: dict[str, str] = {}
+        """What the last good reload kept, as in its report."""
+        self.has_cross_group_effects = False
+        """Whether processing some groups alone was seen to change others, so that partial updates load
+        all."""
+
+    def failed(self, error: BaseException) -> None:
+        """A reload failed."""
+        self.error = f"{type(error).__name__}: {error}"
+
+    def succeeded(self, report: ReloadReport) -> None:
+        """A reload was committed."""
+        self.error = None
+        self.report = report.model_copy(update={"kept": {}, "ignored": {}})
+
+    def note_caches(self, outcomes: dict[str, str]) -> None:
+        """Put into the last report what became of some caches after the reload."""
+        if self.report is not None:
+            self.report = self.report.model_copy(update={"caches": self.report.caches | outcomes})
+
+
+class _OneAtATime:
+    """A lock that refuses another thread instead of keeping it waiting."""
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+        self._holder: tuple[int, str] | None = None
+        self._depth = 0
+
+    def wait_unless_mine(self) -> bool:
+        """Wait until no other thread holds it. Says whether this one does."""
+        with self._lock:
+            return self._depth > 0
+
+    @contextlib.contextmanager
+    def entered(self) -> Iterator[None]:
+        if not self._lock.acquire(blocking=False):
+            holder = self._holder
+            whose = "another thread" if holder is None else f"thread {holder[1]}"
+            raise SessionError(
+                f"Another reload of this model is under way in {whose}. {SERVES_OLD} Reload again when it is "
+                "over."
+            )
+        self._depth += 1
+        self._holder = threading.get_ident(), threading.current_thread().name
+        try:
+            yield
+        finally:
+            self._depth -= 1
+            if self._depth == 0:
+                self._holder = None
+            self._lock.release()
+
+
+def state_of(model: nn.Module) -> EngineState:
+    """The state of a recorded model.
+
+    Raises:
+        NotRecordedError: the model was built without the plugin, or its start is not over.
+
+    """
+    found = model.__dict__.get(STATE_ATTRIBUTE)
+    if isinstance(found, EngineState):
+        return found
+    return begin_state(model, complete_record_of(model))
+
+
+def begin_state(model: nn.Module, record: ModelRecord, handles: Handles | None = None) -> EngineState:
+    """Make the state of a model whose start is over; it is freed together with the model."""
+    state = EngineState(record, handles)
+    vllm_api.attach(model, STATE_ATTRIBUTE, state)
+    return state

@@ -1,0 +1,80 @@
+"""Around every reload: one at a time, on all ranks or on none, and errors that say what is served."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+from torch import nn
+
+from ..errors import SERVES_OLD, ReloadError
+from ..interrupts import held
+from ..ranks.votes import vote_for
+from .engine_state import EngineState, state_of
+
+
+@contextlib.contextmanager
+def reload_call(model: nn.Module, spans_calls: bool = False) -> Iterator[EngineState]:
+    """Around one reload, from its beginning to its commit. What it fails with is kept for ``status``.
+
+    Args:
+        model: that is reloaded.
+        spans_calls: the caller's own code runs in between and may serve; the model is taken only for a call
+            of the session each.
+
+    Raises:
+        SessionError: a weight update is open and well, or another thread is in a call; it says whose.
+
+    """
+    state = state_of(model)
+    with held(), state.in_a_call() if not spans_calls else contextlib.nullcontext():
+        try:
+            with with_all_ranks(state):
+                state.refuse_while_update_open()
+                yield state
+        except BaseException as error:
+            state.outcome.failed(error)
+            raise
+
+
+@contextlib.contextmanager
+def as_reload_errors(state: EngineState) -> Iterator[None]:
+    """Whatever goes wrong in code of ours or of vLLM's says what is served now."""
+    before = state.generation
+    try:
+        yield
+    except ReloadError:
+        raise
+    except Exception as error:
+        now = SERVES_OLD if state.generation is before else "The new weights are served."
+        raise ReloadError(f"The reload failed with {type(error).__name__}: {error}. {now}") from error
+
+
+@contextlib.contextmanager
+def with_all_ranks(state: EngineState) -> Iterator[None]:
+    """One reload on every rank of the model: what fails here before the commit fails everywhere.
+
+    A commit itself cannot be taken back elsewhere: a rank on which it fails refuses to serve.
+
+    Raises:
+        RanksDisagreeError: another rank failed, or did not get ready in time.
+        EngineBrokenError: the other ranks have committed and this one could not.
+
+    """
+    if state.vote is not None:
+        state.refuse_while_update_open()
+    vote = state.vote = vote_for(state.record)
+    before = state.generation
+    try:
+        yield
+    except BaseException as error:
+        if vote is not None and vote.committed and state.generation is before:
+            reason = f"the other ranks committed a reload that failed here: {error}"
+            raise state.break_(reason) from error
+        if vote is not None:
+            vote(error)
+        raise
+    finally:
+        state.vote = None
+    if vote is not None and vote.postponed is not None:
+        raise vote.postponed
