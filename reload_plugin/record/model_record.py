@@ -234,6 +234,12 @@ class ModelRecord:
     """This rank's vote in the reload that is under way, where several ranks hold the model."""
 
     @property
+    def world_size(self) -> int:
+        """How many ranks share the model."""
+        parallel = getattr(self.vllm_config, "parallel_config", None)
+        return int(getattr(parallel, "world_size", 1))
+
+    @property
     def largest(self) -> int:
         """Bytes of staging that the largest group needs."""
         return max((group.nbytes for group in self.groups), default=0)

@@ -40,10 +40,10 @@ from ..load.overflow import OPEN_BUDGET, OPEN_STREAMING, Overflow
 from ..load.stream import Fetching, WeightStream, load_by_copy_plan
 from ..options import Wanted
 from ..plan.arrivals import Loaded
-from ..plan.copy_plan import CopyPlan, copy_by_plan
-from ..plan.ignore_rules import ignorable
+from ..plan.copy_plan import copy_by_plan
+from ..plan.ignore_rules import ignore_rule
 from ..plan.known_checkpoint import KnownCheckpoint
-from ..plan.loader_run import load_all
+from ..plan.loader_run import load_all, run_loader
 from ..plan.mismatches import Mismatches
 from ..plan.served_guard import served_tensors
 from ..plan.slots import check_slots
@@ -52,10 +52,9 @@ from ..process.native_handles import NativeWatch, forget_handles, release_native
 from ..process.processing import ProcessWeights, process_stage, process_tail
 from ..record.changes import after_change, before_change
 from ..record.generation import Generation
-from ..record.layer_groups import shared_tensors
 from ..record.model_record import complete_record_of
+from ..record.model_view import staged_groups
 from ..record.module_tree import WrappedTree, rewrap_tree, unwrap_tree
-from ..record.placement import placement
 from ..record.staged_group import StagedGroup
 from ..record.staged_storage import StagedStorage
 from ..record.untouched_layers import UntouchedLayers
@@ -121,7 +120,6 @@ class ReloadSession:
             needs a caller that can bring the old weights back.
         whole_model: process no layer before all weights are loaded (for loaders that revisit layers).
         expected: what is known of the weights before they come.
-        dry: only find out where weights would go; see ``plan``.
         overflow: puts weights aside that come while too many layers wait for the rest of theirs.
         inspect: sees every weight as it comes; a text that it returns says that the weight is not finite.
         from_served: layers start from the values they serve, where their load format allows it.
@@ -141,7 +139,6 @@ class ReloadSession:
         policy: Policy = "staged",
         whole_model: bool = False,
         expected: KnownCheckpoint | None = None,
-        dry: bool = False,
         overflow: Overflow | None = None,
         inspect: Callable[[str, torch.Tensor], str | None] | None = None,
         from_served: bool = False,
@@ -179,8 +176,8 @@ class ReloadSession:
         self._record = complete_record_of(model)
         self._resident = growth.begin()
         shapes = self._expected.start_shapes
-        sharded, is_later = self._world_size() > 1, self._expected.is_later
-        self._trace = LoadTrace(self.mismatches, dry, shapes, sharded, is_later)
+        sharded, is_later = self._record.world_size > 1, self._expected.is_later
+        self._trace = LoadTrace(self.mismatches, False, shapes, sharded, is_later)
         self.completeness = Completeness(self._trace.loaded, self.mismatches, self._expected)
         self._seconds: dict[str, float] = defaultdict(float)
         self._timing: list[str] = []
@@ -230,11 +227,7 @@ class ReloadSession:
     def open(self) -> None:
         """Prepare to load. The model goes on serving until the first ``load``."""
         self._require(SessionState.READY)
-        shared = shared_tensors(self._record)
-        device = self._record.target_device
-        chosen = self._expected.groups
-        groups = [group for group in self._record.groups if chosen is None or group.name in chosen]
-        self._stages = [StagedGroup(group, device, shared, self._gauge) for group in groups]
+        self._stages = staged_groups(self._record, self._expected.groups, self._gauge)
         self._largest = self._record.largest
         self._record.pool.reserve(self._largest)
         self.state = SessionState.OPEN
@@ -265,12 +258,10 @@ class ReloadSession:
         returned: list[Any] = []
 
         def loader(feed: Iterable[tuple[str, torch.Tensor]]) -> None:
-            returned.append(self._load_weights(feed))
+            returned.append(run_loader(self.model, feed))
 
         self.mismatches.missing.clear()  # of a finish that was too early
-        used_late = (
-            None if self.completeness.copy_plan is not None or self._trace.dry else self._may_be_used_late
-        )
+        used_late = None if self.completeness.copy_plan is not None else self._may_be_used_late
         feed = WeightStream(weights, self._trace, self.close_complete, self._put_aside, fetching, used_late)
         with held(), full_gc_paused(), self._noting_failure(), self._timed("load"), self.loading(last):
             if self.completeness.copy_plan is None:
@@ -297,7 +288,7 @@ class ReloadSession:
 
     def _put_aside(self, name: str, tensor: torch.Tensor) -> bool:
         """Whether a weight is not to be loaded now: it is refused, or waits until there is room."""
-        if self._replaying or self._trace.dry:
+        if self._replaying:
             return False
         if self._inspect is not None and (reason := self._inspect(name, tensor)) is not None:
             self.mismatches.nonfinite[name] = reason  # and load it: it is not missing as well
@@ -385,7 +376,7 @@ class ReloadSession:
         alias_served = straight and self._all_by_copy_plan()
         for stage in self._stages:
             self._open_stages[id(stage)] = stage
-            stage.enter(by_copy_plan, self._trace.dry, self._from_served, straight, alias_served)
+            stage.enter(by_copy_plan, False, self._from_served, straight, alias_served)
             self._trace.watch(stage.storages)
             self.completeness.admit(stage)
         served = functools.partial(served_tensors, self._stages, self._bystanders)
@@ -499,7 +490,8 @@ class ReloadSession:
         stages = [stage for stage in self._stages if not stage.processed]
         if self.completeness.copy_plan is None and self._entered:
             self._trace.note_new_parameters(self._open_stages.values())
-        return check_slots(stages, self.loaded, self.mismatches, self._rule_of, self._expected.was_written)
+        rule = functools.partial(ignore_rule, self.model, self._record, self._expected.start_shapes)
+        return check_slots(stages, self.loaded, self.mismatches, rule, self._expected.was_written)
 
     def rehearse(self) -> list[str]:
         """Process what is served once more, as if it had just been loaded, and commit nothing.
@@ -518,14 +510,6 @@ class ReloadSession:
             return [commit.name for _, commit in self._staged if not commit.changes_nothing()]
         finally:
             self.abort()
-
-    def copy_plan(self) -> CopyPlan | None:
-        """How to load the same checkpoint again without the model's loader."""
-        if not self.loaded.repeatable or not self._trace.dry:
-            return None
-        if any(stage.loader_left_traces() for stage in self._stages):
-            return None
-        return CopyPlan(placement(self._record), dict(self.loaded.tensor_plans), self.loaded.contested)
 
     @held()
     def abort(self) -> None:
@@ -585,8 +569,7 @@ class ReloadSession:
     def close_complete(self) -> None:
         """Between two weights: process the layers that have everything."""
         recent = self._trace.take_recent()
-        if not self._trace.dry:
-            self._close_all(self.completeness.complete_after(self._trace.current, recent))
+        self._close_all(self.completeness.complete_after(self._trace.current, recent))
 
     def _close_all(self, complete: list[StagedGroup]) -> None:
         if not complete or self.whole_model or self.mismatches:
@@ -777,26 +760,6 @@ class ReloadSession:
         self.failed = None
 
     # -- small things -----------------------------------------------------------------------------
-
-    def _load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> Any:
-        load_weights: Any = type(self.model).load_weights  # type: ignore[attr-defined]
-        with vllm_api.partial_loading():  # what is missing shows in the ledger
-            return load_weights(self.model, weights)
-
-    def _rule_of(self, name: str, shape: tuple[int, ...]) -> str | None:
-        if name in self._expected.start_shapes:
-            return "also in the engine's own checkpoint and unused there"
-        if vllm_api.passes_over(self.model, name):
-            return "dropped by the model's or the quantization's name mapping"
-        config = self._record.model_config
-        if config is None:
-            return None
-        quantized = config.quantization is not None
-        return ignorable(name, shape, config.hf_config, quantized, self._world_size())
-
-    def _world_size(self) -> int:
-        parallel = getattr(self._record.vllm_config, "parallel_config", None)
-        return int(getattr(parallel, "world_size", 1))
 
     def _make_report(self, kept: dict[str, str], ignored: dict[str, str]) -> ReloadReport:
         seconds = dict(self._seconds)
