@@ -218,15 +218,6 @@ class Completeness:
             if any(not self._storages[parameter][1].processed for parameter in direct_read.parameters):
                 yield from ((name, self.copy_plan.of[name]) for name in direct_read.names)
 
-    def coverage(self) -> dict[str, str]:
-        """Parameter -> ``whole``, ``part`` or ``none``: how much of it the weights so far write."""
-        found = {}
-        for name, (storage, _) in self._storages.items():
-            if storage.primary.is_parameter:
-                part = "part" if storage.coverage.touched else "none"
-                found[name] = "whole" if storage.coverage.complete else part
-        return found
-
     def names_of_group(self, record: ModelRecord) -> dict[str, frozenset[str]]:
         """Group name -> weights that went into it; empty for loaders that collect weights first."""
         if not self.loaded.repeatable:

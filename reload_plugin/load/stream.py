@@ -73,7 +73,7 @@ class WeightStream:
             if tensor is not None:
                 late = self._used_late is not None and self._used_late(name)
                 ours = tensor.detach().clone() if late else tensor.detach()
-                self._trace.begin(name, ours, late or self._trace.dry)
+                self._trace.begin(name, ours, late)
                 return name, ours
 
     def _in_between(self) -> None:
@@ -108,8 +108,6 @@ class WeightStream:
             raise StopIteration
         started = time.perf_counter()
         try:
-            if self._trace.dry:  # meta tensors of our own, which are there already
-                return next(self._weights)
             if not torch._C._len_torch_dispatch_stack() and self._callers_device is None:
                 return self._fetching(next, self._weights)
             with _disable_current_modes(), self._callers_device or contextlib.nullcontext():
@@ -137,7 +135,7 @@ class WeightStream:
         mismatches = self._trace.mismatches
         if not isinstance(tensor, torch.Tensor):
             mismatches.misshapen[name] = f"a {type(tensor).__name__}, not a tensor"
-        elif tensor.is_meta and not self._trace.dry:
+        elif tensor.is_meta:
             mismatches.misshapen[name] = "a meta tensor, which has no values"
         elif self._trace.loaded.has(name):
             mismatches.duplicate[name] = "sent more than once"

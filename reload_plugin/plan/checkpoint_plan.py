@@ -6,30 +6,34 @@ does not fit is refused here. A plan holds no storage.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
-import torch
 from torch import nn
-from torch.utils._python_dispatch import _disable_current_modes
 
 from ..device.gc_pause import gc_paused
 from ..errors import SERVES_OLD, ReloadError, SourceError, weights_error
 from ..record.model_record import complete_record_of
 from ..record.placement import placement
-from ..transaction.old_session import ReloadSession
 from .arrivals import Loaded
 from .copy_plan import CopyPlan
+from .dry_run import DryRun
 from .known_checkpoint import KnownCheckpoint
 from .mismatches import Mismatches
 from .source import TensorInfo
 
-_AT_A_TIME = 1000
-"""Tensors on meta that a plan has at one time, unless the loader collects them."""
-
 
 class PlanUnavailableError(Exception):
-    """The model's loader looks at values, so it cannot be run on meta tensors."""
+    """The model's loader looks at values, so it cannot be run on meta tensors.
+
+    Attributes:
+        deferred_groups: what was learnt before: names of groups that the loader comes back to.
+
+    """
+
+    def __init__(self, reason: str, deferred_groups: frozenset[str] = frozenset()) -> None:
+        super().__init__(reason)
+        self.deferred_groups = deferred_groups
 
 
 @dataclass(frozen=True)
@@ -49,6 +53,9 @@ class Plan:
     mismatches: Mismatches
     kept: dict[str, str]
     ignored: dict[str, str]
+    deferred_groups: frozenset[str] = frozenset()
+    """Names of groups that have to stay open until all weights have come, because the loader comes back to
+    them."""
 
     @property
     def staging_bytes(self) -> int:
@@ -87,18 +94,19 @@ def make_plan(
     if not listed:
         raise SourceError(f"{source} holds no tensors. {SERVES_OLD}")
     with gc_paused():
-        with ReloadSession(model, source=source, dry=True, expected=expected) as session:
+        with DryRun(model, expected) as dry_run:
             try:
-                session.load(_without_values(listed))
+                dry_run.load([listed])
             except (NotImplementedError, ReloadError) as error:
-                raise PlanUnavailableError(str(error)) from error
-            if any("meta" in reason for reason in session.mismatches.misshapen.values()):
-                raise PlanUnavailableError(next(iter(session.mismatches.misshapen.values())))
-            kept, ignored = session.account()
-            coverage, copy_plan = session.completeness.coverage(), session.copy_plan()
-        if copy_plan is not None and not _does_the_same_alone(model, listed, session.loaded, expected):
-            session.loaded.repeatable, copy_plan = False, None
-        return _plan(model, listed, session, coverage, copy_plan, kept, ignored)
+                raise PlanUnavailableError(str(error), dry_run.deferred_groups) from error
+            if any("meta" in reason for reason in dry_run.mismatches.misshapen.values()):
+                reason = next(iter(dry_run.mismatches.misshapen.values()))
+                raise PlanUnavailableError(reason, dry_run.deferred_groups)
+            kept, ignored = dry_run.account()
+            coverage, copy_plan = dry_run.coverage(), dry_run.copy_plan()
+        if copy_plan is not None and not _does_the_same_alone(model, listed, dry_run.loaded, expected):
+            dry_run.loaded.repeatable, copy_plan = False, None
+        return _plan(model, listed, dry_run, coverage, copy_plan, kept, ignored)
 
 
 def _does_the_same_alone(
@@ -108,36 +116,27 @@ def _does_the_same_alone(
     wrote when that one came among all others: it may have had that from elsewhere, like the zeros for biases
     that vLLM's GLM-ASR writes when a part of the model is over and the first weight of the next has come.
     """
-    alone = [info for info in infos if info.name in together.computed]
+    alone = [[info] for info in infos if info.name in together.computed]
     if not alone:
         return True
-    with ReloadSession(model, dry=True, expected=expected) as session:
-        for info in alone:
-            try:
-                session.load(_without_values([info]))
-            except (NotImplementedError, ReloadError):
-                return False
-        return session.loaded.computed == together.computed and not session.mismatches
-
-
-def _without_values(infos: Sequence[TensorInfo]) -> Iterator[tuple[str, torch.Tensor]]:
-    """The tensors on meta. Only some at a time: each takes as much memory as all that is learnt of it."""
-    for first in range(0, len(infos), _AT_A_TIME):
-        with _disable_current_modes():
-            some = [(info.name, info.meta()) for info in infos[first : first + _AT_A_TIME]]
-        yield from some
+    with DryRun(model, expected) as dry_run:
+        try:
+            dry_run.load(alone)
+        except (NotImplementedError, ReloadError):
+            return False
+        return dry_run.loaded.computed == together.computed and not dry_run.mismatches
 
 
 def _plan(
     model: nn.Module,
     infos: Sequence[TensorInfo],
-    session: ReloadSession,
+    dry_run: DryRun,
     coverage: dict[str, str],
     copy_plan: CopyPlan | None,
     kept: dict[str, str],
     ignored: dict[str, str],
 ) -> Plan:
-    record, written = complete_record_of(model), session.loaded.written
+    record, written = complete_record_of(model), dry_run.loaded.written
     first: dict[str, int] = {}
     members: dict[int, set[str]] = {}
     for info in infos:
@@ -145,7 +144,7 @@ def _plan(
         first[info.name] = min(indices, default=-1)
         for index in indices:
             members.setdefault(index, set()).add(info.name)
-    repeatable = session.loaded.repeatable
+    repeatable = dry_run.loaded.repeatable
     # Layer by layer; but a loader that keeps weights back may be one that minds what comes after what.
     order = sorted(first, key=first.__getitem__) if repeatable else list(first)
     known = {record.groups[index].name: frozenset(members.pop(index)) for index in list(members)}
@@ -156,7 +155,8 @@ def _plan(
         coverage=coverage,
         copy_plan=copy_plan,
         placement=placement(record),
-        mismatches=session.mismatches,
+        mismatches=dry_run.mismatches,
         kept=kept,
         ignored=ignored,
+        deferred_groups=dry_run.deferred_groups,
     )

@@ -3,7 +3,13 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Container
 from typing import Any
+
+from torch import nn
+
+from .. import vllm_api
+from ..record.model_record import ModelRecord
 
 _RULES: tuple[tuple[str, str], ...] = (
     (
@@ -47,3 +53,26 @@ def ignorable(name: str, shape: tuple[int, ...], config: Any, quantized: bool, w
     if world_size > 1 and re.search(r"experts\.\d+\.|layers\.\d+\.", name):
         return "another rank's"
     return None
+
+
+def ignore_rule(
+    model: nn.Module, record: ModelRecord, at_start: Container[str], name: str, shape: tuple[int, ...]
+) -> str | None:
+    """The rule by which a weight that the loader of a model did not use may be ignored, if there is one.
+
+    Args:
+        model: knows which names it drops.
+        record: of the model.
+        at_start: names in the checkpoint that the engine started with.
+        name: checkpoint name.
+        shape: its shape.
+
+    """
+    if name in at_start:
+        return "also in the engine's own checkpoint and unused there"
+    if vllm_api.passes_over(model, name):
+        return "dropped by the model's or the quantization's name mapping"
+    config = record.model_config
+    if config is None:
+        return None
+    return ignorable(name, shape, config.hf_config, config.quantization is not None, record.world_size)

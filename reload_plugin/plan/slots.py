@@ -55,6 +55,17 @@ def check_slots(
     return kept, ignored
 
 
+def coverage_of(stages: Iterable[StagedGroup]) -> dict[str, str]:
+    """Parameter -> ``whole``, ``part`` or ``none``: how much of it was written."""
+    found = {}
+    for stage in stages:
+        for storage in stage.storages:
+            if storage.primary.is_parameter:
+                part = "part" if storage.coverage.touched else "none"
+                found[storage.primary.name] = "whole" if storage.coverage.complete else part
+    return found
+
+
 def _check_parameter(
     stage: StagedGroup,
     storage: StagedStorage,

@@ -200,6 +200,12 @@ class ModelRecord:
         return frozenset(group.name for group in grown)
 
     @property
+    def world_size(self) -> int:
+        """How many ranks share the model."""
+        parallel = getattr(self.vllm_config, "parallel_config", None)
+        return int(getattr(parallel, "world_size", 1))
+
+    @property
     def largest(self) -> int:
         """Bytes of staging that the largest group needs."""
         return max((group.nbytes for group in self.groups), default=0)

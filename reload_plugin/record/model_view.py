@@ -6,9 +6,11 @@ are inverses of one another and copy nothing.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 
+from ..device.host_memory import MemoryGauge
+from .layer_groups import shared_tensors
 from .model_record import ModelRecord
 from .module_tree import WrappedTree, rewrap_tree, unwrap_tree
 from .staged_group import StagedGroup
@@ -93,3 +95,19 @@ class ModelView:
         for group in self.groups:
             group.drop()
         self.groups, self._following = [], {}
+
+
+def staged_groups(
+    record: ModelRecord, chosen: Container[str] | None, gauge: MemoryGauge
+) -> list[StagedGroup]:
+    """The groups of a model that are to be reloaded, as they serve.
+
+    Args:
+        record: of the model.
+        chosen: names of the groups; None for all.
+        gauge: counts the bytes of their staging.
+
+    """
+    shared, device = shared_tensors(record), record.target_device
+    groups = [group for group in record.groups if chosen is None or group.name in chosen]
+    return [StagedGroup(group, device, shared, gauge) for group in groups]

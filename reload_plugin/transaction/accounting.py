@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+
 from torch import nn
 
-from .. import vllm_api
 from ..errors import SERVES_OLD, SourceError, weights_error
 from ..load.completeness import Completeness
-from ..plan.ignore_rules import ignorable
+from ..plan.ignore_rules import ignore_rule
 from ..plan.known_checkpoint import KnownCheckpoint
 from ..plan.slots import check_slots
 from ..plan.tracer import LoadTrace
@@ -71,22 +72,5 @@ class Accounting:
         groups = [group for group in self._view.groups if not group.processed]
         if self._completeness.copy_plan is None and self._view.entered:
             self._trace.note_new_parameters(self._pipeline.open)
-        return check_slots(groups, loaded, mismatches, self._rule_of, self._known.was_written)
-
-    def _rule_of(self, name: str, shape: tuple[int, ...]) -> str | None:
-        """The rule by which a weight that nothing was made of may be ignored."""
-        if name in self._known.start_shapes:
-            return "also in the engine's own checkpoint and unused there"
-        if vllm_api.passes_over(self._model, name):
-            return "dropped by the model's or the quantization's name mapping"
-        config = self._record.model_config
-        if config is None:
-            return None
-        quantized = config.quantization is not None
-        return ignorable(name, shape, config.hf_config, quantized, world_size(self._record))
-
-
-def world_size(record: ModelRecord) -> int:
-    """How many ranks the engine has."""
-    parallel = getattr(record.vllm_config, "parallel_config", None)
-    return int(getattr(parallel, "world_size", 1))
+        rule = functools.partial(ignore_rule, self._model, self._record, self._known.start_shapes)
+        return check_slots(groups, loaded, mismatches, rule, self._known.was_written)

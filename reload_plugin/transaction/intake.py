@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from .. import vllm_api
 from ..interrupts import call_between
 from ..load.admission import Admission
 from ..load.completeness import Completeness
@@ -20,7 +19,7 @@ from ..load.overflow import Overflow
 from ..load.stream import Fetching, WeightStream, load_by_copy_plan
 from ..plan.copy_plan import copy_by_plan
 from ..plan.known_checkpoint import KnownCheckpoint
-from ..plan.loader_run import load_all
+from ..plan.loader_run import load_all, run_loader
 from ..plan.mismatches import Mismatches
 from ..plan.source import DirectRead
 from ..plan.tracer import LoadTrace
@@ -168,9 +167,7 @@ class Intake:
         """The model's own loader; the load format has to be shown for it."""
         with untraced():
             self._view.show()
-        load_weights: Any = type(self._model).load_weights  # type: ignore[attr-defined]
-        with vllm_api.partial_loading():  # what is missing shows in the account of slots
-            return load_weights(self._model, stream)
+        return run_loader(self._model, stream)
 
     def _written_since(self, before: int, by_loader: set[str] | None) -> set[str]:
         plans = itertools.islice(self._trace.loaded.tensor_plans.values(), before, None)

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
@@ -70,7 +71,7 @@ def _order(model: nn.Module, state: EngineState, infos: list[TensorInfo]) -> lis
     copies = copy_plan.of if copy_plan is not None else {}
     if not all(name in copies for name in names):
         with contextlib.suppress(PlanUnavailableError, ReloadError):
-            return list(make_plan(model, infos, "the weights put aside").order)
+            return list(plan_listing(model, state, infos, "the weights put aside", None).order)
         return names
 
     def first_group(name: str) -> list[int]:
@@ -96,7 +97,8 @@ def learn_copy_plan(model: nn.Module, state: EngineState) -> None:
     if not infos or not plans.begin_try(here, infos):
         return
     with contextlib.suppress(PlanUnavailableError, ReloadError):
-        plan = make_plan(model, infos, "the last weights", state.start.known(model, state.record))
+        start = state.start.known(model, state.record)
+        plan = plan_listing(model, state, infos, "the last weights", start)
         if not plan.mismatches:
             plans.learn(plan)
 
@@ -109,12 +111,30 @@ def plan_for(model: nn.Module, state: EngineState, source: Source) -> Plan | Non
     if (kept := state.plans.plan_of(infos, placement(state.record))) is not None:
         return kept
     try:
-        made = make_plan(model, infos, source.description, state.start.known(model, state.record))
+        start = state.start.known(model, state.record)
+        made = plan_listing(model, state, infos, source.description, start)
     except PlanUnavailableError as reason:
         logger.info("No plan for %s: %s", source.description, reason)
         return None
     state.plans.keep(made)
     return made
+
+
+def plan_listing(
+    model: nn.Module,
+    state: EngineState,
+    infos: Sequence[TensorInfo],
+    source: str,
+    known: KnownCheckpoint | None,
+) -> Plan:
+    """Make a plan, and remember which groups the model's loader comes back to, also if there is no plan."""
+    try:
+        plan = make_plan(model, infos, source, known)
+    except PlanUnavailableError as error:
+        state.deferred_groups |= error.deferred_groups
+        raise
+    state.deferred_groups |= plan.deferred_groups
+    return plan
 
 
 def known_copy_plan(state: EngineState, whole_model: bool = False) -> CopyPlan | None:

@@ -18,12 +18,12 @@ from ..errors import SERVES_OLD, PartialUpdateError, SourceError, weights_error
 from ..interrupts import call_between
 from ..load.progress import with_progress
 from ..options import ReloadOptions
-from ..plan.checkpoint_plan import Plan, PlanUnavailableError, make_plan
+from ..plan.checkpoint_plan import Plan, PlanUnavailableError
 from ..plan.known_checkpoint import KnownCheckpoint
 from ..record.model_record import LayerRecord, ModelRecord
 from ..report import ReloadReport
 from .engine_state import EngineState
-from .known import known_checkpoint, known_copy_plan, session_for
+from .known import known_checkpoint, known_copy_plan, plan_listing, session_for
 from .rollback import has_rollback_source, rollback_on_failure
 from .session_report import ReportFacts
 
@@ -182,14 +182,8 @@ def _plan_of(model: nn.Module, state: EngineState, top: Source) -> Plan:
     infos = top.infos()
     if not infos:
         raise SourceError(f"{top.description} gave no weights, or cannot list them. {SERVES_OLD}")
-    known = known_checkpoint(model, state)
     try:
-        plan = make_plan(
-            model,
-            infos,
-            top.description,
-            KnownCheckpoint(was_written=known.was_written, start_shapes=known.start_shapes),
-        )
+        plan = plan_listing(model, state, infos, top.description, state.start.known(model, state.record))
     except PlanUnavailableError as error:
         raise PartialUpdateError(
             f"This model's loader looks at values, so it is not known where a weight goes ({error}). "

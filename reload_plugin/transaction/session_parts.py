@@ -18,13 +18,12 @@ from ..plan.known_checkpoint import KnownCheckpoint
 from ..plan.mismatches import Mismatches
 from ..plan.served_guard import served_tensors
 from ..plan.tracer import LoadTrace
-from ..record.layer_groups import shared_tensors
 from ..record.model_record import ModelRecord
-from ..record.model_view import EnterOptions, ModelView
+from ..record.model_view import EnterOptions, ModelView, staged_groups
 from ..record.staged_group import StagedGroup
 from ..record.staged_storage import StagedStorage
 from ..record.untouched_layers import UntouchedLayers
-from .accounting import Accounting, world_size
+from .accounting import Accounting
 from .engine_state import EngineState
 from .group_pipeline import GroupPipeline
 from .intake import Inspect, Intake
@@ -101,7 +100,7 @@ def wire(model: nn.Module, state: EngineState, options: SessionOptions) -> Sessi
     record = state.record
     known = options.known or KnownCheckpoint()
     clock, gauge, mismatches = StageClock(), MemoryGauge(), Mismatches()
-    trace = LoadTrace(mismatches, False, known.start_shapes, world_size(record) > 1, known.is_later)
+    trace = LoadTrace(mismatches, False, known.start_shapes, record.world_size > 1, known.is_later)
     completeness = Completeness(trace.loaded, mismatches, known)
     strategy_class = STRATEGIES[options.policy]
     admission = Admission(record, completeness, gauge, strategy_class.waiting_bytes)
@@ -153,13 +152,7 @@ def _view_of(
     gauge: MemoryGauge,
     strategy: CommitStrategy,
 ) -> ModelView:
-    chosen = known.groups
-    shared = shared_tensors(record)
-    groups = [
-        StagedGroup(group, record.target_device, shared, gauge)
-        for group in record.groups
-        if chosen is None or group.name in chosen
-    ]
+    groups = staged_groups(record, known.groups, gauge)
     plan, straight = known.copy_plan, strategy.commits_each_group
     only_copies = known.planned and plan is not None and not plan.computed
     return ModelView(

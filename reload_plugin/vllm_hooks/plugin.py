@@ -171,7 +171,6 @@ def _patch_workers() -> None:
     module, cls = vllm_api.WORKER
     _replace_method(module, cls, "execute_model", _guarding)
     _replace_method(module, cls, "update_weights", _ending)
-    _replace_method(module, cls, "sleep", _hashing_first)
     worker = getattr(sys.modules.get(module), cls, None)
     if worker is not None:
         _add_worker_calls(worker)
@@ -194,7 +193,8 @@ def _runner_reloading(original: Callable[..., Any]) -> Callable[..., Any]:
     """A runner's ``reload_weights`` that takes our options and the older name of ``is_checkpoint_format``."""
     from ..options import OPTION_NAMES
     from ..record.model_record import record_of
-    from ..transaction.rollback import EMPTIED_BY_RUNNER, note_caches
+    from ..transaction.caches import EMPTIED_BY_RUNNER
+    from ..transaction.engine_state import state_of
 
     def reload_weights(self: Any, *args: Any, **kwargs: Any) -> Any:
         if "process_weights_after_loading" in kwargs:
@@ -204,8 +204,8 @@ def _runner_reloading(original: Callable[..., Any]) -> Callable[..., Any]:
             returned = original(self, *args, **kwargs)
         finally:
             _asked.reset(token)
-        if (record := record_of(self.get_model())) is not None:
-            note_caches(record, EMPTIED_BY_RUNNER)
+        if record_of(self.get_model()) is not None:
+            state_of(self.get_model()).outcome.note_caches(EMPTIED_BY_RUNNER)
         return returned
 
     return reload_weights
@@ -215,9 +215,7 @@ def _add_worker_calls(worker: type) -> None:
     """What ``collective_rpc`` reaches by name: the state of a worker's model, what became of the engine's
     caches, and the end of an update.
     """
-    from ..record.model_record import complete_record_of
-    from ..transaction.reload_call import abandon_all_updates
-    from ..transaction.rollback import note_caches
+    from ..transaction.engine_state import state_of
     from ..transaction.status import status_of
 
     def reload_status(self: Any, digest: bool = True) -> dict[str, Any]:
@@ -227,7 +225,7 @@ def _add_worker_calls(worker: type) -> None:
 
     def note_reset_caches(self: Any, outcomes: dict[str, str]) -> None:
         """Put into the last report what became of caches (by name) that only the engine can reset."""
-        note_caches(complete_record_of(self.model_runner.get_model()), outcomes)
+        state_of(self.model_runner.get_model()).outcome.note_caches(outcomes)
 
     def abort_weight_update(self: Any) -> bool:
         """End the open weight update; says whether one was open."""
@@ -235,7 +233,7 @@ def _add_worker_calls(worker: type) -> None:
         if engine is not None:
             engine.reset_weight_update_target()
         self._weight_update_active = False
-        return abandon_all_updates()
+        return state_of(self.model_runner.get_model()).abandon_update()
 
     for function in (reload_status, note_reset_caches, abort_weight_update):
         name = function.__name__
@@ -246,40 +244,24 @@ def _add_worker_calls(worker: type) -> None:
 
 def _ending(original: Callable[..., Any]) -> Callable[..., Any]:
     """The worker's ``update_weights``: a chunk that fails ends the update, whoever raised it."""
-    from ..transaction.reload_call import abandon_all_updates
+    from ..transaction.engine_state import state_of
 
     def update_weights(self: Any, *args: Any, **kwargs: Any) -> Any:
         try:
             return original(self, *args, **kwargs)
         except BaseException:
-            abandon_all_updates()
+            state_of(self.model_runner.get_model()).abandon_update()
             raise
 
     return update_weights
 
 
-def _hashing_first(original: Callable[..., Any]) -> Callable[..., Any]:
-    """The worker's ``sleep``, which gives the memory of the weights away: their digest is made before it."""
-    from ..record.model_record import record_of
-    from ..verify.digest import served_digest
-
-    def sleep(self: Any, *args: Any, **kwargs: Any) -> Any:
-        draft = getattr(self, "get_draft_model", lambda: None)()
-        for model in (self.model_runner.get_model(), draft):
-            record = record_of(model) if model is not None else None
-            if record is not None and record.complete and record.broken is None:
-                served_digest(record)
-        return original(self, *args, **kwargs)
-
-    return sleep
-
-
 def _guarding(original: Callable[..., Any]) -> Callable[..., Any]:
     """The worker's forward pass, which never runs on half-loaded weights."""
-    from ..transaction.reload_call import before_forward_pass
+    from ..transaction.engine_state import state_of
 
     def execute_model(self: Any, *args: Any, **kwargs: Any) -> Any:
-        before_forward_pass()
+        state_of(self.model_runner.get_model()).before_forward_pass()
         return original(self, *args, **kwargs)
 
     return execute_model
@@ -312,7 +294,7 @@ def _reloading(original: Callable[..., None]) -> Callable[..., None]:
 def _opening(original: Callable[[nn.Module], None]) -> Callable[[nn.Module], None]:
     def initialize_layerwise_reload(model: nn.Module) -> None:
         from ..record.model_record import record_of
-        from ..transaction.reload import open_layerwise
+        from ..transaction.chunked_update import open_layerwise
 
         if record_of(model) is None:
             original(model)
@@ -325,7 +307,7 @@ def _opening(original: Callable[[nn.Module], None]) -> Callable[[nn.Module], Non
 def _finishing(original: Callable[..., None]) -> Callable[..., None]:
     def finalize_layerwise_reload(model: nn.Module, *args: Any, **kwargs: Any) -> None:
         from ..record.model_record import record_of
-        from ..transaction.reload import finish_layerwise
+        from ..transaction.chunked_update import finish_layerwise
 
         if record_of(model) is None:
             original(model, *args, **kwargs)

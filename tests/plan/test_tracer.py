@@ -344,7 +344,7 @@ def test_what_is_gone_is_not_remembered(monkeypatch: pytest.MonkeyPatch, dry: bo
     """Of weights that were loaded, and of those that the loader had no use for."""
     most: list[int] = []
     monkeypatch.setattr(provenance_module, "_MANY", 10)
-    monkeypatch.setattr("reload_plugin.plan.checkpoint_plan._AT_A_TIME", 10)
+    monkeypatch.setattr("reload_plugin.plan.dry_run._AT_A_TIME", 10)
     begin = Provenance.begin
 
     def noting(provenance: Provenance, *args: object) -> None:
