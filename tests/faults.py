@@ -45,9 +45,8 @@ from reload_plugin.commit import group_commit as commit
 from reload_plugin.device import host_memory as memory
 from reload_plugin.errors import EngineBrokenError, ReloadError
 from reload_plugin.record import staged_group, staged_storage
-from reload_plugin.record.model_record import record_of
 from reload_plugin.transaction.chunked_update import restore_for_reloading
-from reload_plugin.transaction.reload_call import before_forward_pass
+from reload_plugin.transaction.engine_state import state_of
 from reload_plugin.transaction.session import ReloadSession
 from tests.checkpoints import WEIGHTS, read_tensors
 from tests.oracle import Live
@@ -150,7 +149,7 @@ class Lab:
             return f"{len(paths)} of {len(expected)} differ from {letter}: {', '.join(paths[:3])}"
         if answers and (found := oracle.differing_answers(oracle.answer(self.llm), self.answers[letter])):
             return f"other {', '.join(found)} than on {letter}"
-        update_is_open = self.ours and record_of(self.model).session is not None
+        update_is_open = self.ours and state_of(self.model).update is not None
         if "load_weights" in self.model.__dict__ and not update_is_open:
             return "model.load_weights is still taken over"
         return ""
@@ -213,10 +212,10 @@ class Lab:
 
     def _judge_broken(self) -> str:
         try:
-            before_forward_pass()
+            state_of(self.model).before_forward_pass()
         except EngineBrokenError:
             self.heal()
-            before_forward_pass()
+            state_of(self.model).before_forward_pass()
             return self.differs_from("A", answers=True)
         return "broken, and it serves"
 
@@ -750,7 +749,7 @@ def update_raising(lab: Lab, place: int) -> None:
         lab.model.load_weights(raising(lab.weights["B"], place))
     finally:
         if lab.ours:
-            before_forward_pass()
+            state_of(lab.model).before_forward_pass()
 
 
 def fed_by(weights: Weights, place: int) -> Iterator[tuple[str, torch.Tensor]]:

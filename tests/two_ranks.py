@@ -194,17 +194,17 @@ def each_rank_plans(engine: Engine) -> None:
 
     def known(worker: object) -> tuple[bool, bool, str, str]:
         import reload_plugin
-        from reload_plugin.record.model_record import record_of
+        from reload_plugin.transaction.engine_state import state_of
 
         model = worker.get_model()
         report = reload_plugin.reload_weights(model, weights_path=engine_folder)
-        record = record_of(model)
+        plans = state_of(model).plans
         replayed = report.replayed == report.tensors
         return (
-            bool(record.copy_plan and record.copy_plan.of),
+            bool(plans.copy_plan and plans.copy_plan.of),
             replayed,
             report.policy,
-            repr(record.plan.placement),
+            repr(plans.copy_plan.key),
         )
 
     engine_folder = engine.folders["A"]
@@ -396,9 +396,9 @@ def a_commit_that_fails_stops_that_rank(engine: Engine) -> None:
     """The others cannot know any more; this one must not serve until it is healed."""
 
     def broken(worker: object) -> bool:
-        from reload_plugin.record.model_record import record_of
+        from reload_plugin.transaction.engine_state import state_of
 
-        return record_of(worker.get_model()).broken is not None
+        return state_of(worker.get_model()).broken is not None
 
     for after in (0, 2):
         fails = failing_in("reload_plugin.commit.group_commit", "Commit.apply", RuntimeError("lost"), after)

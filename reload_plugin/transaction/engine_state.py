@@ -68,9 +68,11 @@ class EngineState:
 
     # -- what is served ----------------------------------------------------------------------------
 
-    def commit(self, weight_version: str | None, source: str) -> None:
-        """New weights are served from now on."""
+    def commit(self, weight_version: str | None, source: str, whole: bool = True) -> None:
+        """New weights are served from now on. ``whole``: all of them, so that a broken model is healed."""
         self.generation = Generation(self.generation.version + 1, weight_version, source)
+        if whole:
+            self.broken = None
 
     def rolled_back_to(self, generation: Generation) -> None:
         """The old weights were read again: they are served under the version they had."""
@@ -91,10 +93,6 @@ class EngineState:
         self.broken = reason
         self.generation = self.generation.without_digest()
         self.replace_rollback_source(None)
-
-    def heal(self) -> None:
-        """A complete reload was committed."""
-        self.broken = self.outcome.error = None
 
     def replace_rollback_source(self, source: Rereadable | None) -> None:
         """The served weights come from ``source`` now; what the old one holds and the new one does not is

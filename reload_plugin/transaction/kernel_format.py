@@ -50,7 +50,7 @@ def copy_kernel_format(
     nbytes, names = sum(tensor.nbytes for tensor in staged.values()), list(staged)
     with state.record.changes.held_off(), torch.inference_mode(False), torch.no_grad():
         _copy_all(staged, served)
-        state.commit(chosen.weight_version, source)
+        state.commit(chosen.weight_version, source, whole=False)
     state.replace_rollback_source(None)
     return ReloadReport(
         source=source,

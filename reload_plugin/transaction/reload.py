@@ -20,7 +20,7 @@ from ..checkpoint import HostCopy, Source, SpillFile, give_back, open_folder
 from ..checkpoint.config import check_config
 from ..device.gc_pause import full_gc_paused
 from ..device.host_memory import settle_heap
-from ..errors import SERVES_OLD, CrossGroupEffectError, ReloadError, SourceError
+from ..errors import SERVES_OLD, CrossGroupEffectError, PartialUpdateError, ReloadError, SourceError
 from ..interrupts import call_between
 from ..load.progress import with_progress
 from ..options import Policy, ReloadOptions, options
@@ -240,6 +240,11 @@ def _partially(model: nn.Module, state: EngineState, top: Source, chosen: Reload
     sent = frozenset(info.name for info in top.infos() or ())
     try:
         base = base_of(model, state)
+        if base is None and state.broken is not None:
+            raise PartialUpdateError(
+                f"The engine does not serve ({state.broken}), so a part of the weights has nothing to be added "
+                "to. Reload a complete checkpoint first."
+            )
         if base is None:
             report = update_in_place(model, state, top, chosen)
             state.replace_rollback_source(None)
@@ -248,7 +253,8 @@ def _partially(model: nn.Module, state: EngineState, top: Source, chosen: Reload
         whole, changed = laid_over(model, state, base, top)
         asked = chosen.model_copy(update={"partial": False, "keep_load_format": None})
         try:
-            groups = None if state.outcome.has_cross_group_effects else changed
+            loads_all = state.outcome.has_cross_group_effects or state.broken is not None
+            groups = None if loads_all else changed
             report = _from_source(model, state, whole, asked, groups, sent)
         except ReloadError as error:
             if not isinstance(error, CrossGroupEffectError) and not isinstance(

@@ -54,7 +54,7 @@ def status_of(model: nn.Module, digest: bool = True, rank: int = 0) -> ReloadSta
 
     """
     state = state_of(model)
-    known = state.served_digest() if digest else state.generation.digest
+    known = state.served_digest() if digest or state.broken is not None else state.generation.digest
     serving, session, report = state.generation, state.update, state.outcome.report
     update = None
     if session is not None:

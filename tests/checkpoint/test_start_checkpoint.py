@@ -15,6 +15,7 @@ from vllm.model_executor.model_loader import utils
 from reload_plugin import record_for_reloading, reload_weights, vllm_api
 from reload_plugin.errors import SourceError
 from reload_plugin.record.model_record import record_of
+from reload_plugin.transaction.engine_state import state_of
 from reload_plugin.transaction.rollback import has_rollback_source
 from reload_plugin.vllm_hooks import plugin
 from tests.transaction.test_session import CONFIG, CPU, Method, Model, values, weights
@@ -107,7 +108,7 @@ def test_a_file_that_the_loader_leaves_out_does_not_cost_the_rollback_source(
     tmp_path: Path, load_format: str
 ) -> None:
     model = started(str(folder_with_consolidated(tmp_path)), A, load_format=load_format)
-    assert has_rollback_source(model, record_of(model))
+    assert has_rollback_source(model, state_of(model))
     target = tmp_path / "next"
     target.mkdir()
     save_file(B, target / "model.safetensors")
@@ -121,25 +122,25 @@ def test_a_change_of_a_file_that_was_loaded_costs_the_rollback_source(
     model = started(str(folder_with_consolidated(tmp_path)), A, load_format=load_format)
     loaded = "consolidated" if load_format in ("auto", "mistral") else "model-00001-of-00001"
     save_file(B, tmp_path / f"{loaded}.safetensors")
-    assert not has_rollback_source(model, record_of(model))
+    assert not has_rollback_source(model, state_of(model))
 
 
 @pytest.mark.parametrize("revision", ["x", None])
 def test_a_repository_in_the_local_cache_can_be_read_again(hub: Path, revision: str | None) -> None:
     held = B if revision else A
     model = started(REPOSITORY, held, revision)
-    assert has_rollback_source(model, record_of(model))
-    read = dict(record_of(model).rollback_source.read())
+    assert has_rollback_source(model, state_of(model))
+    read = dict(state_of(model).rollback_source.read())
     assert all(torch.equal(read[name], tensor) for name, tensor in held.items())
 
 
 def test_a_branch_that_moved_to_another_commit_is_no_rollback_source(hub: Path) -> None:
     model = started(REPOSITORY, A)
     (hub / CACHE_FOLDER / "refs" / "main").write_text(COMMITS["x"])
-    assert not has_rollback_source(model, record_of(model))
+    assert not has_rollback_source(model, state_of(model))
 
 
 def test_torch_files_that_the_engine_started_from_can_be_read_again(tmp_path: Path) -> None:
     torch.save(A, tmp_path / "pytorch_model.bin")
     model = started(str(tmp_path), A)
-    assert has_rollback_source(model, record_of(model))
+    assert has_rollback_source(model, state_of(model))

@@ -4,7 +4,6 @@ import errno
 import os
 import random
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,9 +12,10 @@ from safetensors.torch import save_file
 from reload_plugin.checkpoint import HostCopy, Overlay, Source, SpillFile, layers_of
 from reload_plugin.checkpoint.formats.safetensors_files import SafetensorsSource
 from reload_plugin.errors import SourceError
+from reload_plugin.record.model_record import ModelRecord
 from reload_plugin.transaction import partial
+from reload_plugin.transaction.engine_state import EngineState
 from reload_plugin.transaction.partial import absorbed
-from reload_plugin.transaction.rollback import replace_rollback_source
 
 
 def step(folder: Path, number: int, names: str) -> SafetensorsSource:
@@ -105,11 +105,12 @@ def test_updates_of_any_weights_do_not_pile_up_either(tmp_path: Path) -> None:
 def test_what_no_longer_shows_is_given_back(tmp_path: Path) -> None:
     """And nothing else: layers that the next source has as well stay open."""
     hidden, showing = kept("spill", 1, "ab"), kept("spill", 3, "c")
-    record = SimpleNamespace(rollback_source=Overlay(step(tmp_path, 0, "abcd"), hidden, showing))
-    replace_rollback_source(record, Overlay(record.rollback_source, step(tmp_path, 2, "ab")))
+    state = EngineState(ModelRecord([], None))
+    state.replace_rollback_source(Overlay(step(tmp_path, 0, "abcd"), hidden, showing))
+    state.replace_rollback_source(Overlay(state.rollback_source, step(tmp_path, 2, "ab")))
     assert not hidden.unchanged()
-    assert values(record.rollback_source) == {"a": [2], "b": [2], "c": [3], "d": [0]}
-    replace_rollback_source(record, None)
+    assert values(state.rollback_source) == {"a": [2], "b": [2], "c": [3], "d": [0]}
+    state.replace_rollback_source(None)
     assert not showing.unchanged()
 
 

@@ -27,7 +27,7 @@ from reload_plugin.process import native_handles as native
 from reload_plugin.record import staged_storage
 from reload_plugin.record.model_record import record_of
 from reload_plugin.transaction import group_pipeline
-from reload_plugin.transaction.reload_call import before_forward_pass
+from reload_plugin.transaction.engine_state import state_of
 from tests import oracle
 from tests.checkpoints import read_tensors
 from tests.processor import packs_bf16
@@ -195,7 +195,7 @@ def by_public_function(engine: Engine) -> None:
     report = reload_plugin.reload_weights(engine.model, weights_path=str(engine.folders["B"]))
     assert report.tensors == len(engine.weights("B"))
     assert report.nbytes == sum(t.nbytes for _, t in engine.weights("B"))
-    assert report.version == record_of(engine.model).generation.version > 0
+    assert report.version == state_of(engine.model).generation.version > 0
     assert report.moved == ()
     assert {"load", "process", "commit", "total"} <= report.seconds.keys()
 
@@ -815,7 +815,7 @@ def test_a_streaming_reload_that_fails_refuses_to_serve_until_healed(on_a: Engin
     with pytest.raises(reload_plugin.EngineBrokenError, match="Reload a complete checkpoint"):
         on_a.push(failing(), policy="streaming")
     with pytest.raises(reload_plugin.EngineBrokenError):
-        before_forward_pass()
+        state_of(on_a.model).before_forward_pass()
     assert reload_plugin.status(on_a.model)[0].state == "broken"
     on_a.reload(on_a.folders["B"])
     assert reload_plugin.status(on_a.model)[0].state == "serving"
@@ -862,7 +862,7 @@ def test_large_native_memory_gives_way_before_there_is_new_memory(
     on_a: Engine, giving_way: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """At no time are there more handles than the engine has; under `host` the old ones are served."""
-    handles, most = record_of(on_a.model).handles, []
+    handles, most = state_of(on_a.model).handles, []
     make = native._digest_of
     monkeypatch.setattr(native, "_digest_of", lambda given: most.append(len(handles)) or make(given))
     served = len(handles)
@@ -895,14 +895,14 @@ def test_an_engine_whose_native_memory_gave_way_for_nothing_does_not_serve(
     on_a: Engine, giving_way: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Before anything was committed, and there is no way back: the caller chose so."""
-    if not record_of(on_a.model).handles:
+    if not state_of(on_a.model).handles:
         pytest.skip("nothing of this model is packed on this processor")
     monkeypatch.setattr(vllm_api, "process_layers", failing_at(1, []))
     packed_first = sorted(on_a.weights("B"), key=lambda weight: "layers.0.self_attn" not in weight[0])
     with pytest.raises(reload_plugin.EngineBrokenError, match="no room"):
         on_a.push(iter(packed_first), policy="streaming")
     with pytest.raises(reload_plugin.EngineBrokenError):
-        before_forward_pass()
+        state_of(on_a.model).before_forward_pass()
 
 
 def test_the_folder_of_the_old_weights_may_be_deleted_while_a_reload_may_need_it(
@@ -938,7 +938,7 @@ def test_when_the_old_weights_are_gone_the_engine_refuses_until_healed(
         on_a.reload(on_a.folders["B"])
     monkeypatch.undo()
     with pytest.raises(reload_plugin.EngineBrokenError, match="does not serve"):
-        before_forward_pass()
+        state_of(on_a.model).before_forward_pass()
     on_a.reload(on_a.folders["B"])
     on_a.assert_is("B")
 
@@ -963,7 +963,7 @@ def test_staging_memory_is_used_again_from_layer_to_layer(
 
     monkeypatch.setattr(memory.HostPool, "take", noting)
     on_a.reload(on_a.folders["B"])
-    assert record_of(on_a.model).last_report.old_generation == "reread"
+    assert state_of(on_a.model).outcome.report.old_generation == "reread"
     if not taken and not packs_bf16():
         pytest.skip("nothing of this model is packed on this processor")
     pages = sum(-(-nbytes // mmap.PAGESIZE) * mmap.PAGESIZE for nbytes in taken)

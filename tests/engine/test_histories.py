@@ -35,7 +35,7 @@ from reload_plugin import vllm_api
 from reload_plugin.errors import EngineBrokenError, PartialUpdateError, ReloadError
 from reload_plugin.record.model_record import record_of
 from reload_plugin.report import ReloadReport
-from reload_plugin.transaction.reload_call import before_forward_pass
+from reload_plugin.transaction.engine_state import state_of
 from reload_plugin.transaction.status import ReloadStatus
 from tests import oracle
 from tests.checkpoints import read_tensors
@@ -320,9 +320,9 @@ def machine_for(world: World) -> type[RuleBasedStateMachine]:  # noqa: C901 - on
                 return
             if self.now.broken:
                 with pytest.raises(EngineBrokenError):
-                    before_forward_pass()
+                    state_of(world.model).before_forward_pass()
                 return
-            before_forward_pass()
+            state_of(world.model).before_forward_pass()
             assert world.differences(self.now.mix) == []
 
         @invariant()

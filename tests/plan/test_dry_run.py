@@ -16,8 +16,8 @@ from reload_plugin.plan.checkpoint_plan import PlanUnavailableError, make_plan
 from reload_plugin.plan.dry_run import DryRun
 from reload_plugin.plan.known_checkpoint import KnownCheckpoint
 from reload_plugin.record.model_record import record_of
+from reload_plugin.transaction.engine_state import state_of
 from reload_plugin.transaction.reload import reload_weights
-from reload_plugin.verify.digest import served_digest
 from tests.transaction.test_session import A, B, Method, Model, Packing, cold, identities, registered, values  # noqa: F401 - the fixture is used by itself
 
 INFOS = [TensorInfo(name, tuple(tensor.shape), tensor.dtype) for name, tensor in A.items()]
@@ -42,7 +42,7 @@ def loader_that(model: nn.Module, act: object) -> None:
 @METHODS
 def test_a_dry_run_changes_nothing(method: type) -> None:
     model = cold(lambda: Model(method), A)
-    before = values(model), identities(model), served_digest(record_of(model))
+    before = values(model), identities(model), state_of(model).served_digest()
     with DryRun(model) as dry_run:
         dry_run.load([INFOS])
         assert (values(model), identities(model)) == before[:2], "it serves as soon as the loader is done"
@@ -50,8 +50,8 @@ def test_a_dry_run_changes_nothing(method: type) -> None:
         assert set(dry_run.coverage().values()) == {"whole"}
         assert dry_run.copy_plan().of.keys() == A.keys()
     assert not dry_run.mismatches
-    record_of(model).generation = type(record_of(model).generation)()
-    assert (values(model), identities(model), served_digest(record_of(model))) == before
+    state_of(model).generation = type(state_of(model).generation)()
+    assert (values(model), identities(model), state_of(model).served_digest()) == before
     reload_weights(model, B.items())
     assert values(model) == values(cold(lambda: Model(method), B))
 
@@ -76,7 +76,7 @@ def test_whatever_a_loader_raises_the_model_is_as_it_was(method: type, error: Ba
 def test_ctrl_c_comes_when_the_model_is_as_it_was() -> None:
     model = cold(lambda: Model(Packing), A)
     before, at_interrupt = (values(model), identities(model)), []
-    loader_that(model, lambda name: os.kill(os.getpid(), signal.SIGINT))
+    loader_that(model, lambda _: os.kill(os.getpid(), signal.SIGINT))
 
     def handler(number: int, frame: types.FrameType | None) -> None:
         at_interrupt.append((values(model), identities(model)))
@@ -93,11 +93,11 @@ def test_ctrl_c_comes_when_the_model_is_as_it_was() -> None:
 
 def test_nobody_takes_a_digest_of_the_load_format() -> None:
     model = cold(lambda: Model(Packing), A)
-    record, digests = record_of(model), []
-    loader_that(model, lambda name: digests.append(served_digest(record)))
+    digests = []
+    loader_that(model, lambda _: digests.append(state_of(model).served_digest()))
     make_plan(model, INFOS, "A")
     assert digests == [None] * len(A)
-    assert served_digest(record) is not None
+    assert state_of(model).served_digest() is not None
 
 
 def test_other_layers_are_left_alone_where_only_some_are_planned() -> None:
@@ -114,7 +114,7 @@ def test_other_layers_are_left_alone_where_only_some_are_planned() -> None:
 def test_each_listing_is_loaded_by_itself() -> None:
     model = cold(lambda: Model(Method), A)
     calls: list[int] = []
-    loader_that(model, lambda name: calls.append(len(calls)))
+    loader_that(model, lambda _: calls.append(len(calls)))
     with DryRun(model) as dry_run:
         dry_run.load([[info] for info in INFOS])
         dry_run.load([INFOS[:1]])
@@ -152,6 +152,6 @@ def test_want_of_memory_is_not_a_misshapen_weight(error: Exception) -> None:
     loader_that(model, act)
     with pytest.raises(PlanUnavailableError, match="Memory ran out while 'first"):
         make_plan(model, INFOS, "A")
-    with pytest.raises(ReloadError, match="Memory ran out while 'first.*serves what it served before"):
+    with pytest.raises(ReloadError, match=r"Memory ran out while 'first.*serves what it served before"):
         reload_weights(model, A.items())
     assert (values(model), identities(model)) == before

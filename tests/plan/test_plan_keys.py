@@ -20,7 +20,7 @@ from reload_plugin.errors import WeightsError
 from reload_plugin.record.model_record import record_of
 from reload_plugin.record.placement import SHARDS, placement
 from reload_plugin.record.recorder import record_constructed
-from reload_plugin.transaction import rollback as generation
+from reload_plugin.transaction import known
 from tests import oracle
 from tests.checkpoints import Tensors, read_tensors
 from tests.zoo import case_named
@@ -88,13 +88,13 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
         with oracle.running(CASE, folders["A"]) as llm:
             cold["A", AT_START] = oracle.snapshot(llm, CASE)
             found = Engine(llm, folders, cold)
-            plain = generation.make_plan
+            plain = known.make_plan
 
             def noting(model: object, infos: object, source: str, *rest: object) -> object:
                 found.traced.append(source)
                 return plain(model, infos, source, *rest)
 
-            patch.setattr(generation, "make_plan", noting)
+            patch.setattr(known, "make_plan", noting)
             yield found
 
 

@@ -8,8 +8,8 @@ from safetensors.torch import save_file
 
 import reload_plugin
 from reload_plugin.commit.group_commit import Commit
-from reload_plugin.transaction import rollback as generation
-from reload_plugin.transaction.reload_call import before_forward_pass
+from reload_plugin.transaction import known
+from reload_plugin.transaction.engine_state import state_of
 from tests import oracle
 from tests.checkpoints import Tensors, read_tensors
 from tests.zoo import case_named
@@ -59,8 +59,8 @@ def test_the_report_counts_what_the_loader_computes(tmp_path: Path, monkeypatch:
     logs = [name for name in read_tensors(folders["A"]) if name.endswith("A_log")]
     assert logs, "this model computes nothing"
     traced: list[object] = []
-    plain = generation.make_plan
-    monkeypatch.setattr(generation, "make_plan", lambda *args: traced.append(args) or plain(*args))
+    plain = known.make_plan
+    monkeypatch.setattr(known, "make_plan", lambda *args: traced.append(args) or plain(*args))
     with oracle.built(case, folders["B"]) as model:
         cold = values(model)
     with oracle.built(case, folders["A"]) as model:
@@ -105,6 +105,6 @@ def test_a_first_commit_that_fails_half_way_brings_the_start_back(
                 by_iterator(model, folders["B"])
         assert len(applied) > 3, "nothing was brought back"
         assert values(model) == before
-        before_forward_pass()
+        state_of(model).before_forward_pass()
         by_iterator(model, folders["B"])
         assert values(model) != before

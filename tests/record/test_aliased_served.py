@@ -24,6 +24,7 @@ from reload_plugin.record.model_record import TensorRecord, record_of
 from reload_plugin.record.recorder import record_constructed
 from reload_plugin.record.staged_storage import StagedStorage
 from reload_plugin.record.tensor_layout import SMALL_BYTES, Constant, Geometry, Initial, TensorFormat, Values
+from reload_plugin.transaction.engine_state import state_of
 from tests.transaction.test_session import CONFIG, CPU, registered  # noqa: F401 - the fixture is used by itself
 
 Weights = dict[str, torch.Tensor]
@@ -194,7 +195,7 @@ def test_what_the_caller_makes_after_such_a_layer_is_not_noted(monkeypatch: pyte
         for name in ("norm.weight", "norm.scale", "linear.weight"):
             yield name, BOTH[name]
             Library.make(torch.ones(3))
-            noted.append(dict(record_of(model).handles))
+            noted.append(dict(state_of(model).handles))
 
     noted: list[object] = []
     monkeypatch.setattr(vllm_api, "native_constructors", lambda: [(Library, "make", None)])

@@ -20,7 +20,7 @@ from reload_plugin.checkpoint.config import check_config, differences, start_con
 from reload_plugin.checkpoint.formats import safetensors_files
 from reload_plugin.checkpoint.formats.safetensors_files import SafetensorsSource
 from reload_plugin.errors import SourceError
-from reload_plugin.record.model_record import record_of
+from reload_plugin.transaction.engine_state import state_of
 from tests import checkpoints, oracle
 from tests.checkpoints import edit_config, read_tensors
 from tests.zoo import LLAMA, QWEN2, case_named
@@ -521,10 +521,8 @@ def test_the_config_counts_as_it_was_when_the_engine_started(engine: Engine) -> 
     """A trainer may write the next model into the folder that the engine was started from."""
     own = engine.folders["A"] / "config.json"
     before = own.read_text()
-    record = record_of(oracle.model_of(engine.llm))
-    assert {**record.start_config, "quantization_config": None} == json.loads(before) | {
-        "quantization_config": None
-    }
+    start = state_of(oracle.model_of(engine.llm)).start
+    assert {**start.config, "quantization_config": None} == json.loads(before) | {"quantization_config": None}
     try:
         edit_config(engine.folders["A"], rms_norm_eps=0.5)
         with pytest.raises(SourceError, match=r"rms_norm_eps is 0\.5 and was 1e-06"):

@@ -11,9 +11,8 @@ from torch import nn
 
 import reload_plugin
 from reload_plugin.errors import PartialUpdateError, ReloadError
-from reload_plugin.record.model_record import record_of
 from reload_plugin.transaction import partial
-from reload_plugin.transaction.reload_call import before_forward_pass
+from reload_plugin.transaction.engine_state import state_of
 from reload_plugin.vllm_hooks import plugin
 from tests import oracle
 from tests.checkpoints import read_tensors
@@ -39,7 +38,7 @@ def replace_helper(other: nn.Module, weight: torch.Tensor) -> None:
     other.quant_method.seen = float(weight.sum())
 
 
-def has_cross_group_effects(base: type[Method], act: Act) -> Callable[[], nn.Module]:
+def entangled(base: type[Method], act: Act) -> Callable[[], nn.Module]:
     """A model whose first layer, when it is processed, does something to the other one."""
 
     class Meddling(base):
@@ -78,8 +77,8 @@ def keep(model: nn.Module) -> None:
 
 def test_only_layers_that_get_other_weights_are_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
     traced: list[object] = []
-    plain = partial.make_plan
-    monkeypatch.setattr(partial, "make_plan", lambda *args: traced.append(args) or plain(*args))
+    plain = partial.plan_listing
+    monkeypatch.setattr(partial, "plan_listing", lambda *args: traced.append(args) or plain(*args))
     model = cold(lambda: Model(Packing), A)
     keep(model)
     places = identities(model)
@@ -98,7 +97,7 @@ def test_the_models_own_hook_sees_what_changed() -> None:
     keep(model)
     assert update(model).tensors == 1
     assert values(model) == values(cold(Hooked, mixture()))
-    assert not record_of(model).has_cross_group_effects
+    assert not state_of(model).outcome.has_cross_group_effects
 
 
 class Sharing(Model):
@@ -125,16 +124,15 @@ def test_a_layer_that_shares_a_weight_with_one_that_changes_is_loaded_too() -> N
 @pytest.mark.parametrize("policy", ["auto", "streaming"])
 @pytest.mark.parametrize("act", [label, replace_helper])
 def test_layers_that_change_others_are_seen_and_all_are_loaded(act: Act, policy: str) -> None:
-    make = has_cross_group_effects(Packing, act)
+    make = entangled(Packing, act)
     model = cold(make, A)
     keep(model)
     places = identities(model)
     for tried in (False, True):
-        record = record_of(model)
-        assert record is not None
-        assert record.has_cross_group_effects == tried
+        state = state_of(model)
+        assert state.outcome.has_cross_group_effects == tried
         report = update(model, policy=policy)
-        before_forward_pass()
+        state_of(model).before_forward_pass()
         assert report.tensors == len(A)
         assert values(model) == values(cold(make, mixture()))
         assert identities(model) == places
@@ -142,7 +140,7 @@ def test_layers_that_change_others_are_seen_and_all_are_loaded(act: Act, policy:
 
 def test_an_update_in_place_that_would_change_other_layers_is_refused() -> None:
     """Nobody has the other layer's weights, so it could not be loaded as well."""
-    make = has_cross_group_effects(Method, label)
+    make = entangled(Method, label)
     model = cold(make, A)
     reload_plugin.reload_weights(model, iter(A.items()), policy="host")
     before = values(model)
@@ -154,7 +152,7 @@ def test_an_update_in_place_that_would_change_other_layers_is_refused() -> None:
 
 
 def test_what_a_failed_update_did_to_other_layers_is_undone() -> None:
-    make = has_cross_group_effects(Packing, label)
+    make = entangled(Packing, label)
     model = cold(make, A)
     keep(model)
     before, places = values(model), identities(model)
@@ -192,7 +190,7 @@ def test_some_weights_at_a_time_come_to_what_all_at_once_do(name: str, tmp_path:
             assert after == {path: live.digest for path, live in oracle.live_tensors(model).items()}
             assert report.digest == whole.digest, "what native handles were made of"
         assert fewest < len(ours)
-        assert not record_of(model).has_cross_group_effects
+        assert not state_of(model).outcome.has_cross_group_effects
 
 
 def test_a_weight_that_nobody_uses_is_no_companion(tmp_path: Path) -> None:

@@ -41,7 +41,7 @@ from reload_plugin.errors import (
     UnexpectedWeightsError,
     WeightsError,
 )
-from reload_plugin.plan.checkpoint_plan import make_plan
+from reload_plugin.transaction.known import plan_listing
 from reload_plugin.plan.known_checkpoint import KnownCheckpoint
 from reload_plugin.process import native_handles as native
 from reload_plugin.record import staged_storage
@@ -54,7 +54,7 @@ from reload_plugin.record.staged_group import StagedGroup
 from reload_plugin.record.staged_storage import POISON
 from reload_plugin.tensors import storage_id
 from reload_plugin.transaction import group_pipeline
-from reload_plugin.transaction.reload_call import before_forward_pass
+from reload_plugin.transaction.engine_state import state_of
 from reload_plugin.verify import digest
 from reload_plugin.vllm_hooks import plugin
 
@@ -402,7 +402,8 @@ def test_a_loader_that_comes_back_for_values_finds_those_that_were_loaded(
     model, expected = start(Deriving, method), values(cold(lambda: Deriving(method), B))
     served, ids, brought = values(model), identities(model), list(B.items())
     if planned:
-        make_plan(model, [TensorInfo(name, tuple(t.shape), t.dtype) for name, t in A.items()], "A")
+        infos = [TensorInfo(name, tuple(t.shape), t.dtype) for name, t in A.items()]
+        plan_listing(model, state_of(model), infos, "A", None)
 
     def in_calls(session: ReloadSession) -> None:
         for first in range(0, 2, 2 // calls):
@@ -997,9 +998,9 @@ def test_a_commit_that_stops_half_way_is_never_served(monkeypatch: pytest.Monkey
         with pytest.raises(EngineBrokenError, match="refuses to serve"):
             reload(model, B)
     with pytest.raises(EngineBrokenError, match="does not serve"):
-        before_forward_pass()
+        state_of(model).before_forward_pass()
     reload(model, B)
-    before_forward_pass()
+    state_of(model).before_forward_pass()
     assert values(model) == values(cold(Model, B))
 
 

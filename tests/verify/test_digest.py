@@ -110,13 +110,13 @@ def packed(value: float, hashes: bool = True, watched: bool = True) -> str | Non
     layer = Packed()
     layer.weight.data[3, 5] = value
     record = record_constructed(layer, None, None)
-    loaded = look(record)
+    loaded, handles = look(record), {}
     if not vllm_api.native_constructors():
         pytest.skip("this build of vLLM has no native constructors")
-    with watching_native(torch.device("cpu" if watched else "meta"), record.handles, hashes):
+    with watching_native(torch.device("cpu" if watched else "meta"), handles, hashes):
         layer.process()
-    finish_record(record, loaded, None, None, torch.device("cpu"))
-    return digest_of(record)
+    record = finish_record(layer, record, loaded, None, None, torch.device("cpu"))
+    return digest_of(record, handles)
 
 
 def test_what_a_native_handle_was_made_of_is_in_the_digest() -> None:

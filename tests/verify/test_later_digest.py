@@ -20,6 +20,7 @@ from reload_plugin import (
 from reload_plugin.errors import EngineBrokenError, ReloadError
 from reload_plugin.record.model_record import record_of
 from reload_plugin.transaction.chunked_update import finish_layerwise, open_layerwise
+from reload_plugin.transaction.engine_state import state_of
 from reload_plugin.verify import digest
 from reload_plugin.vllm_hooks import plugin
 from tests.transaction.test_session import A, B, Model, cold, registered, reload, start  # noqa: F401 - a fixture among them
@@ -174,7 +175,7 @@ def test_an_open_update_steps_aside_for_it() -> None:
 def test_an_update_that_vllm_opened_steps_aside_for_it() -> None:
     model = start()
     for ends in (abort_weight_update, finish_layerwise):
-        record_of(model).generation = type(record_of(model).generation)()  # as if nobody had asked
+        state_of(model).generation = type(state_of(model).generation)()  # as if nobody had asked
         open_layerwise(model)
         model.load_weights(iter(B.items()))
         assert status(model)[0].digest == digest_of(A)
@@ -236,7 +237,7 @@ def test_a_reload_waits_for_one_that_is_being_made(monkeypatch: pytest.MonkeyPat
     go_on.set()
     asking.join(10)
     reloading.join(10)
-    assert (found, record_of(model).generation.version) == ([digest_of(B)], 2)
+    assert (found, state_of(model).generation.version) == ([digest_of(B)], 2)
 
 
 def test_it_is_made_before_the_weights_go_to_sleep(made: list[str | None]) -> None:

@@ -21,7 +21,7 @@ import reload_plugin
 from reload_plugin import abort_weight_update, vllm_api
 from reload_plugin.commit.group_commit import Commit
 from reload_plugin.errors import MissingWeightsError, SessionError, SourceError
-from reload_plugin.record.model_record import record_of
+from reload_plugin.transaction.engine_state import state_of
 from reload_plugin.vllm_hooks import plugin
 from reload_plugin.vllm_hooks import transfer_engine as transfer
 from tests import oracle
@@ -291,7 +291,7 @@ def test_the_digest_of_what_is_served_can_be_asked_for_in_an_open_update(
 def test_native_handles_that_are_gone_are_forgotten_though_nobody_asks(
     llm: object, model: torch.nn.Module, folders: dict[str, Path], chunks: list[list[str]]
 ) -> None:
-    handles = record_of(model).handles
+    handles = state_of(model).handles
     assert reload_plugin.status(llm)[0].digest
     before = len(handles)
     for letter in "ABAB":
