@@ -15,6 +15,7 @@ from reload_plugin.errors import ReloadError
 from reload_plugin.plan.checkpoint_plan import PlanUnavailableError, make_plan
 from reload_plugin.plan.dry_run import DryRun
 from reload_plugin.plan.known_checkpoint import KnownCheckpoint
+from reload_plugin.record import layer_groups
 from reload_plugin.record.model_record import record_of
 from reload_plugin.transaction.reload import reload_weights
 from reload_plugin.verify.digest import served_digest
@@ -76,7 +77,7 @@ def test_whatever_a_loader_raises_the_model_is_as_it_was(method: type, error: Ba
 def test_ctrl_c_comes_when_the_model_is_as_it_was() -> None:
     model = cold(lambda: Model(Packing), A)
     before, at_interrupt = (values(model), identities(model)), []
-    loader_that(model, lambda name: os.kill(os.getpid(), signal.SIGINT))
+    loader_that(model, lambda _: os.kill(os.getpid(), signal.SIGINT))
 
     def handler(number: int, frame: types.FrameType | None) -> None:
         at_interrupt.append((values(model), identities(model)))
@@ -94,13 +95,14 @@ def test_ctrl_c_comes_when_the_model_is_as_it_was() -> None:
 def test_nobody_takes_a_digest_of_the_load_format() -> None:
     model = cold(lambda: Model(Packing), A)
     record, digests = record_of(model), []
-    loader_that(model, lambda name: digests.append(served_digest(record)))
+    loader_that(model, lambda _: digests.append(served_digest(record)))
     make_plan(model, INFOS, "A")
     assert digests == [None] * len(A)
     assert served_digest(record) is not None
 
 
-def test_other_layers_are_left_alone_where_only_some_are_planned() -> None:
+def test_other_layers_are_left_alone_where_only_some_are_planned(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(layer_groups, "SMALL_GROUP", -1)
     model = cold(lambda: Model(Packing), A)
     first = record_of(model).groups[0].name
     before = values(model), identities(model)
@@ -114,7 +116,7 @@ def test_other_layers_are_left_alone_where_only_some_are_planned() -> None:
 def test_each_listing_is_loaded_by_itself() -> None:
     model = cold(lambda: Model(Method), A)
     calls: list[int] = []
-    loader_that(model, lambda name: calls.append(len(calls)))
+    loader_that(model, lambda _: calls.append(len(calls)))
     with DryRun(model) as dry_run:
         dry_run.load([[info] for info in INFOS])
         dry_run.load([INFOS[:1]])
@@ -134,9 +136,7 @@ def test_staging_of_a_dry_run_is_given_back() -> None:
 OUT_OF_MEMORY = [
     torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB"),
     MemoryError(),
-    RuntimeError(
-        "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: "
-    ),
+    RuntimeError("[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory"),
 ]
 
 
@@ -150,8 +150,8 @@ def test_want_of_memory_is_not_a_misshapen_weight(error: Exception) -> None:
             raise error
 
     loader_that(model, act)
-    with pytest.raises(PlanUnavailableError, match="Memory ran out while 'first"):
+    with pytest.raises(PlanUnavailableError, match="Memory ran out while 'lm_head"):
         make_plan(model, INFOS, "A")
-    with pytest.raises(ReloadError, match="Memory ran out while 'first.*serves what it served before"):
+    with pytest.raises(ReloadError, match=r"Memory ran out while 'lm_head.*serves what it served before"):
         reload_weights(model, A.items())
     assert (values(model), identities(model)) == before

@@ -174,7 +174,7 @@ def test_an_open_update_steps_aside_for_it() -> None:
 def test_an_update_that_vllm_opened_steps_aside_for_it() -> None:
     model = start()
     for ends in (abort_weight_update, finish_layerwise):
-        record_of(model).serving = type(record_of(model).serving)()  # as if nobody had asked
+        record_of(model).generation = type(record_of(model).generation)()  # as if nobody had asked
         open_layerwise(model)
         model.load_weights(iter(B.items()))
         assert status(model)[0].digest == digest_of(A)
@@ -236,7 +236,7 @@ def test_a_reload_waits_for_one_that_is_being_made(monkeypatch: pytest.MonkeyPat
     go_on.set()
     asking.join(10)
     reloading.join(10)
-    assert (found, record_of(model).serving.version) == ([digest_of(B)], 2)
+    assert (found, record_of(model).generation.version) == ([digest_of(B)], 2)
 
 
 def test_it_is_made_before_the_weights_go_to_sleep(made: list[str | None]) -> None:
