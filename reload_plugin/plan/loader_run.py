@@ -54,8 +54,9 @@ def load_all(load_weights: Callable[[Any], Any], feed: Feed, trace: LoadTrace) -
             raise
         except Exception as error:
             if _is_out_of_memory(error):
+                reason = f"{type(error).__name__}: {error}"
                 raise ReloadError(
-                    f"Memory ran out while {trace.current!r} was loaded: {error}. {SERVES_OLD}"
+                    f"Memory ran out while {trace.current!r} was loaded ({reason}). {SERVES_OLD}"
                 ) from error
             _note_rejection(trace, error)  # loaders raise anything; every offender is collected
         if len(trace.loaded.shapes) == seen and trace.mismatches.count > LIMIT:

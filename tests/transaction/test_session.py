@@ -41,7 +41,6 @@ from reload_plugin.errors import (
     UnexpectedWeightsError,
     WeightsError,
 )
-from reload_plugin.transaction.known import plan_listing
 from reload_plugin.plan.known_checkpoint import KnownCheckpoint
 from reload_plugin.process import native_handles as native
 from reload_plugin.record import staged_storage
@@ -55,6 +54,7 @@ from reload_plugin.record.staged_storage import POISON
 from reload_plugin.tensors import storage_id
 from reload_plugin.transaction import group_pipeline
 from reload_plugin.transaction.engine_state import state_of
+from reload_plugin.transaction.known import plan_listing
 from reload_plugin.verify import digest
 from reload_plugin.vllm_hooks import plugin
 
