@@ -2,15 +2,15 @@
 
 from ..plan.source import Destinations, DirectRead, Ranged, Source, Span, Stream, TensorInfo
 from .detect import open_source
-from .file_source import Checkpoint
+from .file_source import FileSource
 from .folder import open_folder, open_start, start_stamps
 from .formats.transformers_model import from_transformers
-from .stores import HostCopy, Overlay, SpillFile, give_back, in_a_file, kept_open, layers_of
+from .stores import HostCopy, Overlay, SpillFile, close_source, held_open, overlaid_sources, spill_to_file
 
 __all__ = [
-    "Checkpoint",
     "Destinations",
     "DirectRead",
+    "FileSource",
     "HostCopy",
     "Overlay",
     "Ranged",
@@ -19,13 +19,13 @@ __all__ = [
     "SpillFile",
     "Stream",
     "TensorInfo",
+    "close_source",
     "from_transformers",
-    "give_back",
-    "in_a_file",
-    "kept_open",
-    "layers_of",
+    "held_open",
     "open_folder",
     "open_source",
     "open_start",
+    "overlaid_sources",
+    "spill_to_file",
     "start_stamps",
 ]

@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
 from ..errors import SHOWN, SourceError
-from .file_source import Checkpoint
+from .file_source import FileSource
 from .formats.dcp_files import METADATA, SHARD_FILE, DcpSource, ShardedSafetensorsSource
 from .formats.fsdp_files import RANK_FILE, FsdpSource
 from .formats.olmo_files import OlmoSource, is_olmo
@@ -33,7 +33,7 @@ _INSIDE = re.compile(r"(pytorch_model_fsdp_\d+|actor|policy|model|weights|checkp
 
 def open_source(
     path: str | Path, *, require_marker: str | None = None, within: str | None = None
-) -> Checkpoint:
+) -> FileSource:
     """The checkpoint at ``path``, whatever wrote it; for use without an engine too.
 
     Safetensors, files of torch.save, rank files of FSDP, torch.distributed.checkpoint and OLMo's files are
@@ -63,7 +63,7 @@ def open_source(
             raise SourceError(f"There is no file or folder {path}. {NEXT}")
     except (OSError, ValueError) as error:
         raise SourceError(f"{path} cannot be read: {error}. {NEXT}") from error
-    found.in_layer_order()
+    found.sort_by_layer()
     return found
 
 
@@ -84,11 +84,11 @@ def plain_safetensors(
     description: str,
     within: str | None = None,
     opened: Callable[[Sequence[str], str], SafetensorsSource] = SafetensorsSource,
-) -> Checkpoint:
+) -> FileSource:
     """Safetensors files as they are, or as OLMo means them; ``opened`` makes the source of those that are."""
     source = opened(files, description)
     refuse_stale(source.metadata)
-    if is_olmo(source.stored):
+    if is_olmo(source.stored_names):
         return OlmoSource(SafetensorsSource(files, description), within)
     return source
 
@@ -114,7 +114,7 @@ def check_numbers(folder: Path, names: Collection[str]) -> None:
 # -- a file ---------------------------------------------------------------------------------------
 
 
-def _of_file(file: Path, within: str | None) -> Checkpoint:
+def _of_file(file: Path, within: str | None) -> FileSource:
     if RANK_FILE.fullmatch(file.name) or SHARD_FILE.fullmatch(file.name) or file.suffix == ".distcp":
         raise SourceError(f"{file} is one rank's part of a checkpoint. Give the folder {file.parent}.")
     if file.name == METADATA:
@@ -142,7 +142,7 @@ def _begins(file: Path, with_: bytes, at: int = 0) -> bool:
 # -- a folder -------------------------------------------------------------------------------------
 
 
-def _of_folder(folder: Path, within: str | None) -> Checkpoint:
+def _of_folder(folder: Path, within: str | None) -> FileSource:
     present = {file.name for file in folder.iterdir()}
     plain = sorted(name for name in present if is_plain(name))
     if plain:
@@ -155,7 +155,7 @@ def _of_folder(folder: Path, within: str | None) -> Checkpoint:
     return other_than_safetensors(folder, within)
 
 
-def other_than_safetensors(folder: Path, within: str | None = None) -> Checkpoint:
+def other_than_safetensors(folder: Path, within: str | None = None) -> FileSource:
     """The checkpoint in a folder without safetensors files.
 
     Raises:
@@ -175,7 +175,7 @@ def other_than_safetensors(folder: Path, within: str | None = None) -> Checkpoin
     return _one_below(folder, present, within)
 
 
-def _safetensors(folder: Path, plain: list[str], present: set[str], within: str | None) -> Checkpoint:
+def _safetensors(folder: Path, plain: list[str], present: set[str], within: str | None) -> FileSource:
     index = read_index(folder, "model.safetensors.index.json", present)
     if index is None:
         check_numbers(folder, plain)
@@ -184,7 +184,7 @@ def _safetensors(folder: Path, plain: list[str], present: set[str], within: str 
     source = SafetensorsSource(files, str(folder))
     refuse_stale(source.metadata)
     check_index(*index, source.file_of, [Path(file).name for file in files])
-    return OlmoSource(source, within) if is_olmo(source.stored) else source
+    return OlmoSource(source, within) if is_olmo(source.stored_names) else source
 
 
 def _torch_files(folder: Path, present: set[str]) -> list[str]:
@@ -206,7 +206,7 @@ def _torch_files(folder: Path, present: set[str]) -> list[str]:
     return [str(folder / name) for name in sorted(found)]
 
 
-def _one_below(folder: Path, present: set[str], within: str | None) -> Checkpoint:
+def _one_below(folder: Path, present: set[str], within: str | None) -> FileSource:
     """Frameworks put the weights one folder below the one that they name."""
     below = sorted(name for name in present if (folder / name).is_dir())
     held = [name for name in below if not name.startswith("optim") and _holds_weights(folder / name)]

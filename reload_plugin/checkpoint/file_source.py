@@ -10,13 +10,13 @@ import torch
 from ..device.host_memory import HostPool
 from ..errors import SourceError
 from ..plan.source import Destinations, Stream, TensorInfo, layer_order
-from .io.places import Placed
+from .io.locations import TensorLocation
 from .io.read_batches import ReadBatch
-from .io.reading import read_in_batches, read_places
+from .io.reading import read_in_batches, read_locations
 from .io.stamps import Stamp, check_same, open_same
 
 
-class Checkpoint:
+class FileSource:
     """Tensors in files: listed without reading them, read one after the other with plain reads.
 
     Iterating gives (name, tensor) pairs in the order of the layers. At most one tensor, what is being read
@@ -35,7 +35,7 @@ class Checkpoint:
         self.stamps: dict[str, Stamp] = {}
         self.paths: dict[str, str] = {}
         """Where files are that places call by another name than their path."""
-        self._places: dict[str, Placed] = {}
+        self._locations: dict[str, TensorLocation] = {}
         self._open: Mapping[str, int] = {}
         """Descriptors of files that are kept open."""
 
@@ -50,21 +50,21 @@ class Checkpoint:
         return sum(info.nbytes for info in self.infos())
 
     @property
-    def stored(self) -> Collection[str]:
+    def stored_names(self) -> Collection[str]:
         """Every name, in stored order."""
-        return self._places.keys()
+        return self._locations.keys()
 
     def names(self) -> Sequence[str]:
         """Every name, by the number of the layer and then by name."""
         return sorted((info.name for info in self.infos()), key=layer_order)
 
-    def in_layer_order(self) -> None:
+    def sort_by_layer(self) -> None:
         """Make the order of the layers the stored order."""
-        self._places = {name: self._places[name] for name in self.names()}
+        self._locations = {name: self._locations[name] for name in self.names()}
 
     def infos(self) -> Sequence[TensorInfo]:
         """Every tensor, in stored order."""
-        return [place.info for place in self._places.values()]
+        return [place.info for place in self._locations.values()]
 
     def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
         return self.read(self.names())
@@ -84,9 +84,11 @@ class Checkpoint:
 
         """
         memory = HostPool() if pool is None else pool
-        batches = self._parcels(order)
+        batches = self._batches_of(order)
         places = (
-            [] if batches else [self._places[name] for name in (self._places if order is None else order)]
+            []
+            if batches
+            else [self._locations[name] for name in (self._locations if order is None else order)]
         )
         files = self.paths if batches else dict.fromkeys(file for place in places for file in place.files)
         paths = {file: self.paths.get(file, file) for file in files}
@@ -97,18 +99,18 @@ class Checkpoint:
                 if batches:
                     yield from read_in_batches(batches, handles, paths, memory, destinations)
                 else:
-                    yield from read_places(places, handles, memory, destinations)
+                    yield from read_locations(places, handles, memory, destinations)
                 check_same(self.stamps, self._open)
             except OSError as error:
                 raise SourceError(f"{self.description} could not be read: {error}.") from error
 
-    def _parcels(self, order: Sequence[str] | None) -> Sequence[ReadBatch]:
-        """The tensors in ``order``, sorted into parcels that are kept; empty where nothing is kept."""
+    def _batches_of(self, order: Sequence[str] | None) -> Sequence[ReadBatch]:
+        """The tensors in ``order``, sorted into batches that are kept; empty where nothing is kept."""
         del order
         return ()
 
     @contextlib.contextmanager
-    def kept_open(self) -> Iterator[None]:
+    def held_open(self) -> Iterator[None]:
         """While entered, its files can be read though they are deleted, or others come to have their names.
 
         Does nothing for more files than a quarter of those that the process may open.
@@ -119,7 +121,7 @@ class Checkpoint:
 
         """
         with contextlib.ExitStack() as stack:
-            if not self._open and len(self.stamps) <= _may_open() // 4:
+            if not self._open and len(self.stamps) <= _open_file_limit() // 4:
                 self._open = open_same(self.stamps, self.stamps, stack)
                 stack.callback(setattr, self, "_open", {})
             yield
@@ -136,7 +138,7 @@ class Checkpoint:
         return True
 
 
-def _may_open() -> int:
+def _open_file_limit() -> int:
     """How many files this process may have open."""
     try:
         import resource

@@ -16,9 +16,9 @@ import torch
 from ..device.host_memory import HostPool
 from ..errors import SourceError
 from ..plan.source import Destinations, Source, Stream, TensorInfo
-from .file_source import Checkpoint
-from .io.places import Place
-from .io.reading import read_places
+from .file_source import FileSource
+from .io.locations import ContiguousLocation
+from .io.reading import read_locations
 
 SPILL_DIRECTORY = "RELOAD_PLUGIN_SPILL_DIR"
 """Environment variable: where spill files go when the caller names no folder (else the system's)."""
@@ -44,7 +44,7 @@ class SpillFile:
         self.folder = folder or os.environ.get(SPILL_DIRECTORY) or tempfile.gettempdir()
         self.nbytes = 0
         """Of the file, which grows no further while the weights that are added replace others."""
-        self._places: dict[str, Place] = {}
+        self._locations: dict[str, ContiguousLocation] = {}
         self._free: dict[int, list[int]] = defaultdict(list)
         """Bytes -> where so many lie that no weight needs any more."""
         try:
@@ -62,7 +62,7 @@ class SpillFile:
         info = TensorInfo(name, tuple(tensor.shape), tensor.dtype)
         free = self._free[tensor.nbytes]
         start = free.pop() if free else self.nbytes
-        place = Place(info, self.description, start, tensor.nbytes)
+        place = ContiguousLocation(info, self.description, start, tensor.nbytes)
         try:
             self._write(tensor, start)
         except OSError as error:
@@ -73,8 +73,8 @@ class SpillFile:
                     self._file.truncate(start)
             raise self._failed(error) from error
         self.nbytes = max(self.nbytes, start + place.nbytes)
-        before = self._places.get(name)
-        self._places[name] = place
+        before = self._locations.get(name)
+        self._locations[name] = place
         if before is not None:
             self._free[before.nbytes].append(before.start)
 
@@ -95,13 +95,13 @@ class SpillFile:
         )
 
     def __len__(self) -> int:
-        return len(self._places)
+        return len(self._locations)
 
     def __contains__(self, name: str) -> bool:
-        return name in self._places
+        return name in self._locations
 
     def infos(self) -> Sequence[TensorInfo]:
-        return [place.info for place in self._places.values()]
+        return [place.info for place in self._locations.values()]
 
     def read(
         self,
@@ -109,10 +109,10 @@ class SpillFile:
         pool: HostPool | None = None,
         destinations: Destinations | None = None,
     ) -> Stream:
-        places = [self._places[name] for name in (self._places if order is None else order)]
+        places = [self._locations[name] for name in (self._locations if order is None else order)]
         handles = {self.description: self._file.fileno()}
         try:
-            yield from read_places(places, handles, HostPool() if pool is None else pool, destinations)
+            yield from read_locations(places, handles, HostPool() if pool is None else pool, destinations)
         except OSError as error:
             raise SourceError(f"The spill file of {self.description} could not be read: {error}.") from error
 
@@ -182,17 +182,17 @@ class Overlay:
     """
 
     def __init__(self, *sources: Source) -> None:
-        layers = [layer for source in sources for layer in layers_of(source)]
+        layers = [layer for source in sources for layer in overlaid_sources(source)]
         self._infos: dict[str, TensorInfo] = {}
         self._owner: dict[str, Source] = {}
         for layer in layers:
             for info in layer.infos() or ():
                 self._infos[info.name], self._owner[info.name] = info, layer
         seen = {id(layer) for layer in self._owner.values()}
-        self.layers: Sequence[Source] = [layer for layer in layers if id(layer) in seen]
+        self.sources: Sequence[Source] = [layer for layer in layers if id(layer) in seen]
         """Those of which something still shows, the lowest first."""
         self.description = " over ".join(layer.description for layer in (layers[-1], *layers[:1]))
-        self.in_order = all(getattr(layer, "in_order", True) for layer in self.layers)
+        self.in_order = all(getattr(layer, "in_order", True) for layer in self.sources)
         """Whether ``read`` keeps to the order it is asked for."""
 
     def infos(self) -> Sequence[TensorInfo]:
@@ -210,23 +210,23 @@ class Overlay:
             yield from self._owner[some[0]].read(some, pool, destinations)
 
     def unchanged(self) -> bool:
-        return all(layer.unchanged() for layer in self.layers)
+        return all(layer.unchanged() for layer in self.sources)
 
     def close(self) -> None:
         """Give back what any of them holds."""
-        for layer in self.layers:
-            give_back(layer)
+        for layer in self.sources:
+            close_source(layer)
 
 
-def layers_of(source: Source | None) -> Sequence[Source]:
+def overlaid_sources(source: Source | None) -> Sequence[Source]:
     """A source as what it is made of, the lowest first."""
     if source is None:
         return ()
-    return source.layers if isinstance(source, Overlay) else (source,)
+    return source.sources if isinstance(source, Overlay) else (source,)
 
 
 @contextlib.contextmanager
-def kept_open(source: Source | None) -> Iterator[None]:
+def held_open(source: Source | None) -> Iterator[None]:
     """While entered, a source can be read though its files are deleted, or others come to have their names.
 
     Raises:
@@ -235,20 +235,20 @@ def kept_open(source: Source | None) -> Iterator[None]:
 
     """
     with contextlib.ExitStack() as stack:
-        for layer in layers_of(source):
-            if isinstance(layer, Checkpoint):
-                stack.enter_context(layer.kept_open())
+        for layer in overlaid_sources(source):
+            if isinstance(layer, FileSource):
+                stack.enter_context(layer.held_open())
         yield
 
 
-def give_back(source: Source | None) -> None:
+def close_source(source: Source | None) -> None:
     """Close a source that holds something; most hold nothing between two readings."""
     close = getattr(source, "close", None)
     if close is not None:
         close()
 
 
-def in_a_file(kept: HostCopy, folder: str | None) -> SpillFile:
+def spill_to_file(kept: HostCopy, folder: str | None) -> SpillFile:
     """The same weights in a spill file. ``kept`` stays the caller's.
 
     Raises:

@@ -166,7 +166,7 @@ class Allocator(NamedTuple):
     name: str
     unused: Callable[[], int] | None
     """Bytes it holds in memory for later; None where it does not say."""
-    give_back: Callable[[int], object]
+    release: Callable[[int], object]
     """At least so many of them to the system, if there are so many; glibc's gives back all it can."""
     keep: Callable[[int, int], object] | None = None
     """From now on hold so many unused bytes, of blocks that are smaller than so many; None where it does that
@@ -235,7 +235,7 @@ def keep_within(limit: int, nbytes: int) -> None:
     excess = resident() + max(0, nbytes - at_hand) - limit
     if excess > 0:
         collect_young()
-        found.give_back(excess)
+        found.release(excess)
 
 
 @dataclass
@@ -258,7 +258,7 @@ class Growth:
         """A reload is over: have the heap give back what it does not use, if that may be too much."""
         now = resident()
         if self.least is None or now - self.least > KEPT + IDLE:
-            found.give_back(0)
+            found.release(0)
             self.least = resident()
 
 
@@ -278,4 +278,4 @@ def settle_heap() -> None:
     if found.unused is None:
         growth.settle(found)
     elif (excess := found.unused() - IDLE) > 0:
-        found.give_back(excess)
+        found.release(excess)

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from .. import vllm_api
-from ..checkpoint import HostCopy, Source, SpillFile, TensorInfo, give_back, in_a_file, open_folder
+from ..checkpoint import HostCopy, Source, SpillFile, TensorInfo, close_source, open_folder, spill_to_file
 from ..checkpoint.config import check_config
 from ..device.available_memory import available
 from ..device.gc_pause import full_gc_paused
@@ -242,7 +242,7 @@ def _collected(weights: Weights, chosen: ReloadOptions, in_memory: int | None) -
                 mismatches.nonfinite[name] = reason
             kept.add(name, tensor)
             if isinstance(kept, HostCopy) and trace.loaded.nbytes > (in_memory or 0):
-                in_file = in_a_file(kept, chosen.spill_dir)
+                in_file = spill_to_file(kept, chosen.spill_dir)
                 kept.close()
                 kept = in_file
         if mismatches:
@@ -414,7 +414,7 @@ def _partially(model: nn.Module, record: ModelRecord, top: Source, chosen: Reloa
         if base is None:
             report = update_in_place(model, record, top, chosen)
             replace_rollback_source(record, None)
-            give_back(top)
+            close_source(top)
             return report
         whole, changed = laid_over(model, record, base, top)
         asked = chosen.model_copy(update={"partial": False, "keep_load_format": None})
@@ -431,7 +431,7 @@ def _partially(model: nn.Module, record: ModelRecord, top: Source, chosen: Reloa
             record.has_cross_group_effects = True
             report = _from_source(model, record, whole, asked)
     except BaseException:
-        give_back(top)
+        close_source(top)
         raise
     with contextlib.suppress(SourceError):  # else both stay, one over the other
         record.rollback_source = absorbed(whole, chosen.spill_dir)

@@ -17,7 +17,7 @@ from typing import Any
 from torch import nn
 
 from .. import vllm_api
-from ..checkpoint import Source, TensorInfo, give_back, kept_open, layers_of, open_start
+from ..checkpoint import Source, TensorInfo, close_source, held_open, open_start, overlaid_sources
 from ..checkpoint.formats.safetensors_files import SafetensorsSource
 from ..errors import EngineBrokenError, ReloadError, SessionError, SourceError
 from ..interrupts import call_held, held
@@ -265,7 +265,7 @@ def _hold_rollback_source(
     """Keep the files of the served weights open: a trainer may delete them just when the next ones come."""
     has_rollback_source(model, record)  # for what the engine started from
     try:
-        stack.enter_context(kept_open(record.rollback_source))
+        stack.enter_context(held_open(record.rollback_source))
     except (OSError, SourceError) as error:
         full = isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE)
         if policy == "streaming" and not full:
@@ -355,10 +355,10 @@ def after_commit(
 def replace_rollback_source(record: ModelRecord, source: Source | None) -> None:
     """The served weights come from ``source`` now; what the old one holds is given back."""
     old, record.rollback_source = record.rollback_source, source
-    kept = {id(layer) for layer in layers_of(source)}
-    for layer in layers_of(old):
+    kept = {id(layer) for layer in overlaid_sources(source)}
+    for layer in overlaid_sources(old):
         if id(layer) not in kept:
-            give_back(layer)
+            close_source(layer)
 
 
 # -- one weight update at a time, and none half served --------------------------------------------

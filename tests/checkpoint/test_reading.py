@@ -16,7 +16,7 @@ from reload_plugin.checkpoint import DirectRead, TensorInfo
 from reload_plugin.checkpoint.formats.safetensors_files import SafetensorsSource
 from reload_plugin.checkpoint.io import read_batches, readahead, vectored
 from reload_plugin.checkpoint.io import reading as reading_module
-from reload_plugin.checkpoint.io.places import Place
+from reload_plugin.checkpoint.io.locations import ContiguousLocation
 from reload_plugin.errors import SourceError
 from reload_plugin.load.completeness import Completeness
 from reload_plugin.plan.arrivals import Loaded
@@ -145,7 +145,9 @@ def test_a_cut_file_and_its_tensor_are_named(tmp_path: Path) -> None:
     list(source_of(tmp_path / "1").read(ORDER, destinations=StackedRoom()))
     save(tmp_path / "2", seed=2)
     source, second = source_of(tmp_path / "2"), tmp_path / "2" / "model-1.safetensors"
-    last = max((place for place in source.places if place.file == second.name), key=lambda place: place.start)
+    last = max(
+        (place for place in source.locations if place.file == second.name), key=lambda place: place.start
+    )
     reading = source.read(ORDER, destinations=StackedRoom())
     next(reading)
     os.truncate(second, second.stat().st_size - 4)
@@ -161,9 +163,9 @@ def test_reads_that_stop_early_go_on_where_they_stopped(
 ) -> None:
     preadv, lengths = vectored.preadv, itertools.cycle([1, 7, 50])
 
-    def some(handle: int, parts: vectored.Parts, start: int, flags: int = 0) -> int:
+    def some(handle: int, parts: vectored.IoVec, start: int, flags: int = 0) -> int:
         (address, nbytes), *_ = parts.tolist()
-        return preadv(handle, vectored.parts_at([address], [min(next(lengths), nbytes)]), start, flags)
+        return preadv(handle, vectored.iovec_of([address], [min(next(lengths), nbytes)]), start, flags)
 
     tensors, destinations = save(tmp_path / "1", seed=1), StackedRoom()
     monkeypatch.setattr(vectored, "preadv", some)
@@ -211,7 +213,7 @@ def test_what_is_large_is_read_in_pieces_by_a_team(
 ) -> None:
     preadv, reads = vectored.preadv, []
 
-    def noting(handle: int, parts: vectored.Parts, start: int, flags: int = 0) -> int:
+    def noting(handle: int, parts: vectored.IoVec, start: int, flags: int = 0) -> int:
         reads.append(sum(nbytes for _, nbytes in parts.tolist()))
         return preadv(handle, parts, start, flags)
 
@@ -246,7 +248,7 @@ def spare_cores(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     readers: list[str] = []
     preadv = vectored.preadv
 
-    def noting(handle: int, parts: vectored.Parts, start: int, flags: int = 0) -> int:
+    def noting(handle: int, parts: vectored.IoVec, start: int, flags: int = 0) -> int:
         readers.append(threading.current_thread().name)
         time.sleep(0.001)  # so that no reader does all the work before the others have begun
         return preadv(handle, parts, start, flags)
@@ -271,11 +273,13 @@ def test_several_readers_bring_what_one_does(tmp_path: Path, spare_cores: list[s
 
 
 def test_threads_that_only_read_have_half_as_much_each_as_a_team(monkeypatch: pytest.MonkeyPatch) -> None:
-    places = [Place(TensorInfo(str(n), (25,), torch.float32), "file", 100 * n, 100) for n in range(6)]
+    places = [
+        ContiguousLocation(TensorInfo(str(n), (25,), torch.float32), "file", 100 * n, 100) for n in range(6)
+    ]
     monkeypatch.setattr(readahead, "_cores", torch.get_num_threads)
-    assert [len(parcel.places) for parcel in read_batches.read_batches_of(places)] == [3, 3]
+    assert [len(batch.locations) for batch in read_batches.read_batches_of(places)] == [3, 3]
     monkeypatch.setattr(readahead, "_cores", lambda: torch.get_num_threads() + 8)
-    assert [len(parcel.places) for parcel in read_batches.read_batches_of(places)] == [2, 2, 2]
+    assert [len(batch.locations) for batch in read_batches.read_batches_of(places)] == [2, 2, 2]
 
 
 def test_what_one_of_the_readers_meets_is_raised_and_all_of_them_end(
@@ -310,7 +314,7 @@ class Storage:
         assert advice == os.POSIX_FADV_WILLNEED
         self.told.update((handle, byte) for byte in range(start, start + nbytes))
 
-    def _read(self, handle: int, parts: vectored.Parts, start: int, flags: int = 0) -> int:
+    def _read(self, handle: int, parts: vectored.IoVec, start: int, flags: int = 0) -> int:
         self.tries += flags == os.RWF_NOWAIT
         if flags and not self._cached:
             raise OSError(self._refusal, os.strerror(self._refusal))

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from reload_plugin.checkpoint import HostCopy, Overlay, Source, SpillFile, layers_of
+from reload_plugin.checkpoint import HostCopy, Overlay, Source, SpillFile, overlaid_sources
 from reload_plugin.checkpoint.formats.safetensors_files import SafetensorsSource
 from reload_plugin.errors import SourceError
 from reload_plugin.transaction import partial
@@ -70,7 +70,7 @@ def after(*updates: Source) -> Source:
 def test_many_updates_go_to_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(partial, "SMALL_UPDATE", 40)
     served = after(step(tmp_path, 0, "abcd"), kept("host", 1, "ab"), kept("host", 2, "b"))
-    assert [type(layer) for layer in layers_of(served)] == [SafetensorsSource, SpillFile]
+    assert [type(layer) for layer in overlaid_sources(served)] == [SafetensorsSource, SpillFile]
     assert values(after(served, kept("host", 3, "c"))) == {"a": [1], "b": [2], "c": [3], "d": [0]}
 
 
@@ -97,7 +97,7 @@ def test_updates_of_any_weights_do_not_pile_up_either(tmp_path: Path) -> None:
         some = chance.sample(names, chance.randint(1, 3))
         served = absorbed(Overlay(served, step(tmp_path, number, "".join(some))))
         wanted |= {name: [float(number)] for name in some}
-        assert len(layers_of(served)) <= len(names)
+        assert len(overlaid_sources(served)) <= len(names)
     assert values(served) == wanted
     assert served.unchanged()
 

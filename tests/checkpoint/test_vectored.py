@@ -38,9 +38,9 @@ def memory() -> np.ndarray:
     return np.zeros(4096, dtype=np.uint8)
 
 
-def parts_in(memory: np.ndarray, places: list[tuple[int, int]]) -> vectored.Parts:
+def parts_in(memory: np.ndarray, places: list[tuple[int, int]]) -> vectored.IoVec:
     base = memory.ctypes.data
-    return vectored.parts_at([base + start for start, _ in places], [nbytes for _, nbytes in places])
+    return vectored.iovec_of([base + start for start, _ in places], [nbytes for _, nbytes in places])
 
 
 @pytest.mark.usefixtures("either")
@@ -89,7 +89,7 @@ def test_what_is_left_is_the_rest_in_order(sizes: list[int], data: st.DataObject
     first = data.draw(st.integers(0, sum(sizes) - 1))
     addresses = [1000 * number for number in range(1, len(sizes) + 1)]
     whole = [address + byte for address, size in zip(addresses, sizes, strict=True) for byte in range(size)]
-    left = vectored.from_byte(vectored.parts_at(addresses, sizes), first)
+    left = vectored.from_byte(vectored.iovec_of(addresses, sizes), first)
     assert [address + byte for address, size in left.tolist() for byte in range(size)] == whole[first:]
     assert all(size for _, size in left.tolist())
 

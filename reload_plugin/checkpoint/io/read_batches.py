@@ -11,8 +11,8 @@ import numpy as np
 import numpy.typing as npt
 
 from ...plan.source import Destinations, DirectRead
-from .places import Assembly, Place
-from .readahead import SHARED, spare_readers
+from .locations import AssembledLocation, ContiguousLocation
+from .readahead import SHARED, reader_thread_count
 from .vectored import IOV_MAX
 
 BATCH = 16 << 20
@@ -54,7 +54,7 @@ class DirectReadPlan:
 class ReadBatch:
     """Tensors that one request reads. May be kept for the next reading of the same listing."""
 
-    places: Sequence[Place | Assembly]
+    locations: Sequence[ContiguousLocation | AssembledLocation]
     nbytes: int
     _landing: tuple[object, DirectReadPlan | None] = (None, None)
     """The last answer of ``direct_read_plan``, and the key it was found by."""
@@ -72,10 +72,10 @@ class ReadBatch:
         return plan
 
     def _direct_read_plan_in(self, destinations: Destinations) -> DirectReadPlan | None:
-        places = [place for place in self.places if isinstance(place, Place)]
+        places = [place for place in self.locations if isinstance(place, ContiguousLocation)]
         targets = (
             destinations.targets([place.info for place in places])
-            if len(places) == len(self.places)
+            if len(places) == len(self.locations)
             else None
         )
         if targets is None:
@@ -94,7 +94,7 @@ class ReadBatch:
     def extents(self) -> Sequence[tuple[str, int, int]]:
         """File, first byte and end of what it reads; neighbours together."""
         found: list[tuple[str, int, int]] = []
-        for file, start, end in (extent for place in self.places for extent in place.extents):
+        for file, start, end in (extent for place in self.locations for extent in place.extents):
             if found and found[-1][0] == file and found[-1][2] == start:
                 start = found.pop()[1]
             found.append((file, start, end))
@@ -102,12 +102,12 @@ class ReadBatch:
 
     def place_at(self, file: str, path: str, position: int) -> tuple[str, str]:
         """The tensor that a byte of a file belongs to, behind the file's path."""
-        inside = (p for p in self.places if isinstance(p, Place) and p.file == file)
+        inside = (p for p in self.locations if isinstance(p, ContiguousLocation) and p.file == file)
         return path, next(p.info.name for p in inside if p.start <= position < p.start + p.nbytes)
 
 
 def _file_ranges(
-    places: Sequence[Place], targets: Sequence[tuple[int, int]]
+    places: Sequence[ContiguousLocation], targets: Sequence[tuple[int, int]]
 ) -> tuple[list[FileRange], npt.NDArray[np.int64]]:
     """Neighbours in a file together, and in memory too where they are neighbours in both; and their parts."""
     found: list[FileRange] = []
@@ -139,10 +139,10 @@ def _file_ranges(
     return found, np.array(parts, dtype=np.int64).reshape(-1, 3).T.copy()
 
 
-def read_batches_of(places: Iterable[Place | Assembly]) -> Iterator[ReadBatch]:
+def read_batches_of(places: Iterable[ContiguousLocation | AssembledLocation]) -> Iterator[ReadBatch]:
     """Tensors that are read by one request: small ones together."""
-    enough = BATCH // 2 if spare_readers() > 0 else BATCH
-    batch: list[Place | Assembly] = []
+    enough = BATCH // 2 if reader_thread_count() > 0 else BATCH
+    batch: list[ContiguousLocation | AssembledLocation] = []
     nbytes = 0
     for place in places:
         batch.append(place)

@@ -18,7 +18,7 @@ import torch
 from ...device.openmp import run_on_openmp_threads
 from ...errors import SourceError
 from . import vectored
-from .vectored import IOV_MAX, Parts
+from .vectored import IOV_MAX, IoVec
 
 SHARED = 1 << 20
 """Bytes that one thread of a team reads at a time."""
@@ -73,7 +73,7 @@ class Run(NamedTuple):
 
     handle: int
     start: int
-    parts: Parts
+    parts: IoVec
     nbytes: int
     """Of all parts."""
     place_at: Callable[[int], tuple[str, str]]
@@ -89,7 +89,7 @@ class PageCache:
     missed: bool = not hasattr(os, "RWF_NOWAIT")
     """Whether a read had to wait for the storage, or would not say."""
 
-    def read(self, handle: int, parts: Parts, position: int) -> int:
+    def read(self, handle: int, parts: IoVec, position: int) -> int:
         """``preadv``, which looks whether it has to wait until one had to."""
         if not self.missed:
             try:
@@ -152,7 +152,7 @@ class ReadAhead:
 
     def __init__(self) -> None:
         self.cache = PageCache()
-        self._wanted = spare_readers()
+        self._wanted = reader_thread_count()
         self.threaded = self._wanted > 0
         self._batches: queue.SimpleQueue[Batch | None] = queue.SimpleQueue()
         self._stop = False
@@ -186,7 +186,7 @@ class ReadAhead:
             batch.read()
 
 
-def spare_readers() -> int:
+def reader_thread_count() -> int:
     """Threads that may read beside those of the kernels; none or fewer if there are no cores for any."""
     return min(READERS, _cores() - torch.get_num_threads())
 
@@ -217,7 +217,7 @@ def runs_of(pieces: Sequence[Piece]) -> list[Run]:
 
 def _run_of(pieces: Sequence[Piece]) -> Run:
     sizes = [piece.nbytes for piece in pieces]
-    parts = vectored.parts_at([piece.address for piece in pieces], sizes)
+    parts = vectored.iovec_of([piece.address for piece in pieces], sizes)
     return Run(pieces[0].handle, pieces[0].start, parts, sum(sizes), functools.partial(_place_at, pieces))
 
 

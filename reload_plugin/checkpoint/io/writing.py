@@ -166,7 +166,7 @@ def index_of(plans: Sequence[FilePlan], metadata: Mapping[str, str]) -> str:
 
 
 @contextlib.contextmanager
-def appearing(target: Path, overwrite: bool) -> Iterator[Path]:
+def written_atomically(target: Path, overwrite: bool) -> Iterator[Path]:
     """A path beside ``target`` to make a file or folder at; it takes the name of ``target`` at the end.
 
     However the block ends otherwise, also by Ctrl-C, nothing is left of it. With ``overwrite`` what is there
@@ -184,7 +184,7 @@ def appearing(target: Path, overwrite: bool) -> Iterator[Path]:
         yield partial
         if partial.is_dir():
             sync_folder(partial)
-        back = _put(partial, target, overwrite)
+        back = _rename_into_place(partial, target, overwrite)
         try:
             sync_folder(target.parent)
         except BaseException:
@@ -211,7 +211,7 @@ def _refuse_existing(target: Path, overwrite: bool) -> None:
         )
 
 
-def _put(partial: Path, target: Path, overwrite: bool) -> int:
+def _rename_into_place(partial: Path, target: Path, overwrite: bool) -> int:
     """Give ``target`` its name; returns the kind of rename that would take it back."""
     if target.is_dir() and not target.is_symlink() and not any(target.iterdir()):
         target.rmdir()

@@ -19,7 +19,7 @@ PLAIN = frozenset(
         "numpy.dtype",
     }
 )
-"""What lies beside the weights in a trainer's file. None of it is made: it stays ``Inert``."""
+"""What lies beside the weights in a trainer's file. None of it is made: it stays ``OpaqueObject``."""
 
 NOT_STORED = frozenset(
     {

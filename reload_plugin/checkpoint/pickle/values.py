@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 
-class Refused(pickle.UnpicklingError):
+class RefusedPickleError(pickle.UnpicklingError):
     """The pickle asks for something that is not on the list."""
 
 
@@ -45,7 +45,7 @@ class StoredTensor:
         return self.storage.start + self.offset * self.dtype.itemsize
 
 
-class Inert:
+class OpaqueObject:
     """An object that was not made: the name of its class, what it was called with, its state."""
 
     __slots__ = ("args", "kind", "state")
@@ -62,7 +62,7 @@ class Inert:
         return self.state.get(name, default) if isinstance(self.state, dict) else default
 
 
-class Ordered(dict[Any, Any]):
+class StoredDict(dict[Any, Any]):
     """An OrderedDict, and the attributes that were hung on it."""
 
     __slots__ = ("attributes",)

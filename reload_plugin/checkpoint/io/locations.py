@@ -10,7 +10,7 @@ from ...plan.source import TensorInfo
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class ContiguousLocation:
     """Where a tensor lies in one piece: file (or what its checkpoint calls it), first byte, bytes."""
 
     info: TensorInfo
@@ -30,7 +30,7 @@ class Place:
 
 
 @dataclass(frozen=True)
-class Part:
+class StoredBox:
     """A box of a tensor, and how its elements lie in a file."""
 
     offsets: tuple[int, ...]
@@ -64,11 +64,11 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Assembly:
+class AssembledLocation:
     """A tensor that is put together from parts, which cover it and do not overlap."""
 
     info: TensorInfo
-    parts: tuple[Part, ...]
+    parts: tuple[StoredBox, ...]
 
     @property
     def files(self) -> tuple[str, ...]:
@@ -88,20 +88,20 @@ class Assembly:
 
 
 @dataclass(frozen=True)
-class Deferred:
+class UnresolvedLocation:
     """A tensor whose exact places are looked up when it is about to be read."""
 
     info: TensorInfo
     files: tuple[str, ...]
-    resolve: Callable[[Mapping[str, int]], Assembly] = field(repr=False, compare=False)
+    resolve: Callable[[Mapping[str, int]], AssembledLocation] = field(repr=False, compare=False)
     """Descriptors by file -> where it lies."""
 
 
-Placed = Place | Assembly | Deferred
+TensorLocation = ContiguousLocation | AssembledLocation | UnresolvedLocation
 
 
-def placed(info: TensorInfo, part: Part) -> Place | Assembly:
+def location_of(info: TensorInfo, part: StoredBox) -> ContiguousLocation | AssembledLocation:
     """A tensor that lies in one file, in whatever layout."""
     if not part.numel or part.in_one_piece:
-        return Place(info, part.file, part.start, part.numel * info.dtype.itemsize)
-    return Assembly(info, (part,))
+        return ContiguousLocation(info, part.file, part.start, part.numel * info.dtype.itemsize)
+    return AssembledLocation(info, (part,))
