@@ -1,4 +1,4 @@
-"""What a path holds: one place that knows every format."""
+"""Format detection: the one place that knows every format, by file names and first bytes."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ _INSIDE = re.compile(r"(pytorch_model_fsdp_\d+|actor|policy|model|weights|checkp
 def open_source(
     path: str | Path, *, require_marker: str | None = None, within: str | None = None
 ) -> FileSource:
-    """The checkpoint at ``path``, whatever wrote it; for use without an engine too.
+    """Open the checkpoint at ``path`` in any format; works without an engine.
 
-    Safetensors, files of torch.save, rank files of FSDP, torch.distributed.checkpoint and OLMo's files are
-    told apart by what is there. Nothing in them is run. Only names, shapes and dtypes are read now.
+    Knows safetensors, files of torch.save, rank files of FSDP, torch.distributed.checkpoint and OLMo's files.
+    Runs nothing that a file contains. Reads names, shapes and dtypes now, and weights when iterated.
 
     Args:
         path: a file or a folder.
@@ -48,7 +48,7 @@ def open_source(
         ``names()`` and iteration are in the order of the layers; ``infos()`` and ``read()`` too.
 
     Raises:
-        SourceError: nothing is there, or it is not whole, or another format; then it says what to use.
+        SourceError: nothing is there, it is incomplete, or of another format; the message says what to do.
 
     """
     place = Path(path)
@@ -85,7 +85,7 @@ def plain_safetensors(
     within: str | None = None,
     opened: Callable[[Sequence[str], str], SafetensorsSource] = SafetensorsSource,
 ) -> FileSource:
-    """Safetensors files as they are, or as OLMo means them; ``opened`` makes the source of those that are."""
+    """Safetensors files, read as OLMo's where their names say so; ``opened`` makes the source of others."""
     source = opened(files, description)
     refuse_stale(source.metadata)
     if is_olmo(source.stored_names):

@@ -1,4 +1,4 @@
-"""A checkpoint in files, of any format: the part that is the same for all."""
+"""Tensors that lie at known locations in open files: what the readers of all formats share."""
 
 from __future__ import annotations
 
@@ -17,13 +17,14 @@ from .io.stamps import Stamp, check_same, open_same
 
 
 class FileSource:
-    """Tensors in files: listed without reading them, read one after the other with plain reads.
+    """A checkpoint whose tensors lie at known locations in files. Listed without reading weights.
 
-    Iterating gives (name, tensor) pairs in the order of the layers. At most one tensor, what is being read
-    ahead (32 MiB) and a buffer of 8 MiB are in memory beside what the caller holds.
+    A format's reader fills ``stamps`` and ``_locations``; everything else is here. Iterating gives (name,
+    tensor) pairs in the order of the layers. Memory beside what the caller holds: one tensor, 32 MiB of
+    read-ahead and a buffer of 8 MiB.
 
     Attributes:
-        description: what messages call it; the path.
+        description: the path, for messages.
         format: one word: ``safetensors``, ``torch``, ``fsdp``, ``dcp``, ``olmo`` or ``transformers``.
         stamps: file -> size, time and inode when its listing was read.
 
@@ -34,10 +35,10 @@ class FileSource:
         self.format = kind
         self.stamps: dict[str, Stamp] = {}
         self.paths: dict[str, str] = {}
-        """Where files are that places call by another name than their path."""
+        """Name of a file in the locations -> its path, where the two differ."""
         self._locations: dict[str, TensorLocation] = {}
         self._open: Mapping[str, int] = {}
-        """Descriptors of files that are kept open."""
+        """Path -> descriptor, while ``held_open`` is entered."""
 
     @property
     def files(self) -> Sequence[str]:
@@ -59,7 +60,7 @@ class FileSource:
         return sorted((info.name for info in self.infos()), key=layer_order)
 
     def sort_by_layer(self) -> None:
-        """Make the order of the layers the stored order."""
+        """From now on list and read in the order of the layers by default."""
         self._locations = {name: self._locations[name] for name in self.names()}
 
     def infos(self) -> Sequence[TensorInfo]:
@@ -75,12 +76,14 @@ class FileSource:
         pool: HostPool | None = None,
         destinations: Destinations | None = None,
     ) -> Stream:
-        """Read ahead by up to 32 MiB on a thread of its own; close the iterator before memory that
-        ``destinations`` gave goes away. Memory that the caller has let go of is used again for later tensors.
+        """Read tensors, up to 32 MiB ahead of the caller on threads of its own.
+
+        Close the iterator before releasing memory that ``destinations`` gave. The pool's memory is used again
+        for later tensors once the caller holds no reference to it.
 
         Raises:
-            SourceError: a file cannot be read, or changed since it was listed; also at the end, so that
-                what came before is not to be trusted until the iterator is through.
+            SourceError: a file cannot be read, or changed since it was listed. The last check comes after the
+                last tensor: only a finished iterator vouches for what it gave.
 
         """
         memory = HostPool() if pool is None else pool
@@ -105,13 +108,13 @@ class FileSource:
                 raise SourceError(f"{self.description} could not be read: {error}.") from error
 
     def _batches_of(self, order: Sequence[str] | None) -> Sequence[ReadBatch]:
-        """The tensors in ``order``, sorted into batches that are kept; empty where nothing is kept."""
+        """Cached read batches for ``order``; empty where batches are made while reading."""
         del order
         return ()
 
     @contextlib.contextmanager
     def held_open(self) -> Iterator[None]:
-        """While entered, its files can be read though they are deleted, or others come to have their names.
+        """Hold the files open: while entered they can be read even if they are deleted or replaced.
 
         Does nothing for more files than a quarter of those that the process may open.
 
@@ -130,7 +133,7 @@ class FileSource:
         return self._open or open_same(files, self.stamps, stack)
 
     def unchanged(self) -> bool:
-        """Whether its files are the ones that were listed, as far as sizes and times tell."""
+        """Whether the files are those that were listed, by size, modification time and inode."""
         try:
             check_same(self.stamps, self._open)
         except SourceError:

@@ -1,4 +1,4 @@
-"""Weights kept for later: a stream becomes a source that can be listed and read again, in any order."""
+"""Sources made from weights that arrived as a stream: in host memory, in a temporary file, or overlaid."""
 
 from __future__ import annotations
 
@@ -28,14 +28,13 @@ _PIECE = 8 << 20
 
 
 class SpillFile:
-    """Weights in a temporary file that has no name, so that nothing is left behind however this ends.
+    """Weights in an unnamed temporary file, which the system removes however the process ends.
 
-    Costs disk, not memory (a folder in a memory file system costs memory all the same). Owned by whoever
-    holds it; ``close`` gives the disk space back.
+    Costs disk space (memory, where the folder is in a memory file system). ``close`` frees it.
 
     Args:
         folder: where the file is made; None for RELOAD_PLUGIN_SPILL_DIR or the system's temporary folder.
-        description: what to call these weights in messages.
+        description: name of these weights in messages.
 
     """
 
@@ -43,17 +42,17 @@ class SpillFile:
         self.description = description
         self.folder = folder or os.environ.get(SPILL_DIRECTORY) or tempfile.gettempdir()
         self.nbytes = 0
-        """Of the file, which grows no further while the weights that are added replace others."""
+        """Bytes of the file. A weight that replaces another of its size takes its space."""
         self._locations: dict[str, ContiguousLocation] = {}
         self._free: dict[int, list[int]] = defaultdict(list)
-        """Bytes -> where so many lie that no weight needs any more."""
+        """Size -> offsets of regions of that size that are free."""
         try:
             self._file: IO[Any] = tempfile.TemporaryFile(dir=self.folder, buffering=0)  # noqa: SIM115 - kept
         except OSError as error:
             raise self._failed(error) from error
 
     def add(self, name: str, tensor: torch.Tensor) -> None:
-        """Append a weight, on any device and in any layout; its memory is the caller's again afterwards.
+        """Write a weight, on any device and in any layout; the caller may overwrite its own afterwards.
 
         Raises:
             SourceError: the disk is full or cannot be written.
@@ -147,7 +146,7 @@ class HostCopy:
         return sum(tensor.nbytes for tensor in self._tensors.values())
 
     def add(self, name: str, tensor: torch.Tensor) -> None:
-        """Keep a copy of a weight; its memory is the caller's again afterwards."""
+        """Copy a weight to host memory; the caller may overwrite its own afterwards."""
         self._tensors[name] = tensor.detach().to("cpu", copy=True).contiguous()
 
     def infos(self) -> Sequence[TensorInfo]:
@@ -167,17 +166,17 @@ class HostCopy:
         return True
 
     def close(self) -> None:
-        """Give the memory back."""
+        """Free the memory."""
         self._tensors = {}
 
 
 class Overlay:
-    """Checkpoints laid over one another: a weight is that of the last one which has it.
+    """Several sources as one: a name is read from the last source that has it.
 
-    What they hold is listed once: nothing may be added to any of them as long as this is read from.
+    The sources are listed once, now: nothing may be added to them while the overlay is in use.
 
     Args:
-        sources: the lowest first; those that are overlays themselves count as their layers.
+        sources: in order of precedence, the last wins; an overlay among them counts as its own sources.
 
     """
 
@@ -190,7 +189,7 @@ class Overlay:
                 self._infos[info.name], self._owner[info.name] = info, layer
         seen = {id(layer) for layer in self._owner.values()}
         self.sources: Sequence[Source] = [layer for layer in layers if id(layer) in seen]
-        """Those of which something still shows, the lowest first."""
+        """Those that some name is read from, lowest precedence first."""
         self.description = " over ".join(layer.description for layer in (layers[-1], *layers[:1]))
         self.in_order = all(getattr(layer, "in_order", True) for layer in self.sources)
         """Whether ``read`` keeps to the order it is asked for."""
@@ -213,13 +212,13 @@ class Overlay:
         return all(layer.unchanged() for layer in self.sources)
 
     def close(self) -> None:
-        """Give back what any of them holds."""
+        """Free what each of them holds."""
         for layer in self.sources:
             close_source(layer)
 
 
 def overlaid_sources(source: Source | None) -> Sequence[Source]:
-    """A source as what it is made of, the lowest first."""
+    """The sources of an overlay, lowest precedence first; of any other source itself, of None nothing."""
     if source is None:
         return ()
     return source.sources if isinstance(source, Overlay) else (source,)
@@ -227,7 +226,7 @@ def overlaid_sources(source: Source | None) -> Sequence[Source]:
 
 @contextlib.contextmanager
 def held_open(source: Source | None) -> Iterator[None]:
-    """While entered, a source can be read though its files are deleted, or others come to have their names.
+    """Hold the files of a source open: while entered they can be read even if deleted or replaced.
 
     Raises:
         OSError: a file is not there any more, or no more files can be opened.
@@ -242,14 +241,14 @@ def held_open(source: Source | None) -> Iterator[None]:
 
 
 def close_source(source: Source | None) -> None:
-    """Close a source that holds something; most hold nothing between two readings."""
+    """Free what a source holds (memory or a spill file); files of a checkpoint hold nothing."""
     close = getattr(source, "close", None)
     if close is not None:
         close()
 
 
 def spill_to_file(kept: HostCopy, folder: str | None) -> SpillFile:
-    """The same weights in a spill file. ``kept`` stays the caller's.
+    """Copy weights from host memory into a new spill file. ``kept`` is not closed.
 
     Raises:
         SourceError: the disk is full.

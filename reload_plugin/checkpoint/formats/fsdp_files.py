@@ -217,7 +217,7 @@ def _check_copies(
     for shard in shards:
         for box, tensor in shard.pieces:
             part = _part(name, opened[shard.rank], tensor, box)
-            if not part.numel or not part.in_one_piece:
+            if not part.numel or not part.is_contiguous:
                 continue
             nbytes = min(COMPARED, part.numel * shard.dtype.itemsize)
             rank, sample = first.setdefault(box, (shard.rank, b""))

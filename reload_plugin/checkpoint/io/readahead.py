@@ -1,4 +1,7 @@
-"""Reading files ahead of whoever uses them: a few threads that fill memory they were given."""
+"""Read-ahead: a few threads that fill memory they were given, so that reading and processing overlap.
+
+For speed on a CPU; without spare cores everything is read on the caller's thread.
+"""
 
 from __future__ import annotations
 
@@ -21,15 +24,15 @@ from . import vectored
 from .vectored import IOV_MAX, IoVec
 
 SHARED = 1 << 20
-"""Bytes that one thread of a team reads at a time."""
+"""Bytes that one OpenMP thread reads at a time."""
 WORTH_SHARING = 8 << 20
-"""Bytes that one request reads from which on a team reads them: its threads have to wait for one another at
-the end, and where others want the cores too, that costs more than the smaller ones gain."""
+"""Bytes of a request from which on OpenMP threads read it together. Joining them costs more than a smaller
+request gains where other processes use the cores too."""
 
 
 @dataclass(frozen=True)
 class Piece:
-    """Bytes of a file and the memory they go to. Holds the tensor, so that its memory stays."""
+    """Bytes of a file and the tensor they are read into, which it keeps alive."""
 
     handle: int
     start: int
@@ -38,9 +41,9 @@ class Piece:
     name: str
 
     skipped: int = 0
-    """Bytes of the tensor before those that are read; ``start`` is where these begin."""
+    """Bytes of the tensor before the first that is read, which is byte ``start`` of the file."""
     limit: int = 1 << 62
-    """Bytes that are read, if there are so many."""
+    """Bytes that are read at most."""
 
     @property
     def address(self) -> int:
@@ -51,7 +54,7 @@ class Piece:
         return min(self.tensor.numel() * self.tensor.element_size() - self.skipped, self.limit)
 
     def split(self) -> Iterator[Piece]:
-        """The same in pieces of at most ``SHARED`` bytes; none of what has no bytes."""
+        """The same in pieces of at most ``SHARED`` bytes; none where there are no bytes."""
         nbytes = self.nbytes
         if 0 < nbytes <= SHARED:
             yield self
@@ -69,7 +72,7 @@ class Piece:
 
 
 class Run(NamedTuple):
-    """Neighbouring bytes of a file, at most ``SHARED``, that one call reads, and where they go."""
+    """At most ``SHARED`` contiguous bytes of a file that one system call reads, and the memory they go to."""
 
     handle: int
     start: int
@@ -82,15 +85,15 @@ class Run(NamedTuple):
 
 @dataclass(eq=False)
 class PageCache:
-    """What reads have met so far. While all that they wanted was in memory, nobody tells the system what will
-    be read next: looking that up would cost a sixth of the reading.
+    """Whether reads so far were served from the page cache. While they are, no read is announced to the
+    kernel: that would cost a sixth of the time of reading.
     """
 
     missed: bool = not hasattr(os, "RWF_NOWAIT")
     """Whether a read had to wait for the storage, or would not say."""
 
     def read(self, handle: int, parts: IoVec, position: int) -> int:
-        """``preadv``, which looks whether it has to wait until one had to."""
+        """``preadv``; until one read had to wait, each tries without waiting first (``RWF_NOWAIT``)."""
         if not self.missed:
             try:
                 return vectored.preadv(handle, parts, position, os.RWF_NOWAIT)
@@ -108,9 +111,9 @@ class Batch:
     runs: Sequence[Run]
     cache: PageCache
     by_waiter: bool = False
-    """Nobody else reads it."""
+    """Whether ``wait`` reads it on the calling thread."""
     held: Sequence[object] = ()
-    """What owns the memory."""
+    """Owners of the memory, kept alive until it is read."""
     _done: threading.Event = field(default_factory=threading.Event)
     _error: BaseException | None = None
 
@@ -138,16 +141,16 @@ class Batch:
 
 
 READERS = 4
-"""Threads that read at one time, if there are cores for them: one does not keep a fast disk busy."""
+"""Reader threads at most, if there are cores for them: one does not keep a fast disk busy."""
 
 
 class ReadAhead:
-    """Threads that take up batches in the order in which they were asked for.
+    """Reader threads that take batches in the order in which they were submitted.
 
-    The memory of a batch must stay until the batch was waited for or this context was left: leaving it
-    waits for the reads that are under way and drops the rest. Without a core to spare there is no thread,
-    and who waits for a batch reads it: a reader that shares its core with an OpenMP worker holds up all
-    the others, who spin until that one is done.
+    The memory of a batch must stay until the batch was waited for or this context was left: leaving it waits
+    for the reads under way and drops the rest. Without a spare core there is no thread, and ``Batch.wait``
+    reads on the calling thread: a reader that shares a core with an OpenMP worker would delay all workers,
+    which spin until the last one is done.
     """
 
     def __init__(self) -> None:
@@ -175,7 +178,7 @@ class ReadAhead:
             self._threads.pop().join()
 
     def submit(self, runs: Sequence[Run], held: Sequence[object]) -> Batch:
-        """Have ``runs`` read soon; ``held`` owns their memory."""
+        """Queue ``runs`` for reading; ``held`` owns their memory."""
         batch = Batch(runs, self.cache, not self.threaded, held)
         if self.threaded:
             self._batches.put(batch)
@@ -187,7 +190,7 @@ class ReadAhead:
 
 
 def reader_thread_count() -> int:
-    """Threads that may read beside those of the kernels; none or fewer if there are no cores for any."""
+    """Reader threads that the cores allow beside the kernels' threads; 0 or less without a spare core."""
     return min(READERS, _cores() - torch.get_num_threads())
 
 
@@ -199,7 +202,7 @@ def _cores() -> int:
 
 
 def runs_of(pieces: Sequence[Piece]) -> list[Run]:
-    """Pieces as runs: small neighbours in one file together, large ones in several."""
+    """Pieces as runs of at most ``SHARED`` bytes; contiguous small pieces of a file share one."""
     joined: list[list[Piece]] = []
     handle, end, together = -1, -1, 0
     for piece in itertools.chain.from_iterable(map(Piece.split, pieces)):

@@ -1,4 +1,4 @@
-"""One pass over tensors that lie in open files: where each is read to, and what is read together."""
+"""One pass over tensors in open files: batches are submitted ahead, tensors are handed out in order."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from .readahead import Batch, PageCache, Piece, ReadAhead, Run, read_piece, runs
 from .vectored import iovec_of
 
 AHEAD = 16 << 20
-"""Bytes that are being read before they are asked for; one batch more at most."""
+"""Bytes that are read before the caller asks for them; exceeded by one batch at most."""
 ANNOUNCED = 32 << 20
-"""Bytes ahead of those being read that the system is told of; they go to its page cache."""
+"""Bytes beyond those being read that are announced to the kernel (``POSIX_FADV_WILLNEED``)."""
 SCRATCH = 8 << 20
-"""Bytes of a file that are read at once on their way to memory of another layout."""
+"""Bytes of the buffer for boxes whose layout in the file is not that of the tensor."""
 
 
 _PendingRead = tuple[ReadBatch, list[torch.Tensor] | DirectRead, Batch]
-"""A batch, the tensors it is read to or where it lands, and its reading."""
+"""A batch, what it is read into (a tensor each, or parameters), and the submitted request."""
 
 
 def read_locations(
@@ -36,12 +36,12 @@ def read_locations(
     pool: HostPool,
     destinations: Destinations | None,
 ) -> Stream:
-    """The tensors at ``places``, in that order.
+    """Read the tensors at ``places``, in that order.
 
     Args:
         places: what to read.
         handles: file -> descriptor; the caller's, open until the iterator is closed.
-        pool: memory for tensors that ``destinations`` has no place for.
+        pool: allocates the tensors that ``destinations`` has no memory for.
         destinations: see ``Source.read``.
 
     """
@@ -56,15 +56,24 @@ def read_in_batches(
     pool: HostPool,
     destinations: Destinations | None,
 ) -> Stream:
-    """The same for tensors that are sorted into batches; ``paths`` says where files are that have names."""
+    """As ``read_locations``, for tensors that are batched already.
+
+    Args:
+        batches: what to read.
+        handles: name of a file in the locations -> descriptor, as there.
+        paths: name of a file in the locations -> its path, for messages, where the two differ.
+        pool: as there.
+        destinations: as there.
+
+    """
     yield from _Reading(handles, paths, pool, destinations).all(iter(batches))  # type: ignore[misc]
 
 
 def _announced(
     batches: Iterable[ReadBatch], handles: Mapping[str, int], cache: PageCache
 ) -> Iterator[ReadBatch]:
-    """The batches; once reads have to wait, the system is told of each some time before, so that a cold disk
-    reads meanwhile.
+    """The batches, each announced to the kernel ``ANNOUNCED`` bytes early once a read missed the page cache,
+    so that the disk works meanwhile.
     """
     batches = iter(batches)
     window: deque[ReadBatch] = deque()
@@ -93,7 +102,7 @@ def _announce(batch: ReadBatch, handles: Mapping[str, int]) -> None:
 
 
 class _Reading:
-    """One pass over the tensors: batches are asked for ahead of the tensor that is handed out."""
+    """One pass over the tensors: batches are submitted ahead of the tensor that is handed out."""
 
     def __init__(
         self,
@@ -135,7 +144,7 @@ class _Reading:
                     yield place.info.name, tensors.pop()
 
     def _submit(self, reader: ReadAhead, batch: ReadBatch) -> _PendingRead:
-        """Have a batch read: to where all of it goes if that is known, else to a tensor each."""
+        """Submit a batch: into parameters if there is a plan for all of it, else into a tensor each."""
         direct_read_plan = (
             batch.direct_read_plan(self._destinations) if self._destinations is not None else None
         )
@@ -149,7 +158,7 @@ class _Reading:
         return batch, tensors, reader.submit(runs_of(self._pieces(batch.locations, tensors)), tensors[:])
 
     def _memory_for(self, direct_read_plan: DirectReadPlan) -> list[torch.UntypedStorage] | None:
-        assert self._destinations is not None, "only a room has a landing"
+        assert self._destinations is not None, "a plan comes from destinations"
         found = []
         for parameter in direct_read_plan.direct_read.parameters:
             memory = self._destinations.memory(parameter)
@@ -161,7 +170,7 @@ class _Reading:
     def _runs(
         self, batch: ReadBatch, direct_read_plan: DirectReadPlan, memory: Sequence[torch.UntypedStorage]
     ) -> list[Run]:
-        """Raises IndexError where a part would lie outside of its parameter."""
+        """The reads of a direct plan. Raises IndexError where a part lies outside of its parameter."""
         numbers, first, length = direct_read_plan.parts
         if any(end > storage.nbytes() for end, storage in zip(direct_read_plan.ends, memory, strict=True)):
             raise IndexError(
@@ -172,11 +181,11 @@ class _Reading:
         handles = self._handles
         of = {
             file: functools.partial(batch.place_at, file, self._paths.get(file, file))
-            for file in {stretch.file for stretch in direct_read_plan.stretches}
+            for file in {file_range.file for file_range in direct_read_plan.ranges}
         }
         return [
             Run(handles[file], start, parts.rows(begin, end), nbytes, of[file])
-            for file, start, nbytes, begin, end in direct_read_plan.stretches
+            for file, start, nbytes, begin, end in direct_read_plan.ranges
         ]
 
     def _pieces(
@@ -188,7 +197,7 @@ class _Reading:
     def _direct_pieces(
         self, place: ContiguousLocation | AssembledLocation, tensor: torch.Tensor
     ) -> Iterator[Piece]:
-        """What can be read straight to where it belongs."""
+        """The reads of a tensor that need no intermediate buffer."""
         if isinstance(place, ContiguousLocation):
             path = self._paths.get(place.file, place.file)
             yield Piece(self._handles[place.file], place.start, tensor, path, place.info.name)
@@ -199,14 +208,14 @@ class _Reading:
                 yield Piece(self._handles[part.file], part.start, box, part.file, place.info.name)
 
     def _gather(self, place: AssembledLocation, tensor: torch.Tensor) -> None:
-        """Read the parts that have another layout in the file than in the tensor."""
+        """Read the boxes whose layout in the file is not that of the tensor, through a buffer."""
         for part in place.parts:
             box = _box(tensor, part)
             if part.numel and not _is_direct(part, box):
                 _copy_strided(self._handles[part.file], part, box, place.info.name)
 
     def _memory(self, place: ContiguousLocation | AssembledLocation) -> torch.Tensor:
-        """Where a tensor is read to: the room it will end up in, or memory of the pool."""
+        """The memory that a tensor is read into: its destination, or the pool's."""
         found = None if self._destinations is None else self._destinations(place.info)
         if found is not None:
             return found
@@ -216,18 +225,18 @@ class _Reading:
 
 
 def _box(tensor: torch.Tensor, part: StoredBox) -> torch.Tensor:
-    """The elements of a tensor that a part brings."""
+    """The view of a tensor that a stored box fills."""
     for dim, (start, size) in enumerate(zip(part.offsets, part.sizes, strict=True)):
         tensor = tensor.narrow(dim, start, size)
     return tensor
 
 
 def _is_direct(part: StoredBox, box: torch.Tensor) -> bool:
-    return part.in_one_piece and box.is_contiguous()
+    return part.is_contiguous and box.is_contiguous()
 
 
 def _copy_strided(handle: int, part: StoredBox, box: torch.Tensor, name: str) -> None:
-    """Read a part by ranges of at most ``SCRATCH`` bytes, and copy from there."""
+    """Read a stored box in ranges of at most ``SCRATCH`` bytes, and copy each into the tensor."""
     itemsize = box.element_size()
     if part.extent * itemsize <= SCRATCH or part.extent == 1:
         flat = torch.empty(part.extent, dtype=box.dtype, device="cpu")

@@ -1,8 +1,8 @@
-"""Reading one range of a file to many places in memory with one call.
+"""Vectored reads: one ``preadv`` call from a range of a file to many places in memory.
 
-Python's own ``os.preadv`` wants an object for each place, which costs more than the copy where tensors are
-small. Here the places are a table of addresses that numpy computes, in the very layout that the C library
-takes; a read by one of several threads holds the interpreter's lock for next to nothing.
+``os.preadv`` takes a Python object for each place, which costs more than the copy where tensors are small.
+Here numpy computes the table of addresses in the layout of the C library (``struct iovec``), and the read
+releases the interpreter's lock. For speed on a CPU only.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ import numpy.typing as npt
 from ...device.host_memory import view_of
 
 IOV_MAX = 512
-"""IoVec of one call (POSIX promises 16, Linux takes 1024)."""
+"""Most places of one call (POSIX guarantees 16, Linux takes 1024)."""
 Numbers = Sequence[int] | npt.NDArray[np.int64]
 _ROW = 2 * np.dtype(np.uintp).itemsize
 
 
 class IoVec(NamedTuple):
-    """Some rows of a table of places in memory. Owns the table, and none of the memory."""
+    """Rows of a table of places in memory (``struct iovec``). Owns the table, not the memory it points to."""
 
     table: npt.NDArray[np.uintp]
     """[parts, 2]: address and number of bytes of each (``struct iovec`` of POSIX)."""
@@ -46,14 +46,14 @@ class IoVec(NamedTuple):
 
 
 def iovec_of(addresses: Numbers, nbytes: Numbers) -> IoVec:
-    """A table of ``nbytes`` bytes at each of the ``addresses``."""
+    """The table of ``nbytes`` bytes at each of the ``addresses``."""
     table = np.empty((len(addresses), 2), dtype=np.uintp)
     table[:, 0], table[:, 1] = addresses, nbytes
     return IoVec(table, table.ctypes.data, len(table))
 
 
 def from_byte(parts: IoVec, first: int) -> IoVec:
-    """The places of the bytes from ``first`` on of all that ``parts`` have together."""
+    """The places without their first ``first`` bytes in total: what is left after a short read."""
     left: list[Sequence[int]] = []
     for address, nbytes in parts.tolist():
         if first < nbytes:
