@@ -1,4 +1,4 @@
-"""Any checkpoint to safetensors: streaming, whole or not at all, and with a note of what it was made from."""
+"""Converts any checkpoint to safetensors: streamed, all or nothing, with a record of its origin."""
 
 from __future__ import annotations
 

@@ -61,7 +61,7 @@ class _Chunked:
 
 
 class DcpSource(FileSource):
-    """A folder of torch.distributed.checkpoint; each tensor is put together as it is read.
+    """A folder of torch.distributed.checkpoint; each tensor is assembled while it is read.
 
     Raises:
         SourceError: the metadata is damaged or names what it may not; files are missing or cut off; a
@@ -85,7 +85,7 @@ class DcpSource(FileSource):
             self._locations[name] = _deferred(name, tensor, stored, place)
 
     def _stamp_files(self, stored: Mapping[tuple[str, tuple[int, ...]], _Chunk]) -> None:
-        """Every file is there and long enough for what the metadata says is in it."""
+        """Stamp every file; refuse missing ones, and files shorter than the metadata says."""
         ends: dict[str, int] = {}
         for chunk in stored.values():
             ends[chunk.file] = max(ends.get(chunk.file, 0), chunk.start + chunk.nbytes)

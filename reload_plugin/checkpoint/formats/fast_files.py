@@ -1,4 +1,4 @@
-"""Safetensors files that come through one of vLLM's fast loaders, where the engine was started with one."""
+"""Safetensors files read through one of vLLM's fast loaders, where the engine was started with one."""
 
 from __future__ import annotations
 

@@ -57,7 +57,7 @@ def rank_files(folder: Path) -> list[Path]:
 
 
 class FsdpSource(FileSource):
-    """The files of all ranks as one checkpoint; each tensor is put together as it is read.
+    """The files of all ranks as one checkpoint; each tensor is assembled while it is read.
 
     Copies that several ranks hold (HSDP, replicated placements) are read once, from the lowest rank.
 
@@ -278,7 +278,7 @@ def _of_dtensor(tensor: ForeignTensor, rank: int, world: int) -> Shard:
 
 
 def _coordinate(mesh: OpaqueObject, rank: int, world: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Sizes of a device mesh, and where this rank is in it. A file says it in the words of its torch."""
+    """Sizes of a device mesh, and this rank's coordinate in it, as different versions of torch store them."""
     if mesh.get("_rank") not in (None, rank):
         raise ValueError(f"it was saved by rank {mesh.get('_rank')} and the file says rank {rank}")
     sizes = _mesh_sizes(mesh)
@@ -324,7 +324,7 @@ def _unravelled(rank: int, sizes: tuple[int, ...]) -> tuple[int, ...]:
 def _box(
     shape: tuple[int, ...], placements: Sequence[OpaqueObject], sizes: tuple[int, ...], place: tuple[int, ...]
 ) -> Box:
-    """The part of a tensor that one place of the mesh holds."""
+    """The box of a tensor that the rank at one coordinate of the mesh holds."""
     if len(placements) != len(sizes):
         raise ValueError("it has not one placement a dimension of its device mesh")
     offsets, left = [0] * len(shape), list(shape)

@@ -1,4 +1,4 @@
-"""Files of torch.save: what is in them, and where each tensor's bytes lie, without reading those.
+"""Files of torch.save: their contents, and where each tensor's bytes lie; no weights are read.
 
 Since torch 1.6 such a file is a zip archive with ``data.pkl`` and one record a storage, none compressed
 (``torch/serialization.py``); before that, pickles one behind the other and then the storages. Neither is

@@ -22,8 +22,8 @@ from .vectored import IOV_MAX
 BATCH = 16 << 20
 """Bytes from which on a batch takes no further tensor.
 
-For reads on OpenMP threads: starting and joining them takes 0.3 ms. Threads of our own read half as many bytes
-in a batch, so that several threads have one."""
+For reads on OpenMP threads: starting and joining them takes 0.3 ms. With reader threads a batch has half as
+many bytes, so that several threads have one."""
 
 
 class FileRange(NamedTuple):

@@ -15,7 +15,7 @@ Maker = Callable[..., Any]
 
 @dataclass(frozen=True, slots=True)
 class Global:
-    """A name that a pickle may use: ``make`` is what calling it gives."""
+    """A function or class that a pickle may name: ``make`` builds what a call of it stands for."""
 
     name: str
     make: Maker
@@ -75,7 +75,7 @@ def _stored(
 
 
 def _values(make: Maker) -> Maker:
-    """Only tensors whose values are what lies in the file."""
+    """``make``, refusing tensors whose values are not the stored bytes (lazy conjugates and negatives)."""
 
     def made(*args: Any) -> StoredTensor:
         tensor: StoredTensor = make(*args)
@@ -161,7 +161,8 @@ EXACT_CALLS: Mapping[str, Maker] = {
     "collections.OrderedDict": _ordered,
     "builtins.complex": _complex,
 }
-"""The same where more than the weights is wanted: nothing looks like something else then."""
+"""As ``CALLS``, keeping apart what ``CALLS`` merges: OrderedDict and dict, torch.Size and tuple, parameters
+and tensors."""
 
 
 def call(function: Any, args: Any) -> Any:
@@ -175,14 +176,16 @@ def not_called(*_args: Any) -> NoReturn:
 
 
 def check_key(key: Any) -> None:
-    """Keys that are cheap to hash: nested tuples can take longer than the universe has."""
+    """Refuse keys that are not cheap to hash: hashing nested shared tuples takes exponential time."""
     simple = (str, int, float, complex, bool, bytes, type(None), OpaqueObject, torch.dtype)
     if type(key) not in simple and not (type(key) is tuple and all(type(item) in simple for item in key)):
         raise RefusedPickleError("its pickle has a dict with keys that are no names")
 
 
 def brief(value: Any) -> str:
-    """A short text; containers are named by their class, since printing them can take for ever."""
+    """At most 80 characters; containers by the name of their class: printing nested ones takes exponential
+    time.
+    """
     if type(value) is Global:
         value = value.name
     text = str(value) if isinstance(value, (str, int, Exception)) else type(value).__name__

@@ -1,4 +1,4 @@
-"""Reading pickles without running anything in them: every object becomes a description of itself.
+"""The unpickler for checkpoints: it runs nothing, every object becomes a description of itself.
 
 A pickle is a program that may import and call anything. This unpickler accepts names from a list only, and
 imports none of them: classes become ``OpaqueObject`` values, tensors become ``StoredTensor`` descriptions of
@@ -30,15 +30,15 @@ def unpickle(
     exact: bool = False,
     storages: dict[str, Storage] | None = None,
 ) -> Any:
-    """What a pickle describes. Nothing is imported, called or made that it names.
+    """Read a pickle. Nothing that it names is imported, called or created.
 
     Args:
-        data: the pickle; a file is left behind its end.
+        data: the pickle; a file is left positioned after it.
         extra: names that it may use beside tensors, as ``module.name``; they become ``OpaqueObject``.
         tensors: whether it may use tensors.
-        plain: whether it may use what lies beside the weights in a trainer's file.
-        exact: whether everything has to be told apart: an OrderedDict becomes ``Ordered``, torch.Size and
-            tensors that are no plain ones ``OpaqueObject``, and tensors say whether they are parameters.
+        plain: whether it may name what trainers save beside the weights (``PLAIN``).
+        exact: whether types are kept apart (see ``EXACT_CALLS``): an OrderedDict becomes ``StoredDict``,
+            torch.Size and tensor subclasses ``OpaqueObject``, and tensors say whether they are parameters.
         storages: collects the storages it names, by key.
 
     Raises:
@@ -57,7 +57,7 @@ def unpickle(
 
 
 class _Unpickler(pickle._Unpickler):  # type: ignore[misc, name-defined, unused-ignore]
-    """See the module. The operations that are left build values; those that call go through ``call``."""
+    """Operations that build plain values are Python's; those that call or set state are replaced."""
 
     stack: list[Any]
     append: Callable[[Any], None]
@@ -78,7 +78,7 @@ class _Unpickler(pickle._Unpickler):  # type: ignore[misc, name-defined, unused-
         self._storages = storages
 
     def find_class(self, module: str, name: str) -> Any:
-        """The stand-in for a name, dtypes excepted, which are themselves."""
+        """The description of a name; for a dtype the dtype itself."""
         full = f"{'builtins' if module == '__builtin__' else module}.{name}"
         if module == "torch" and name in TORCH_DTYPES:
             return TORCH_DTYPES[name]
@@ -101,7 +101,7 @@ class _Unpickler(pickle._Unpickler):  # type: ignore[misc, name-defined, unused-
         )
 
     def _attribute(self, owner: Any, name: Any) -> Global:
-        """A class inside a class, which old protocols spell as a call of getattr."""
+        """A nested class, which protocols before 4 write as a call of getattr."""
         full = f"{owner.name}.{name}" if type(owner) is Global and type(name) is str else "getattr"
         if full not in self._allowed:
             raise RefusedPickleError(
@@ -168,7 +168,7 @@ class _Unpickler(pickle._Unpickler):  # type: ignore[misc, name-defined, unused-
 
 
 def _table() -> dict[int, Callable[[Any], None]]:
-    """The operations of pickle that build plain values, as Python does them, and ours for the rest."""
+    """Opcode -> operation: Python's for plain values, ours for calls and state; all others are missing."""
     own = {
         "REDUCE": _Unpickler._reduce,
         "NEWOBJ": _Unpickler._newobj,
@@ -194,7 +194,7 @@ _Unpickler.dispatch = _table()
 
 
 def _view(whole: Storage, view: Any) -> Storage:
-    """A part of a storage, as torch before 1.6 writes it: (key, first element, elements)."""
+    """A view of a storage in files of torch before 1.6: (key, first element, number of elements)."""
     if type(view) is not tuple or len(view) != 3:
         raise RefusedPickleError("its pickle has a view of a storage that is none")
     check_sizes(view[1:])
