@@ -70,7 +70,9 @@ def open_source(
 def check_marker(place: Path, marker: str) -> None:
     """Raise SourceError unless the file that ends a save is there."""
     if not marker or "/" in marker or marker in (".", ".."):
-        raise SourceError(f"require_marker is the name of a file, and {marker!r} is none.")
+        raise SourceError(
+            f"require_marker is the name of a file, and {marker!r} is none. Give one without a folder."
+        )
     folder = place if place.is_dir() else place.parent
     if not (folder / marker).exists():
         raise SourceError(

@@ -13,7 +13,7 @@ from ..plan.source import Destinations, Stream, TensorInfo, layer_order
 from .io.locations import TensorLocation
 from .io.read_batches import ReadBatch
 from .io.reading import read_in_batches, read_locations
-from .io.stamps import Stamp, check_same, open_same
+from .io.stamps import CHECK_STORAGE, Stamp, check_same, open_same
 
 
 class FileSource:
@@ -105,7 +105,9 @@ class FileSource:
                     yield from read_locations(places, handles, memory, destinations)
                 check_same(self.stamps, self._open)
             except OSError as error:
-                raise SourceError(f"{self.description} could not be read: {error}.") from error
+                raise SourceError(
+                    f"{self.description} could not be read: {error}. {CHECK_STORAGE}"
+                ) from error
 
     def _batches_of(self, order: Sequence[str] | None) -> Sequence[ReadBatch]:
         """Cached read batches for ``order``; empty where batches are made while reading."""

@@ -19,6 +19,7 @@ from ..plan.source import Destinations, Source, Stream, TensorInfo
 from .file_source import FileSource
 from .io.locations import ContiguousLocation
 from .io.reading import read_locations
+from .io.stamps import CHECK_STORAGE
 
 SPILL_DIRECTORY = "RELOAD_PLUGIN_SPILL_DIR"
 """Environment variable: where spill files go when the caller names no folder (else the system's)."""
@@ -113,7 +114,9 @@ class SpillFile:
         try:
             yield from read_locations(places, handles, HostPool() if pool is None else pool, destinations)
         except OSError as error:
-            raise SourceError(f"The spill file of {self.description} could not be read: {error}.") from error
+            raise SourceError(
+                f"The spill file of {self.description} could not be read: {error}. {CHECK_STORAGE}"
+            ) from error
 
     def unchanged(self) -> bool:
         return not self._file.closed

@@ -96,7 +96,9 @@ def convert(
     if dst.exists() and src.exists() and dst.samefile(src):
         raise SourceError(f"{dst} is the source itself. Choose another place.")
     if max_file_bytes <= 0:
-        raise SourceError(f"max_file_bytes is {max_file_bytes} and has to be positive.")
+        raise SourceError(
+            f"max_file_bytes is {max_file_bytes} and has to be positive. Give a number of bytes."
+        )
     content = _open(src, weights_only)
     single = dst.suffix == ".safetensors"
     plans = plan_files(content.source.infos(), None if single else max_file_bytes)

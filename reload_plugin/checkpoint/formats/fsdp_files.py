@@ -164,7 +164,10 @@ def _shards(file: TorchFile, rank: int, world: int, within: str | None) -> dict[
             tensor_info(name, tensor.shape, tensor.dtype)
             found[name] = _shard(tensor, rank, world)
         except (ValueError, TypeError, AttributeError, LookupError, RecursionError) as error:
-            raise SourceError(f"{name} in {file.file} cannot be placed: {error}.") from error
+            raise SourceError(
+                f"{name} in {file.file} cannot be placed: {error}. Save the model's full state "
+                "dict and give that."
+            ) from error
     return found
 
 

@@ -32,7 +32,7 @@ from ..io.json_files import open_regular, strict_items
 from ..io.locations import ContiguousLocation
 from ..io.read_batches import ReadBatch, read_batches_of
 from ..io.readahead import Piece, read_piece
-from ..io.stamps import WRITE_AGAIN, Stamp, stamped
+from ..io.stamps import CHECK_STORAGE, WRITE_AGAIN, Stamp, stamped
 
 LONGEST_HEADER = 100_000_000
 """Bytes; the safetensors library refuses longer ones too."""
@@ -98,7 +98,7 @@ class SafetensorsSource(FileSource):
                     read_piece(Piece(handle, place.start + start * size, memory, path, name))
                     done += stop - start
         except OSError as error:
-            raise SourceError(f"{self.description} could not be read: {error}.") from error
+            raise SourceError(f"{self.description} could not be read: {error}. {CHECK_STORAGE}") from error
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ import torch
 from ...device.openmp import run_on_openmp_threads
 from ...errors import SourceError
 from . import vectored
+from .stamps import WRITE_AGAIN
 from .vectored import IOV_MAX, IoVec
 
 SHARED = 1 << 20
@@ -248,6 +249,8 @@ def _read_run(run: Run, cache: PageCache) -> None:
     while done < nbytes:
         if got == 0:
             file, name = place_at(start + done)
-            raise SourceError(f"{file} ends in the middle of {name}: it was cut while it was read.")
+            raise SourceError(
+                f"{file} ends in the middle of {name}: it was cut while it was read. {WRITE_AGAIN}"
+            )
         got = cache.read(handle, vectored.from_byte(parts, done), start + done)
         done += got

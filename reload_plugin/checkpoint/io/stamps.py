@@ -13,6 +13,7 @@ Stamp = tuple[int, int, int]
 """Size, modification time (ns) and inode of a file."""
 
 WRITE_AGAIN = "Write or copy the file again; reload when that is finished."
+CHECK_STORAGE = "Check that the files are there and their storage works; then try again."
 
 
 def stamp_of(file: str, handle: int | None = None) -> Stamp:
