@@ -1,4 +1,11 @@
-"""Readers of checkpoints: each gives names, shapes and dtypes first, and (name, tensor) pairs later."""
+"""Sources of weights: each lists names, shapes and dtypes first, and reads (name, tensor) pairs later.
+
+``open_folder`` finds weights by vLLM's rules, ``open_source`` without an engine; both use ``detect``, which
+knows every format. A format is a ``FileSource`` in ``formats/`` that says where tensors lie; ``io/`` reads
+them, ``pickle/`` lists files of torch.save without running them. ``dtypes`` and ``sharding`` hold the tables
+and the arithmetic that several formats need, ``stores`` the sources made from streams, ``sidecar`` and
+``config`` what is checked beside the weights.
+"""
 
 from ..plan.source import Destinations, DirectRead, Ranged, Source, Span, Stream, TensorInfo
 from .detect import open_source
