@@ -157,7 +157,7 @@ def stream(folder: str, shuffled: bool, seed: int) -> Iterator[tuple[str, Any]]:
         random.Random(seed).shuffle(weights)
     del files
     if (heap := allocator()) is not None:
-        heap.give_back(machine.resident())  # memory freed here must not serve the reload
+        heap.release(machine.resident())  # what was freed here is not at hand for the reload
     return iter(weights)
 
 

@@ -80,7 +80,7 @@ def settled() -> int:
     """Bytes of this process in memory, once what nobody needs has gone."""
     gc.collect()
     if (heap := memory.allocator()) is not None:
-        heap.give_back(1 << 40)
+        heap.release(1 << 40)
     return memory.resident()
 
 

@@ -1,4 +1,4 @@
-"""What a path holds: one place that knows every format."""
+"""Format detection: the one place that knows every format, by file names and first bytes."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
 from ..errors import SHOWN, SourceError
-from .file_source import Checkpoint
+from .file_source import FileSource
 from .formats.dcp_files import METADATA, SHARD_FILE, DcpSource, ShardedSafetensorsSource
 from .formats.fsdp_files import RANK_FILE, FsdpSource
 from .formats.olmo_files import OlmoSource, is_olmo
@@ -33,11 +33,11 @@ _INSIDE = re.compile(r"(pytorch_model_fsdp_\d+|actor|policy|model|weights|checkp
 
 def open_source(
     path: str | Path, *, require_marker: str | None = None, within: str | None = None
-) -> Checkpoint:
-    """The checkpoint at ``path``, whatever wrote it; for use without an engine too.
+) -> FileSource:
+    """Open the checkpoint at ``path`` in any format; works without an engine.
 
-    Safetensors, files of torch.save, rank files of FSDP, torch.distributed.checkpoint and OLMo's files are
-    told apart by what is there. Nothing in them is run. Only names, shapes and dtypes are read now.
+    Knows safetensors, files of torch.save, rank files of FSDP, torch.distributed.checkpoint and OLMo's files.
+    Runs nothing that a file contains. Reads names, shapes and dtypes now, and weights when iterated.
 
     Args:
         path: a file or a folder.
@@ -48,7 +48,7 @@ def open_source(
         ``names()`` and iteration are in the order of the layers; ``infos()`` and ``read()`` too.
 
     Raises:
-        SourceError: nothing is there, or it is not whole, or another format; then it says what to use.
+        SourceError: nothing is there, it is incomplete, or of another format; the message says what to do.
 
     """
     place = Path(path)
@@ -63,14 +63,16 @@ def open_source(
             raise SourceError(f"There is no file or folder {path}. {NEXT}")
     except (OSError, ValueError) as error:
         raise SourceError(f"{path} cannot be read: {error}. {NEXT}") from error
-    found.in_layer_order()
+    found.sort_by_layer()
     return found
 
 
 def check_marker(place: Path, marker: str) -> None:
     """Raise SourceError unless the file that ends a save is there."""
     if not marker or "/" in marker or marker in (".", ".."):
-        raise SourceError(f"require_marker is the name of a file, and {marker!r} is none.")
+        raise SourceError(
+            f"require_marker is the name of a file, and {marker!r} is none. Give one without a folder."
+        )
     folder = place if place.is_dir() else place.parent
     if not (folder / marker).exists():
         raise SourceError(
@@ -84,11 +86,11 @@ def plain_safetensors(
     description: str,
     within: str | None = None,
     opened: Callable[[Sequence[str], str], SafetensorsSource] = SafetensorsSource,
-) -> Checkpoint:
-    """Safetensors files as they are, or as OLMo means them; ``opened`` makes the source of those that are."""
+) -> FileSource:
+    """Safetensors files, read as OLMo's where their names say so; ``opened`` makes the source of others."""
     source = opened(files, description)
     refuse_stale(source.metadata)
-    if is_olmo(source.stored):
+    if is_olmo(source.stored_names):
         return OlmoSource(SafetensorsSource(files, description), within)
     return source
 
@@ -114,7 +116,7 @@ def check_numbers(folder: Path, names: Collection[str]) -> None:
 # -- a file ---------------------------------------------------------------------------------------
 
 
-def _of_file(file: Path, within: str | None) -> Checkpoint:
+def _of_file(file: Path, within: str | None) -> FileSource:
     if RANK_FILE.fullmatch(file.name) or SHARD_FILE.fullmatch(file.name) or file.suffix == ".distcp":
         raise SourceError(f"{file} is one rank's part of a checkpoint. Give the folder {file.parent}.")
     if file.name == METADATA:
@@ -142,7 +144,7 @@ def _begins(file: Path, with_: bytes, at: int = 0) -> bool:
 # -- a folder -------------------------------------------------------------------------------------
 
 
-def _of_folder(folder: Path, within: str | None) -> Checkpoint:
+def _of_folder(folder: Path, within: str | None) -> FileSource:
     present = {file.name for file in folder.iterdir()}
     plain = sorted(name for name in present if is_plain(name))
     if plain:
@@ -155,7 +157,7 @@ def _of_folder(folder: Path, within: str | None) -> Checkpoint:
     return other_than_safetensors(folder, within)
 
 
-def other_than_safetensors(folder: Path, within: str | None = None) -> Checkpoint:
+def other_than_safetensors(folder: Path, within: str | None = None) -> FileSource:
     """The checkpoint in a folder without safetensors files.
 
     Raises:
@@ -175,7 +177,7 @@ def other_than_safetensors(folder: Path, within: str | None = None) -> Checkpoin
     return _one_below(folder, present, within)
 
 
-def _safetensors(folder: Path, plain: list[str], present: set[str], within: str | None) -> Checkpoint:
+def _safetensors(folder: Path, plain: list[str], present: set[str], within: str | None) -> FileSource:
     index = read_index(folder, "model.safetensors.index.json", present)
     if index is None:
         check_numbers(folder, plain)
@@ -184,7 +186,7 @@ def _safetensors(folder: Path, plain: list[str], present: set[str], within: str 
     source = SafetensorsSource(files, str(folder))
     refuse_stale(source.metadata)
     check_index(*index, source.file_of, [Path(file).name for file in files])
-    return OlmoSource(source, within) if is_olmo(source.stored) else source
+    return OlmoSource(source, within) if is_olmo(source.stored_names) else source
 
 
 def _torch_files(folder: Path, present: set[str]) -> list[str]:
@@ -206,7 +208,7 @@ def _torch_files(folder: Path, present: set[str]) -> list[str]:
     return [str(folder / name) for name in sorted(found)]
 
 
-def _one_below(folder: Path, present: set[str], within: str | None) -> Checkpoint:
+def _one_below(folder: Path, present: set[str], within: str | None) -> FileSource:
     """Frameworks put the weights one folder below the one that they name."""
     below = sorted(name for name in present if (folder / name).is_dir())
     held = [name for name in below if not name.startswith("optim") and _holds_weights(folder / name)]

@@ -1,4 +1,4 @@
-"""A checkpoint in files, of any format: the part that is the same for all."""
+"""Tensors that lie at known locations in open files: what the readers of all formats share."""
 
 from __future__ import annotations
 
@@ -10,20 +10,21 @@ import torch
 from ..device.host_memory import HostPool
 from ..errors import SourceError
 from ..plan.source import Destinations, Stream, TensorInfo, layer_order
-from .io.places import Placed
+from .io.locations import TensorLocation
 from .io.read_batches import ReadBatch
-from .io.reading import read_in_batches, read_places
-from .io.stamps import Stamp, check_same, open_same
+from .io.reading import read_in_batches, read_locations
+from .io.stamps import CHECK_STORAGE, Stamp, check_same, open_same
 
 
-class Checkpoint:
-    """Tensors in files: listed without reading them, read one after the other with plain reads.
+class FileSource:
+    """A checkpoint whose tensors lie at known locations in files. Listed without reading weights.
 
-    Iterating gives (name, tensor) pairs in the order of the layers. At most one tensor, what is being read
-    ahead (32 MiB) and a buffer of 8 MiB are in memory beside what the caller holds.
+    A format's reader fills ``stamps`` and ``_locations``; everything else is here. Iterating gives (name,
+    tensor) pairs in the order of the layers. Memory beside what the caller holds: one tensor, 32 MiB of
+    read-ahead and a buffer of 8 MiB.
 
     Attributes:
-        description: what messages call it; the path.
+        description: the path, for messages.
         format: one word: ``safetensors``, ``torch``, ``fsdp``, ``dcp``, ``olmo`` or ``transformers``.
         stamps: file -> size, time and inode when its listing was read.
 
@@ -34,10 +35,10 @@ class Checkpoint:
         self.format = kind
         self.stamps: dict[str, Stamp] = {}
         self.paths: dict[str, str] = {}
-        """Where files are that places call by another name than their path."""
-        self._places: dict[str, Placed] = {}
+        """Name of a file in the locations -> its path, where the two differ."""
+        self._locations: dict[str, TensorLocation] = {}
         self._open: Mapping[str, int] = {}
-        """Descriptors of files that are kept open."""
+        """Path -> descriptor, while ``held_open`` is entered."""
 
     @property
     def files(self) -> Sequence[str]:
@@ -50,21 +51,21 @@ class Checkpoint:
         return sum(info.nbytes for info in self.infos())
 
     @property
-    def stored(self) -> Collection[str]:
+    def stored_names(self) -> Collection[str]:
         """Every name, in stored order."""
-        return self._places.keys()
+        return self._locations.keys()
 
     def names(self) -> Sequence[str]:
         """Every name, by the number of the layer and then by name."""
         return sorted((info.name for info in self.infos()), key=layer_order)
 
-    def in_layer_order(self) -> None:
-        """Make the order of the layers the stored order."""
-        self._places = {name: self._places[name] for name in self.names()}
+    def sort_by_layer(self) -> None:
+        """From now on list and read in the order of the layers by default."""
+        self._locations = {name: self._locations[name] for name in self.names()}
 
     def infos(self) -> Sequence[TensorInfo]:
         """Every tensor, in stored order."""
-        return [place.info for place in self._places.values()]
+        return [place.info for place in self._locations.values()]
 
     def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
         return self.read(self.names())
@@ -75,18 +76,22 @@ class Checkpoint:
         pool: HostPool | None = None,
         destinations: Destinations | None = None,
     ) -> Stream:
-        """Read ahead by up to 32 MiB on a thread of its own; close the iterator before memory that
-        ``destinations`` gave goes away. Memory that the caller has let go of is used again for later tensors.
+        """Read tensors, up to 32 MiB ahead of the caller on threads of its own.
+
+        Close the iterator before releasing memory that ``destinations`` gave. The pool's memory is used again
+        for later tensors once the caller holds no reference to it.
 
         Raises:
-            SourceError: a file cannot be read, or changed since it was listed; also at the end, so that
-                what came before is not to be trusted until the iterator is through.
+            SourceError: a file cannot be read, or changed since it was listed. The last check comes after the
+                last tensor: only a finished iterator vouches for what it gave.
 
         """
         memory = HostPool() if pool is None else pool
-        batches = self._parcels(order)
+        batches = self._batches_of(order)
         places = (
-            [] if batches else [self._places[name] for name in (self._places if order is None else order)]
+            []
+            if batches
+            else [self._locations[name] for name in (self._locations if order is None else order)]
         )
         files = self.paths if batches else dict.fromkeys(file for place in places for file in place.files)
         paths = {file: self.paths.get(file, file) for file in files}
@@ -97,19 +102,21 @@ class Checkpoint:
                 if batches:
                     yield from read_in_batches(batches, handles, paths, memory, destinations)
                 else:
-                    yield from read_places(places, handles, memory, destinations)
+                    yield from read_locations(places, handles, memory, destinations)
                 check_same(self.stamps, self._open)
             except OSError as error:
-                raise SourceError(f"{self.description} could not be read: {error}.") from error
+                raise SourceError(
+                    f"{self.description} could not be read: {error}. {CHECK_STORAGE}"
+                ) from error
 
-    def _parcels(self, order: Sequence[str] | None) -> Sequence[ReadBatch]:
-        """The tensors in ``order``, sorted into parcels that are kept; empty where nothing is kept."""
+    def _batches_of(self, order: Sequence[str] | None) -> Sequence[ReadBatch]:
+        """Cached read batches for ``order``; empty where batches are made while reading."""
         del order
         return ()
 
     @contextlib.contextmanager
-    def kept_open(self) -> Iterator[None]:
-        """While entered, its files can be read though they are deleted, or others come to have their names.
+    def held_open(self) -> Iterator[None]:
+        """Hold the files open: while entered they can be read even if they are deleted or replaced.
 
         Does nothing for more files than a quarter of those that the process may open.
 
@@ -119,7 +126,7 @@ class Checkpoint:
 
         """
         with contextlib.ExitStack() as stack:
-            if not self._open and len(self.stamps) <= _may_open() // 4:
+            if not self._open and len(self.stamps) <= _open_file_limit() // 4:
                 self._open = open_same(self.stamps, self.stamps, stack)
                 stack.callback(setattr, self, "_open", {})
             yield
@@ -128,7 +135,7 @@ class Checkpoint:
         return self._open or open_same(files, self.stamps, stack)
 
     def unchanged(self) -> bool:
-        """Whether its files are the ones that were listed, as far as sizes and times tell."""
+        """Whether the files are those that were listed, by size, modification time and inode."""
         try:
             check_same(self.stamps, self._open)
         except SourceError:
@@ -136,7 +143,7 @@ class Checkpoint:
         return True
 
 
-def _may_open() -> int:
+def _open_file_limit() -> int:
     """How many files this process may have open."""
     try:
         import resource

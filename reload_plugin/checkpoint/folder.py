@@ -1,4 +1,4 @@
-"""A folder (or file) of weights, by the rules a cold start uses to find them."""
+"""Opening a folder, a file, a repository or a bucket, by the rules with which a cold start finds weights."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ logger = logging.getLogger("vllm.reload_plugin")
 
 
 class UnlistedSource:
-    """What a loader of vLLM's own reads; its names are known only while it is read.
+    """Weights that one of vLLM's loaders reads; their names are known only while reading.
 
     Args:
-        description: what messages call it.
-        weights: begins to read, and gives the weights in the loader's order and in memory of its own.
+        description: the path, for messages.
+        weights: starts reading; returns (name, tensor) pairs in the loader's order, in memory of its own.
 
     """
 
@@ -151,7 +151,7 @@ def _of_folder(folder: Path, vllm_config: Any, model_config: Any, model: nn.Modu
 def _of_files(
     path: str, files: Sequence[str], vllm_config: Any, model_config: Any, model: nn.Module
 ) -> Source:
-    """What vLLM would read: by us if we can."""
+    """The files that vLLM would read: with our readers where they know the format, else with vLLM's."""
     unlisted = functools.partial(vllm_api.all_weights, vllm_config, model_config, model, path)
     if getattr(model, "secondary_weights", ()):
         return UnlistedSource(path, unlisted)

@@ -1,4 +1,4 @@
-"""Where a converted safetensors file came from, in its own metadata; and whether that is newer now."""
+"""The record, in a converted file's metadata, of what it was converted from; and whether that has changed."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ WRITTEN = "reload_plugin.written"
 """Key, beside the record, of what a conversion wrote into a folder: file name -> SHA-256; null: weights."""
 _PIECE = 4 << 20
 _TICKS = 1_000_000_000
-"""Nanoseconds within which a file system may give two changes one time."""
+"""Nanoseconds: two changes within this time may get the same time stamp from a file system."""
 
 
 class FileStamp(BaseModel):
@@ -113,7 +113,7 @@ def _origin_in(file: str, metadata: Mapping[str, str]) -> Origin | None:
 
 
 def why_stale(converted: str | Path, original: str | Path | None = None) -> str | None:
-    """What of the original is not as it was when it was converted; None while all of it is.
+    """How the original differs from what was converted, in words; None where it does not.
 
     Size first; equal times of modification and change then settle it, else the digest does. An original
     that is gone has left the converted one as all there is, which is not stale.

@@ -1,4 +1,4 @@
-"""Weights kept for later: a stream becomes a source that can be listed and read again, in any order."""
+"""Sources made from weights that arrived as a stream: in host memory, in a temporary file, or overlaid."""
 
 from __future__ import annotations
 
@@ -16,9 +16,10 @@ import torch
 from ..device.host_memory import HostPool
 from ..errors import SourceError
 from ..plan.source import Destinations, Source, Stream, TensorInfo
-from .file_source import Checkpoint
-from .io.places import Place
-from .io.reading import read_places
+from .file_source import FileSource
+from .io.locations import ContiguousLocation
+from .io.reading import read_locations
+from .io.stamps import CHECK_STORAGE
 
 SPILL_DIRECTORY = "RELOAD_PLUGIN_SPILL_DIR"
 """Environment variable: where spill files go when the caller names no folder (else the system's)."""
@@ -28,14 +29,13 @@ _PIECE = 8 << 20
 
 
 class SpillFile:
-    """Weights in a temporary file that has no name, so that nothing is left behind however this ends.
+    """Weights in an unnamed temporary file, which the system removes however the process ends.
 
-    Costs disk, not memory (a folder in a memory file system costs memory all the same). Owned by whoever
-    holds it; ``close`` gives the disk space back.
+    Costs disk space (memory, where the folder is in a memory file system). ``close`` frees it.
 
     Args:
         folder: where the file is made; None for RELOAD_PLUGIN_SPILL_DIR or the system's temporary folder.
-        description: what to call these weights in messages.
+        description: name of these weights in messages.
 
     """
 
@@ -43,17 +43,17 @@ class SpillFile:
         self.description = description
         self.folder = folder or os.environ.get(SPILL_DIRECTORY) or tempfile.gettempdir()
         self.nbytes = 0
-        """Of the file, which grows no further while the weights that are added replace others."""
-        self._places: dict[str, Place] = {}
+        """Bytes of the file. A weight that replaces another of its size takes its space."""
+        self._locations: dict[str, ContiguousLocation] = {}
         self._free: dict[int, list[int]] = defaultdict(list)
-        """Bytes -> where so many lie that no weight needs any more."""
+        """Size -> offsets of regions of that size that are free."""
         try:
             self._file: IO[Any] = tempfile.TemporaryFile(dir=self.folder, buffering=0)  # noqa: SIM115 - kept
         except OSError as error:
             raise self._failed(error) from error
 
     def add(self, name: str, tensor: torch.Tensor) -> None:
-        """Append a weight, on any device and in any layout; its memory is the caller's again afterwards.
+        """Write a weight, on any device and in any layout; the caller may overwrite its own afterwards.
 
         Raises:
             SourceError: the disk is full or cannot be written.
@@ -62,7 +62,7 @@ class SpillFile:
         info = TensorInfo(name, tuple(tensor.shape), tensor.dtype)
         free = self._free[tensor.nbytes]
         start = free.pop() if free else self.nbytes
-        place = Place(info, self.description, start, tensor.nbytes)
+        place = ContiguousLocation(info, self.description, start, tensor.nbytes)
         try:
             self._write(tensor, start)
         except OSError as error:
@@ -73,8 +73,8 @@ class SpillFile:
                     self._file.truncate(start)
             raise self._failed(error) from error
         self.nbytes = max(self.nbytes, start + place.nbytes)
-        before = self._places.get(name)
-        self._places[name] = place
+        before = self._locations.get(name)
+        self._locations[name] = place
         if before is not None:
             self._free[before.nbytes].append(before.start)
 
@@ -95,13 +95,13 @@ class SpillFile:
         )
 
     def __len__(self) -> int:
-        return len(self._places)
+        return len(self._locations)
 
     def __contains__(self, name: str) -> bool:
-        return name in self._places
+        return name in self._locations
 
     def infos(self) -> Sequence[TensorInfo]:
-        return [place.info for place in self._places.values()]
+        return [place.info for place in self._locations.values()]
 
     def read(
         self,
@@ -109,12 +109,14 @@ class SpillFile:
         pool: HostPool | None = None,
         destinations: Destinations | None = None,
     ) -> Stream:
-        places = [self._places[name] for name in (self._places if order is None else order)]
+        places = [self._locations[name] for name in (self._locations if order is None else order)]
         handles = {self.description: self._file.fileno()}
         try:
-            yield from read_places(places, handles, HostPool() if pool is None else pool, destinations)
+            yield from read_locations(places, handles, HostPool() if pool is None else pool, destinations)
         except OSError as error:
-            raise SourceError(f"The spill file of {self.description} could not be read: {error}.") from error
+            raise SourceError(
+                f"The spill file of {self.description} could not be read: {error}. {CHECK_STORAGE}"
+            ) from error
 
     def unchanged(self) -> bool:
         return not self._file.closed
@@ -147,7 +149,7 @@ class HostCopy:
         return sum(tensor.nbytes for tensor in self._tensors.values())
 
     def add(self, name: str, tensor: torch.Tensor) -> None:
-        """Keep a copy of a weight; its memory is the caller's again afterwards."""
+        """Copy a weight to host memory; the caller may overwrite its own afterwards."""
         self._tensors[name] = tensor.detach().to("cpu", copy=True).contiguous()
 
     def infos(self) -> Sequence[TensorInfo]:
@@ -167,32 +169,32 @@ class HostCopy:
         return True
 
     def close(self) -> None:
-        """Give the memory back."""
+        """Free the memory."""
         self._tensors = {}
 
 
 class Overlay:
-    """Checkpoints laid over one another: a weight is that of the last one which has it.
+    """Several sources as one: a name is read from the last source that has it.
 
-    What they hold is listed once: nothing may be added to any of them as long as this is read from.
+    The sources are listed once, now: nothing may be added to them while the overlay is in use.
 
     Args:
-        sources: the lowest first; those that are overlays themselves count as their layers.
+        sources: in order of precedence, the last wins; an overlay among them counts as its own sources.
 
     """
 
     def __init__(self, *sources: Source) -> None:
-        layers = [layer for source in sources for layer in layers_of(source)]
+        layers = [layer for source in sources for layer in overlaid_sources(source)]
         self._infos: dict[str, TensorInfo] = {}
         self._owner: dict[str, Source] = {}
         for layer in layers:
             for info in layer.infos() or ():
                 self._infos[info.name], self._owner[info.name] = info, layer
         seen = {id(layer) for layer in self._owner.values()}
-        self.layers: Sequence[Source] = [layer for layer in layers if id(layer) in seen]
-        """Those of which something still shows, the lowest first."""
+        self.sources: Sequence[Source] = [layer for layer in layers if id(layer) in seen]
+        """Those that some name is read from, lowest precedence first."""
         self.description = " over ".join(layer.description for layer in (layers[-1], *layers[:1]))
-        self.in_order = all(getattr(layer, "in_order", True) for layer in self.layers)
+        self.in_order = all(getattr(layer, "in_order", True) for layer in self.sources)
         """Whether ``read`` keeps to the order it is asked for."""
 
     def infos(self) -> Sequence[TensorInfo]:
@@ -210,12 +212,12 @@ class Overlay:
             yield from self._owner[some[0]].read(some, pool, destinations)
 
     def unchanged(self) -> bool:
-        return all(layer.unchanged() for layer in self.layers)
+        return all(layer.unchanged() for layer in self.sources)
 
     def close(self) -> None:
-        """Give back what any of them holds."""
-        for layer in self.layers:
-            give_back(layer)
+        """Free what each of them holds."""
+        for layer in self.sources:
+            close_source(layer)
 
 
 class DummyWeights:
@@ -233,19 +235,19 @@ Rereadable = Source | DummyWeights
 
 
 @overload
-def layers_of(source: Source | None) -> Sequence[Source]: ...
+def overlaid_sources(source: Source | None) -> Sequence[Source]: ...
 @overload
-def layers_of(source: Rereadable | None) -> Sequence[Rereadable]: ...
-def layers_of(source: Rereadable | None) -> Sequence[Rereadable]:
-    """A source as what it is made of, the lowest first."""
+def overlaid_sources(source: Rereadable | None) -> Sequence[Rereadable]: ...
+def overlaid_sources(source: Rereadable | None) -> Sequence[Rereadable]:
+    """The sources of an overlay, lowest precedence first; of any other source itself, of None nothing."""
     if source is None:
         return ()
-    return source.layers if isinstance(source, Overlay) else (source,)
+    return source.sources if isinstance(source, Overlay) else (source,)
 
 
 @contextlib.contextmanager
-def kept_open(source: Rereadable | None) -> Iterator[None]:
-    """While entered, a source can be read though its files are deleted, or others come to have their names.
+def held_open(source: Rereadable | None) -> Iterator[None]:
+    """Hold the files of a source open: while entered they can be read even if deleted or replaced.
 
     Raises:
         OSError: a file is not there any more, or no more files can be opened.
@@ -253,21 +255,21 @@ def kept_open(source: Rereadable | None) -> Iterator[None]:
 
     """
     with contextlib.ExitStack() as stack:
-        for layer in layers_of(source):
-            if isinstance(layer, Checkpoint):
-                stack.enter_context(layer.kept_open())
+        for layer in overlaid_sources(source):
+            if isinstance(layer, FileSource):
+                stack.enter_context(layer.held_open())
         yield
 
 
-def give_back(source: Rereadable | None) -> None:
-    """Close a source that holds something; most hold nothing between two readings."""
+def close_source(source: Rereadable | None) -> None:
+    """Free what a source holds (memory or a spill file); files of a checkpoint hold nothing."""
     close = getattr(source, "close", None)
     if close is not None:
         close()
 
 
-def in_a_file(kept: HostCopy, folder: str | None) -> SpillFile:
-    """The same weights in a spill file. ``kept`` stays the caller's.
+def spill_to_file(kept: HostCopy, folder: str | None) -> SpillFile:
+    """Copy weights from host memory into a new spill file. ``kept`` is not closed.
 
     Raises:
         SourceError: the disk is full.

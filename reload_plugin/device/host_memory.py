@@ -1,4 +1,4 @@
-"""Host memory that is used again from layer to layer and from reload to reload.
+"""Host memory: a pool reused from layer to layer and from reload to reload, and limits for the C heap.
 
 Fresh pages cost more than the copy into them, and a heap that staging of many sizes passes through never
 gets small again. Blocks lie in anonymous mappings, so that what is given back is really given back.
@@ -22,22 +22,22 @@ from .gc_pause import collect_young
 SMALL = 1 << 20
 """Requests below this come from torch's allocator."""
 ROOM = 64 << 20
-"""Bytes of a pool for a layer, at least, and for the beginning of the next one, at most."""
+"""Bytes that a pool reserves for a layer at least, and for the beginning of the next layer at most."""
 KEPT = 2 * ROOM
-"""Bytes of a pool that stay with the process between reloads, at most: to get pages from the system once more
-takes as long as reading into them."""
+"""Bytes of a pool that stay resident between reloads at most: faulting pages in again takes as long as
+reading into them."""
 IDLE = 256 << 20
-"""Bytes that the C heap may keep unused between reloads: to get pages from the system once more takes longer
-than to write to them."""
+"""Bytes that the C heap may keep unused between reloads: faulting pages in again takes longer than writing to
+them."""
 BLOCK = 96 << 20
-"""Bytes from which on a block of the C heap goes back to the system as soon as it is free: what two of that
-size leave behind is about all that the heap may keep."""
+"""Bytes from which on a block of the C heap is unmapped as soon as it is freed: two of that size are about
+all that the heap may keep."""
 SPARE = 16 << 20
-"""Bytes of a pool beyond its largest layer, at least: for layers that are not processed, and small ones that
-one request reads together."""
+"""Bytes of a pool beyond its largest layer at least: for layers that are not processed, and for small layers
+in one read batch."""
 _PAGE = 1 << 21
 _OURS = 2
-"""References to a block's storage when nobody else has it: the block's and the counter's argument."""
+"""Reference count of a free block's storage object: the block's reference and the argument of the count."""
 _STATM = "/proc/self/statm"
 
 
@@ -55,64 +55,63 @@ class MemoryGauge:
 
 
 class HostPool:
-    """Blocks of host memory, cut from one stretch that is used again from its beginning.
+    """An arena of host memory that is cut into blocks and reused from its beginning.
 
     A block that was just processed is still in the processor's cache when the next layer is read into it.
-    Blocks come back by themselves when nobody refers to them any more. What the stretch has no place for is
-    mapped for itself. Not for several threads at once: a reload has one.
+    A block is free again when nothing refers to it. What does not fit into the arena gets a mapping of its
+    own. Not thread-safe: each reload has one.
     """
 
     def __init__(self) -> None:
-        self._stretch: mmap.mmap | None = None
+        self._arena: mmap.mmap | None = None
         self._size = ROOM + SPARE
         self._blocks: list[_Block] = []
-        """In order; those that nobody else refers to are free, and are handed out again as they are if they
-        fit: an object that is made anew for each layer lies in the heap where the last one's results were."""
+        """In order of address. A free block of the right size is reused together with its storage object."""
 
     def reserve(self, nbytes: int) -> None:
-        """Make the stretch large enough for a layer of ``nbytes`` bytes and for a part of the next, whose
+        """Make the arena large enough for a layer of ``nbytes`` bytes and for a part of the next, whose
         beginning the same request brings along, unless it is in use. What nobody writes to takes no memory.
         """
         self._size = max(ROOM, nbytes) + max(SPARE, min(nbytes, ROOM))
-        if self._stretch is not None and len(self._stretch) < self._size and not any(self._used()):
-            self._stretch, self._blocks = None, []
+        if self._arena is not None and len(self._arena) < self._size and not any(self._used()):
+            self._arena, self._blocks = None, []
 
     def take(self, nbytes: int) -> torch.UntypedStorage:
-        """A storage of at least ``nbytes`` bytes with any content."""
+        """An uninitialised storage of at least ``nbytes`` bytes; free again when nothing refers to it."""
         if nbytes < SMALL:
             return torch.empty(nbytes, dtype=torch.uint8, device="cpu").untyped_storage()
         size = -(-nbytes // mmap.PAGESIZE) * mmap.PAGESIZE
-        if self._stretch is None:
-            self._stretch = _mapped(-(-self._size // _PAGE) * _PAGE)
+        if self._arena is None:
+            self._arena = _mapped(-(-self._size // _PAGE) * _PAGE)
             if hasattr(mmap, "MADV_HUGEPAGE"):
-                self._stretch.madvise(mmap.MADV_HUGEPAGE)
+                self._arena.madvise(mmap.MADV_HUGEPAGE)
         start = self._first_gap(size)
-        if start + size > len(self._stretch) and collect_young():
+        if start + size > len(self._arena) and collect_young():
             start = self._first_gap(size)
-        if start + size > len(self._stretch):
+        if start + size > len(self._arena):
             return torch.frombuffer(_mapped(size), dtype=torch.uint8).untyped_storage()
         for block in self._blocks:
             if block.start == start and block.end == start + size:
                 return block.storage
-        cut = torch.frombuffer(self._stretch, dtype=torch.uint8, offset=start, count=size).untyped_storage()
+        cut = torch.frombuffer(self._arena, dtype=torch.uint8, offset=start, count=size).untyped_storage()
         apart = [block for block in self._blocks if block.end <= start or block.start >= start + size]
         self._blocks = sorted([*apart, _Block(start, start + size, cut)], key=lambda block: block.start)
         return cut
 
     def settle(self) -> None:
-        """Give back to the system what is not worth keeping for the next reload."""
-        if self._stretch is None or not hasattr(mmap, "MADV_DONTNEED"):
+        """Release unused memory beyond ``KEPT`` bytes to the system."""
+        if self._arena is None or not hasattr(mmap, "MADV_DONTNEED"):
             return
         end = max((block.end for block in self._used()), default=0)
         first = max(KEPT, -(-end // mmap.PAGESIZE) * mmap.PAGESIZE)
-        if first < len(self._stretch):
-            self._stretch.madvise(mmap.MADV_DONTNEED, first, len(self._stretch) - first)
+        if first < len(self._arena):
+            self._arena.madvise(mmap.MADV_DONTNEED, first, len(self._arena) - first)
 
     def _used(self) -> Iterator[_Block]:
         return (block for block in self._blocks if block.used)
 
     def _first_gap(self, size: int) -> int:
-        """Where the first ``size`` bytes are that nobody uses; the end of the last block, if need be."""
+        """Offset of the first free ``size`` bytes; the end of the last used block where there is no gap."""
         start = 0
         for block in self._used():
             if block.start - start >= size:
@@ -122,7 +121,7 @@ class HostPool:
 
 
 class _Block(NamedTuple):
-    """A part of a pool's stretch: first byte, end, and the storage over it."""
+    """A block of the arena: first byte, end, and the storage over it."""
 
     start: int
     end: int
@@ -130,12 +129,12 @@ class _Block(NamedTuple):
 
     @property
     def used(self) -> bool:
-        """Whether a tensor has this memory, or somebody else the object."""
+        """Whether a tensor uses this memory, or anything else refers to the storage object."""
         return torch._C._storage_Use_Count(self.storage._cdata) > 1 or sys.getrefcount(self.storage) > _OURS
 
 
 def _mapped(size: int) -> mmap.mmap:
-    """Memory of its own, which goes back to the system as soon as nobody refers to it.
+    """A new anonymous mapping, unmapped as soon as nothing refers to it.
 
     Huge pages are asked for only where memory stays. The host of a virtual machine takes back whole ones that
     are free, and to get them once more took from half to three times what small ones take in their place.
@@ -144,12 +143,12 @@ def _mapped(size: int) -> mmap.mmap:
 
 
 def view_of(address: int, nbytes: int) -> memoryview:
-    """Memory as something to read from or into. Owns nothing."""
+    """A writable view of memory at an address. Does not keep the memory alive."""
     return memoryview((ctypes.c_char * nbytes).from_address(address)).cast("B")
 
 
 def resident() -> int:
-    """Bytes of this process in memory, as far as the system tells (Linux)."""
+    """Resident bytes of this process; 0 where the system does not say (other than Linux)."""
     try:
         statm = os.open(_STATM, os.O_RDONLY)
     except OSError:
@@ -161,16 +160,16 @@ def resident() -> int:
 
 
 class Allocator(NamedTuple):
-    """What the C library's ``malloc`` offers for giving back memory it does not use."""
+    """The C allocator's functions for releasing memory that it holds unused."""
 
     name: str
     unused: Callable[[], int] | None
-    """Bytes it holds in memory for later; None where it does not say."""
-    give_back: Callable[[int], object]
-    """At least so many of them to the system, if there are so many; glibc's gives back all it can."""
+    """Returns the bytes that it holds unused; None where it has no such function."""
+    release: Callable[[int], object]
+    """Releases at least so many unused bytes to the system, if it has them; glibc's releases all it can."""
     keep: Callable[[int, int], object] | None = None
-    """From now on hold so many unused bytes, of blocks that are smaller than so many; None where it does that
-    by itself."""
+    """Sets how many unused bytes it keeps, and the size from which on blocks are mapped separately; None
+    where it decides by itself."""
 
 
 @functools.cache
@@ -212,7 +211,7 @@ def _keep_in_glibc(library: ctypes.CDLL, unused: int, block: int) -> None:
 
 
 def _tcmalloc(library: ctypes.CDLL) -> Allocator:
-    """By its C interface (gperftools, ``malloc_extension_c.h``)."""
+    """tcmalloc by its C interface (gperftools, ``malloc_extension_c.h``)."""
     ask, release = library.MallocExtension_GetNumericProperty, library.MallocExtension_ReleaseToSystem
     ask.argtypes = [ctypes.c_char_p, ctypes.POINTER(ctypes.c_size_t)]
     release.argtypes, release.restype = [ctypes.c_size_t], None
@@ -225,8 +224,8 @@ def _tcmalloc(library: ctypes.CDLL) -> Allocator:
 
 
 def keep_within(limit: int, nbytes: int) -> None:
-    """Before ``nbytes`` bytes are asked of the C heap: make it give back what it does not use, if the process
-    would have more than ``limit`` bytes in memory otherwise.
+    """Before allocating ``nbytes`` bytes from the C heap: release its unused memory if the process would have
+    more than ``limit`` resident bytes otherwise.
     """
     found = allocator()
     if found is None:
@@ -235,18 +234,18 @@ def keep_within(limit: int, nbytes: int) -> None:
     excess = resident() + max(0, nbytes - at_hand) - limit
     if excess > 0:
         collect_young()
-        found.give_back(excess)
+        found.release(excess)
 
 
 @dataclass
 class Growth:
-    """How large this process was when it was smallest, to tell how much of its heap may be unused."""
+    """The smallest resident size of this process so far: what it has grown by since may be unused heap."""
 
     least: int | None = None
-    """Bytes in memory; None before there was a reload."""
+    """Resident bytes; None before the first reload."""
 
     def begin(self) -> int:
-        """A reload begins. Returns the bytes that are in memory now."""
+        """Note the start of a reload. Returns the resident bytes."""
         now = resident()
         found = allocator()
         if self.least is None and found is not None and found.keep is not None:
@@ -255,15 +254,15 @@ class Growth:
         return now
 
     def settle(self, found: Allocator) -> None:
-        """A reload is over: have the heap give back what it does not use, if that may be too much."""
+        """After a reload: release unused heap if the process has grown by more than it may keep."""
         now = resident()
         if self.least is None or now - self.least > KEPT + IDLE:
-            found.give_back(0)
+            found.release(0)
             self.least = resident()
 
 
 growth = Growth()
-"""Of this process."""
+"""The one of this process."""
 
 
 def settle_heap() -> None:
@@ -278,4 +277,4 @@ def settle_heap() -> None:
     if found.unused is None:
         growth.settle(found)
     elif (excess := found.unused() - IDLE) > 0:
-        found.give_back(excess)
+        found.release(excess)

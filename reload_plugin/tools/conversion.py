@@ -1,4 +1,4 @@
-"""Any checkpoint to safetensors: streaming, whole or not at all, and with a note of what it was made from."""
+"""Converts any checkpoint to safetensors: streamed, all or nothing, with a record of its origin."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
-from ..checkpoint import Checkpoint, open_source
+from ..checkpoint import FileSource, open_source
 from ..checkpoint.formats.safetensors_files import read_header
-from ..checkpoint.io.writing import FilePlan, appearing, index_of, plan_files, write_file
+from ..checkpoint.io.writing import FilePlan, index_of, plan_files, write_file, written_atomically
 from ..checkpoint.sidecar import KEY, WRITTEN, file_digest, origin_of_files, why_stale
 from ..errors import SourceError
 from .foreign_files import carry_over, foreign_files, refuse_collisions
@@ -96,7 +96,9 @@ def convert(
     if dst.exists() and src.exists() and dst.samefile(src):
         raise SourceError(f"{dst} is the source itself. Choose another place.")
     if max_file_bytes <= 0:
-        raise SourceError(f"max_file_bytes is {max_file_bytes} and has to be positive.")
+        raise SourceError(
+            f"max_file_bytes is {max_file_bytes} and has to be positive. Give a number of bytes."
+        )
     content = _open(src, weights_only)
     single = dst.suffix == ".safetensors"
     plans = plan_files(content.source.infos(), None if single else max_file_bytes)
@@ -105,7 +107,7 @@ def convert(
     foreign = foreign_files(dst) if update else []
     refuse_collisions(foreign, _made(plans), beside)
     try:
-        with appearing(dst, overwrite or replace_converted) as partial:
+        with written_atomically(dst, overwrite or replace_converted) as partial:
             writing = _Writing(content, plans, progress)
             if single:
                 writing.file(partial, plans[0], first=True)
@@ -195,7 +197,7 @@ class _Content:
     """A checkpoint, and the structure of the nested state dict it is, if it is one."""
 
     src: Path
-    source: Checkpoint
+    source: FileSource
     structure: Structure | None
 
 

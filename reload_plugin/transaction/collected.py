@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..checkpoint import HostCopy, SpillFile, TensorInfo, in_a_file
+from ..checkpoint import HostCopy, SpillFile, TensorInfo, spill_to_file
 from ..errors import SERVES_OLD, SourceError, weights_error
 from ..load.stream import WeightStream
 from ..options import ReloadOptions
@@ -43,7 +43,7 @@ def collected(weights: Weights, chosen: ReloadOptions, in_memory: int | None) ->
                 mismatches.nonfinite[name] = reason
             kept.add(name, tensor)
             if isinstance(kept, HostCopy) and trace.loaded.nbytes > (in_memory or 0):
-                in_file = in_a_file(kept, chosen.spill_dir)
+                in_file = spill_to_file(kept, chosen.spill_dir)
                 kept.close()
                 kept = in_file
         if mismatches:

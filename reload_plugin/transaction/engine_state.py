@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from .. import vllm_api
-from ..checkpoint import Rereadable, Source, give_back, layers_of
+from ..checkpoint import Rereadable, Source, close_source, overlaid_sources
 from ..device.host_memory import HostPool
 from ..errors import SERVES_OLD, EngineBrokenError, SessionError
 from ..plan.plan_cache import PlanCache
@@ -99,10 +99,10 @@ class EngineState:
         given back.
         """
         old, self.rollback_source = self.rollback_source, source
-        kept = {id(layer) for layer in layers_of(source)}
-        for layer in layers_of(old):
+        kept = {id(layer) for layer in overlaid_sources(source)}
+        for layer in overlaid_sources(old):
             if id(layer) not in kept:
-                give_back(layer)
+                close_source(layer)
 
     def absorb_update(self, source: Source) -> None:
         """The rollback source is the same weights in fewer layers; whoever joined them gave the rest back."""

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator
 
 from torch import nn
 
-from ..checkpoint import DummyWeights, HostCopy, Overlay, Source, SpillFile, give_back, in_a_file
+from ..checkpoint import DummyWeights, HostCopy, Overlay, Source, SpillFile, close_source, spill_to_file
 from ..errors import SERVES_OLD, PartialUpdateError, SourceError, weights_error
 from ..interrupts import call_between
 from ..load.progress import with_progress
@@ -226,7 +226,7 @@ def absorbed(served: Overlay, folder: str | None = None) -> Source:
         SourceError: the disk is full; then ``served`` is as it was.
 
     """
-    *lower, top = served.layers
+    *lower, top = served.sources
     if lower and isinstance(kept := lower[-1], (HostCopy, SpillFile)):
         if len(lower) == 1:
             _add_all(kept, top)  # nothing shows beneath it, so it holds the whole and cannot grow beyond that
@@ -235,7 +235,7 @@ def absorbed(served: Overlay, folder: str | None = None) -> Source:
             joined = _together(kept, top, folder)
         for source in (kept, top):
             if source is not joined:
-                give_back(source)
+                close_source(source)
         lower, top = lower[:-1], joined
     return Overlay(*lower, top) if lower else top
 
@@ -246,7 +246,7 @@ def _together(kept: HostCopy | SpillFile, top: Source, folder: str | None) -> Ho
     if isinstance(kept, SpillFile) or nbytes <= SMALL_UPDATE:
         _add_all(kept, top)
         return kept
-    file = in_a_file(kept, folder)
+    file = spill_to_file(kept, folder)
     try:
         _add_all(file, top)
     except BaseException:

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from .. import vllm_api
-from ..checkpoint import HostCopy, Source, SpillFile, give_back, open_folder
+from ..checkpoint import HostCopy, Source, SpillFile, close_source, open_folder
 from ..checkpoint.config import check_config
 from ..device.gc_pause import full_gc_paused
 from ..device.host_memory import settle_heap
@@ -242,13 +242,14 @@ def _partially(model: nn.Module, state: EngineState, top: Source, chosen: Reload
         base = base_of(model, state)
         if base is None and state.broken is not None:
             raise PartialUpdateError(
-                f"The engine does not serve ({state.broken}), so a part of the weights has nothing to be added "
+        changed: for a partial update, the groups whose weights are others than those that are served; None for
+            any.
                 "to. Reload a complete checkpoint first."
             )
         if base is None:
             report = update_in_place(model, state, top, chosen)
             state.replace_rollback_source(None)
-            give_back(top)
+            close_source(top)
             return report
         whole, changed = laid_over(model, state, base, top)
         asked = chosen.model_copy(update={"partial": False, "keep_load_format": None})
@@ -265,7 +266,7 @@ def _partially(model: nn.Module, state: EngineState, top: Source, chosen: Reload
             state.outcome.has_cross_group_effects = True
             report = _from_source(model, state, whole, asked, None, sent)
     except BaseException:
-        give_back(top)
+        close_source(top)
         raise
     with contextlib.suppress(SourceError):  # else both stay, one over the other
         state.absorb_update(absorbed(whole, chosen.spill_dir))

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from torch import nn
 
 from .. import vllm_api
-from ..checkpoint import DummyWeights, Rereadable, Source, TensorInfo, kept_open
+from ..checkpoint import DummyWeights, Rereadable, Source, TensorInfo, held_open
 from ..errors import SERVES_OLD, SourceError
 from ..interrupts import call_held
 from ..plan.checkpoint_plan import Plan
@@ -78,7 +78,7 @@ def _hold_rollback_source(
     """Keep the files of the served weights open: a trainer may delete them just when the next ones come."""
     has_rollback_source(model, state)  # for what the engine started from
     try:
-        stack.enter_context(kept_open(state.rollback_source))
+        stack.enter_context(held_open(state.rollback_source))
     except (OSError, SourceError) as error:
         full = isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE)
         if needed and not full:

@@ -277,7 +277,7 @@ def test_weights_that_do_not_fit_are_refused_before_they_are_read(
     model, on_a, _, _ = served
     name = next(iter(B))
     torch.save(B | {name: torch.ones(3)}, tmp_path / "x.pt")
-    monkeypatch.setattr(file_source, "read_places", lambda *_: pytest.fail("a weight was read"))
+    monkeypatch.setattr(file_source, "read_locations", lambda *_: pytest.fail("a weight was read"))
     with pytest.raises(ReloadError, match="misshapen"):
         reload_weights(model, weights_path=str(tmp_path / "x.pt"))
     assert values(model) == on_a

@@ -167,7 +167,7 @@ def test_files_that_are_kept_open_do_not_go_through_the_library(
     """It would look for them by their names."""
     monkeypatch.setitem(READERS, "runai_streamer", None)
     source = source_of(files, "runai_streamer")
-    with source.kept_open():
+    with source.held_open():
         for file in files:
             Path(file).unlink()
         assert same(dict(source.read()), tensors)

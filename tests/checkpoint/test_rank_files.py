@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from reload_plugin import open_source
 from reload_plugin.checkpoint.formats.fsdp_files import _coordinate
-from reload_plugin.checkpoint.pickle.values import Inert, Storage, StoredTensor
+from reload_plugin.checkpoint.pickle.values import OpaqueObject, Storage, StoredTensor
 from reload_plugin.checkpoint.sharding import cover_error
 from reload_plugin.errors import SourceError
 from tests import trainers
@@ -407,7 +407,7 @@ def test_every_spelling_of_a_device_mesh_is_understood(layout: dict, place: obje
 def inert(value: object) -> object:
     """Dicts as objects with that state, at any depth."""
     if isinstance(value, dict):
-        made = Inert("x", ())
+        made = OpaqueObject("x", ())
         made.state = {key: inert(inner) for key, inner in value.items()}
         return made
     return (

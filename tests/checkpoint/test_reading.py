@@ -16,7 +16,7 @@ from reload_plugin.checkpoint import DirectRead, TensorInfo
 from reload_plugin.checkpoint.formats.safetensors_files import SafetensorsSource
 from reload_plugin.checkpoint.io import read_batches, readahead, vectored
 from reload_plugin.checkpoint.io import reading as reading_module
-from reload_plugin.checkpoint.io.places import Place
+from reload_plugin.checkpoint.io.locations import ContiguousLocation
 from reload_plugin.errors import SourceError
 from reload_plugin.load.completeness import Completeness
 from reload_plugin.plan.arrivals import Loaded
@@ -28,7 +28,7 @@ EXPERTS = 5
 ORDER = (*(f"experts.{n}.{part}" for n in range(EXPERTS) for part in ("gate", "up", "down")), "norm", "empty")
 
 
-class StackedRoom:
+class StackedDestinations:
     """Memory as a layer of experts has it: gate and up of an expert one behind the other, down elsewhere."""
 
     def __init__(self) -> None:
@@ -80,7 +80,7 @@ def save(folder: Path, seed: int) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def save_and_read(folder: Path, seed: int, destinations: StackedRoom) -> dict[str, torch.Tensor]:
+def save_and_read(folder: Path, seed: int, destinations: StackedDestinations) -> dict[str, torch.Tensor]:
     tensors = save(folder, seed)
     assert all(
         isinstance(direct_read, DirectRead)
@@ -94,13 +94,13 @@ def source_of(folder: Path) -> SafetensorsSource:
 
 
 @pytest.fixture(autouse=True)
-def small_parcels(monkeypatch: pytest.MonkeyPatch) -> None:
+def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(read_batches, "BATCH", 300)
 
 
-def test_what_lands_is_where_it_goes_and_is_accounted_for(tmp_path: Path) -> None:
+def test_direct_reads_fill_their_parameters_and_are_accounted_for(tmp_path: Path) -> None:
     tensors = save(tmp_path / "1", seed=1)
-    destinations = StackedRoom()
+    destinations = StackedDestinations()
     found = list(source_of(tmp_path / "1").read(ORDER, destinations=destinations))
     assert all(isinstance(direct_read, DirectRead) for direct_read in found)
     destinations.holds(tensors)
@@ -114,14 +114,14 @@ def test_what_lands_is_where_it_goes_and_is_accounted_for(tmp_path: Path) -> Non
 
 
 def test_the_next_save_is_read_by_the_same_plan_and_has_its_own_values(tmp_path: Path) -> None:
-    destinations = StackedRoom()
+    destinations = StackedDestinations()
     destinations.holds(save_and_read(tmp_path / "1", 1, destinations))
     asked = destinations.asked
     assert asked, "nothing was planned for this room"
     tensors = save_and_read(tmp_path / "2", 2, destinations)
     destinations.holds(tensors)
     assert destinations.asked == asked, "the second save was planned again"
-    other = StackedRoom()
+    other = StackedDestinations()
     list(source_of(tmp_path / "2").read(ORDER, destinations=other))
     assert other.asked == asked, "another room has other places"
     other.holds(tensors)
@@ -129,12 +129,12 @@ def test_the_next_save_is_read_by_the_same_plan_and_has_its_own_values(tmp_path:
 
 def test_other_shapes_under_the_same_names_are_planned_anew(tmp_path: Path) -> None:
     save(tmp_path / "1", seed=1)
-    list(source_of(tmp_path / "1").read(ORDER, destinations=StackedRoom()))
+    list(source_of(tmp_path / "1").read(ORDER, destinations=StackedDestinations()))
     changed = save(tmp_path / "2", seed=2) | {"norm": torch.arange(4.0)}
     for file in (tmp_path / "2").iterdir():
         file.unlink()
     save_file(changed, tmp_path / "2" / "model-0.safetensors")
-    destinations = StackedRoom()
+    destinations = StackedDestinations()
     list(source_of(tmp_path / "2").read(ORDER, destinations=destinations))
     assert destinations.norm.tolist() == [0, 1, 2, 3, 0, 0, 0, 0]
     assert torch.equal(destinations.down[4], changed["experts.4.down"])
@@ -142,11 +142,13 @@ def test_other_shapes_under_the_same_names_are_planned_anew(tmp_path: Path) -> N
 
 def test_a_cut_file_and_its_tensor_are_named(tmp_path: Path) -> None:
     save(tmp_path / "1", seed=1)
-    list(source_of(tmp_path / "1").read(ORDER, destinations=StackedRoom()))
+    list(source_of(tmp_path / "1").read(ORDER, destinations=StackedDestinations()))
     save(tmp_path / "2", seed=2)
     source, second = source_of(tmp_path / "2"), tmp_path / "2" / "model-1.safetensors"
-    last = max((place for place in source.places if place.file == second.name), key=lambda place: place.start)
-    reading = source.read(ORDER, destinations=StackedRoom())
+    last = max(
+        (place for place in source.locations if place.file == second.name), key=lambda place: place.start
+    )
+    reading = source.read(ORDER, destinations=StackedDestinations())
     next(reading)
     os.truncate(second, second.stat().st_size - 4)
     with pytest.raises(
@@ -155,26 +157,26 @@ def test_a_cut_file_and_its_tensor_are_named(tmp_path: Path) -> None:
         list(reading)
 
 
-@pytest.mark.parametrize("landing", [True, False], ids=["to where they go", "to tensors"])
+@pytest.mark.parametrize("direct", [True, False], ids=["to where they go", "to tensors"])
 def test_reads_that_stop_early_go_on_where_they_stopped(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, landing: bool
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, direct: bool
 ) -> None:
     preadv, lengths = vectored.preadv, itertools.cycle([1, 7, 50])
 
-    def some(handle: int, parts: vectored.Parts, start: int, flags: int = 0) -> int:
+    def some(handle: int, parts: vectored.IoVec, start: int, flags: int = 0) -> int:
         (address, nbytes), *_ = parts.tolist()
-        return preadv(handle, vectored.parts_at([address], [min(next(lengths), nbytes)]), start, flags)
+        return preadv(handle, vectored.iovec_of([address], [min(next(lengths), nbytes)]), start, flags)
 
-    tensors, destinations = save(tmp_path / "1", seed=1), StackedRoom()
+    tensors, destinations = save(tmp_path / "1", seed=1), StackedDestinations()
     monkeypatch.setattr(vectored, "preadv", some)
-    found = list(source_of(tmp_path / "1").read(ORDER, destinations=destinations if landing else None))
-    if landing:
+    found = list(source_of(tmp_path / "1").read(ORDER, destinations=destinations if direct else None))
+    if direct:
         destinations.holds(tensors)
     else:
         assert all(torch.equal(tensor, tensors[name]) for name, tensor in found)
 
 
-class ReversedRoom(StackedRoom):
+class ReversedDestinations(StackedDestinations):
     """One memory for all: the last tensor first, and a gap of four bytes before each."""
 
     def __init__(self, infos: list[TensorInfo]) -> None:
@@ -189,10 +191,10 @@ class ReversedRoom(StackedRoom):
         return "all", self.starts[name]
 
 
-def test_neighbours_in_a_file_that_are_none_in_memory_go_to_their_own_places(tmp_path: Path) -> None:
+def test_contiguous_tensors_of_a_file_go_to_separate_places_in_memory(tmp_path: Path) -> None:
     tensors = save(tmp_path / "1", seed=1)
     source = source_of(tmp_path / "1")
-    destinations = ReversedRoom(
+    destinations = ReversedDestinations(
         [next(info for info in source.infos() if info.name == name) for name in ORDER]
     )
     list(source.read(ORDER, destinations=destinations))
@@ -205,23 +207,23 @@ def test_neighbours_in_a_file_that_are_none_in_memory_go_to_their_own_places(tmp
     assert not torch.cat(gaps).any()
 
 
-@pytest.mark.parametrize("landing", [True, False], ids=["to where they go", "to tensors"])
-def test_what_is_large_is_read_in_pieces_by_a_team(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, landing: bool
+@pytest.mark.parametrize("direct", [True, False], ids=["to where they go", "to tensors"])
+def test_large_requests_are_read_in_pieces_by_openmp_threads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, direct: bool
 ) -> None:
     preadv, reads = vectored.preadv, []
 
-    def noting(handle: int, parts: vectored.Parts, start: int, flags: int = 0) -> int:
+    def noting(handle: int, parts: vectored.IoVec, start: int, flags: int = 0) -> int:
         reads.append(sum(nbytes for _, nbytes in parts.tolist()))
         return preadv(handle, parts, start, flags)
 
     monkeypatch.setattr(read_batches, "SHARED", 50)
     monkeypatch.setattr(readahead, "SHARED", 50)
     monkeypatch.setattr(readahead, "WORTH_SHARING", 1)
-    tensors, destinations = save(tmp_path / "1", seed=1), StackedRoom()
+    tensors, destinations = save(tmp_path / "1", seed=1), StackedDestinations()
     monkeypatch.setattr(vectored, "preadv", noting)
-    found = list(source_of(tmp_path / "1").read(ORDER, destinations=destinations if landing else None))
-    if landing:
+    found = list(source_of(tmp_path / "1").read(ORDER, destinations=destinations if direct else None))
+    if direct:
         destinations.holds(tensors)
     else:
         assert all(torch.equal(tensor, tensors[name]) for name, tensor in found)
@@ -231,7 +233,7 @@ def test_what_is_large_is_read_in_pieces_by_a_team(
 
 def test_memory_that_is_too_small_is_not_written_past(tmp_path: Path) -> None:
     save(tmp_path / "1", seed=1)
-    destinations = StackedRoom()
+    destinations = StackedDestinations()
     destinations.norm = torch.zeros(8)[:4].clone()
     with pytest.raises(IndexError, match=r"longer than its place in .*norm"):
         list(source_of(tmp_path / "1").read(ORDER, destinations=destinations))
@@ -246,7 +248,7 @@ def spare_cores(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     readers: list[str] = []
     preadv = vectored.preadv
 
-    def noting(handle: int, parts: vectored.Parts, start: int, flags: int = 0) -> int:
+    def noting(handle: int, parts: vectored.IoVec, start: int, flags: int = 0) -> int:
         readers.append(threading.current_thread().name)
         time.sleep(0.001)  # so that no reader does all the work before the others have begun
         return preadv(handle, parts, start, flags)
@@ -256,13 +258,15 @@ def spare_cores(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return readers
 
 
-@pytest.mark.parametrize("landing", [True, False], ids=["to where they go", "to tensors"])
-def test_several_readers_bring_what_one_does(tmp_path: Path, spare_cores: list[str], landing: bool) -> None:
-    tensors, destinations = save(tmp_path / "1", seed=1), StackedRoom()
-    found = list(source_of(tmp_path / "1").read(ORDER, destinations=destinations if landing else None))
+@pytest.mark.parametrize("direct", [True, False], ids=["to where they go", "to tensors"])
+def test_several_reader_threads_read_what_one_does(
+    tmp_path: Path, spare_cores: list[str], direct: bool
+) -> None:
+    tensors, destinations = save(tmp_path / "1", seed=1), StackedDestinations()
+    found = list(source_of(tmp_path / "1").read(ORDER, destinations=destinations if direct else None))
     assert len(set(spare_cores)) == readahead.READERS
     assert threading.main_thread().name not in spare_cores
-    if landing:
+    if direct:
         destinations.holds(tensors)
     else:
         assert [name for name, _ in found] == list(ORDER)
@@ -270,15 +274,19 @@ def test_several_readers_bring_what_one_does(tmp_path: Path, spare_cores: list[s
     assert not [thread for thread in threading.enumerate() if "reader" in thread.name]
 
 
-def test_threads_that_only_read_have_half_as_much_each_as_a_team(monkeypatch: pytest.MonkeyPatch) -> None:
-    places = [Place(TensorInfo(str(n), (25,), torch.float32), "file", 100 * n, 100) for n in range(6)]
+def test_batches_of_reader_threads_are_half_as_large_as_those_of_openmp_threads(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    places = [
+        ContiguousLocation(TensorInfo(str(n), (25,), torch.float32), "file", 100 * n, 100) for n in range(6)
+    ]
     monkeypatch.setattr(readahead, "_cores", torch.get_num_threads)
-    assert [len(parcel.places) for parcel in read_batches.read_batches_of(places)] == [3, 3]
+    assert [len(batch.locations) for batch in read_batches.read_batches_of(places)] == [3, 3]
     monkeypatch.setattr(readahead, "_cores", lambda: torch.get_num_threads() + 8)
-    assert [len(parcel.places) for parcel in read_batches.read_batches_of(places)] == [2, 2, 2]
+    assert [len(batch.locations) for batch in read_batches.read_batches_of(places)] == [2, 2, 2]
 
 
-def test_what_one_of_the_readers_meets_is_raised_and_all_of_them_end(
+def test_an_error_in_one_reader_thread_is_raised_and_all_threads_end(
     tmp_path: Path, spare_cores: list[str]
 ) -> None:
     save(tmp_path / "1", seed=1)
@@ -310,7 +318,7 @@ class Storage:
         assert advice == os.POSIX_FADV_WILLNEED
         self.told.update((handle, byte) for byte in range(start, start + nbytes))
 
-    def _read(self, handle: int, parts: vectored.Parts, start: int, flags: int = 0) -> int:
+    def _read(self, handle: int, parts: vectored.IoVec, start: int, flags: int = 0) -> int:
         self.tries += flags == os.RWF_NOWAIT
         if flags and not self._cached:
             raise OSError(self._refusal, os.strerror(self._refusal))
@@ -322,10 +330,10 @@ class Storage:
 
 @pytest.mark.skipif(not hasattr(os, "RWF_NOWAIT"), reason="this system does not say what is in its cache")
 @pytest.mark.parametrize("refusal", [errno.EAGAIN, errno.EOPNOTSUPP])
-def test_once_a_read_has_to_wait_the_system_is_told_of_what_comes(
+def test_once_a_read_misses_the_page_cache_later_ones_are_announced(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refusal: int
 ) -> None:
-    tensors, destinations = save(tmp_path / "1", seed=1), StackedRoom()
+    tensors, destinations = save(tmp_path / "1", seed=1), StackedDestinations()
     storage = Storage(monkeypatch, cached=False, refusal=refusal)
     list(source_of(tmp_path / "1").read(ORDER, destinations=destinations))
     destinations.holds(tensors)
@@ -338,8 +346,8 @@ def test_once_a_read_has_to_wait_the_system_is_told_of_what_comes(
 
 
 @pytest.mark.skipif(not hasattr(os, "RWF_NOWAIT"), reason="this system does not say what is in its cache")
-def test_nobody_is_told_of_what_is_in_the_page_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    tensors, destinations = save(tmp_path / "1", seed=1), StackedRoom()
+def test_reads_from_the_page_cache_are_not_announced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tensors, destinations = save(tmp_path / "1", seed=1), StackedDestinations()
     storage = Storage(monkeypatch, cached=True)
     list(source_of(tmp_path / "1").read(ORDER, destinations=destinations))
     destinations.holds(tensors)
@@ -348,13 +356,11 @@ def test_nobody_is_told_of_what_is_in_the_page_cache(tmp_path: Path, monkeypatch
 
 
 @pytest.mark.skipif(not hasattr(os, "RWF_NOWAIT"), reason="this system does not say what is in its cache")
-def test_what_the_storage_fails_at_is_raised_and_not_tried_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_storage_error_is_raised_and_not_retried(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save(tmp_path / "1", seed=1)
     storage = Storage(monkeypatch, cached=False, refusal=errno.EIO)
     with pytest.raises(SourceError, match="Input/output error"):
-        list(source_of(tmp_path / "1").read(ORDER, destinations=StackedRoom()))
+        list(source_of(tmp_path / "1").read(ORDER, destinations=StackedDestinations()))
     assert storage.tries == 1
     assert not storage.reads
 
@@ -362,7 +368,7 @@ def test_what_the_storage_fails_at_is_raised_and_not_tried_again(
 # --- which layers are complete by what landed ---
 
 
-def test_a_layer_is_complete_when_the_last_weight_of_each_of_its_parameters_has_landed() -> None:
+def test_a_layer_is_complete_when_the_last_weight_of_each_of_its_parameters_was_read() -> None:
     names = {"a": frozenset({"a1", "a2", "both"}), "b": frozenset({"b1", "both"})}
     completeness = Completeness(
         Loaded(), Mismatches(), KnownCheckpoint(names, planned=True, copy_plan=CopyPlan(None, {}))

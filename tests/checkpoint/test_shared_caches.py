@@ -104,7 +104,7 @@ class Switching(ReadBatch):
 
 def test_a_batch_that_two_engines_share_plans_for_each_of_them(tmp_path: Path) -> None:
     save_file(TENSORS, tmp_path / "model.safetensors")
-    places = open_source(tmp_path / "model.safetensors").places
+    places = open_source(tmp_path / "model.safetensors").locations
     batch = Switching(places, NBYTES * len(places))
     mine, others = Memory(ORDER), Memory(ORDER[::-1])
     vars(batch)["other"] = others

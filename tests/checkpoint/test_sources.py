@@ -13,7 +13,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from reload_plugin.checkpoint import HostCopy, Overlay, kept_open, open_folder
+from reload_plugin.checkpoint import HostCopy, Overlay, held_open, open_folder
 from reload_plugin.checkpoint.formats import safetensors_files
 from reload_plugin.checkpoint.formats.safetensors_files import SafetensorsSource
 from reload_plugin.errors import SourceError
@@ -345,7 +345,7 @@ def test_files_that_are_kept_open_are_read_whatever_becomes_of_their_names(
 ) -> None:
     layers = [source_of(large), source_of(large)]
     before, descriptors = everything(layers[0]), len(list(OPEN.iterdir()))
-    with kept_open(Overlay(HostCopy("an update"), *layers)):
+    with held_open(Overlay(HostCopy("an update"), *layers)):
         if replaced:
             save_file({name: tensor + 1 for name, tensor in MANY.items()}, tmp_path / "next")
             (tmp_path / "next").replace(large)
@@ -364,14 +364,14 @@ def test_files_that_are_kept_open_are_read_whatever_becomes_of_their_names(
 
 def test_files_that_are_rewritten_in_place_are_not_kept_by_being_open(large: Path) -> None:
     source = source_of(large)
-    with kept_open(source):
+    with held_open(source):
         stamp = large.stat()
         large.write_bytes(large.read_bytes()[:-4] + b"\1\2\3\4")
         os.utime(large, ns=(stamp.st_atime_ns, stamp.st_mtime_ns + 1))
         assert not source.unchanged()
         with pytest.raises(SourceError, match="changed while it was read"):
             list(source.read())
-    with pytest.raises(SourceError, match="changed"), kept_open(source):
+    with pytest.raises(SourceError, match="changed"), held_open(source):
         pass
 
 
@@ -383,7 +383,7 @@ def test_more_files_than_a_process_may_open_are_not_kept_open(
     files = sorted(tmp_path.iterdir())
     source = source_of(*files)
     monkeypatch.setattr("resource.getrlimit", lambda _: (11, 11))
-    with kept_open(source):
+    with held_open(source):
         assert list(source.read())
         files[0].unlink()
         assert not source.unchanged(), "left to its name"

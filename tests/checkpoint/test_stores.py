@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from reload_plugin.checkpoint import HostCopy, Overlay, Source, SpillFile, layers_of
+from reload_plugin.checkpoint import HostCopy, Overlay, Source, SpillFile, overlaid_sources
 from reload_plugin.checkpoint.formats.safetensors_files import SafetensorsSource
 from reload_plugin.errors import SourceError
 from reload_plugin.record.model_record import ModelRecord
@@ -24,7 +24,7 @@ def step(folder: Path, number: int, names: str) -> SafetensorsSource:
     return SafetensorsSource([str(folder / f"{number}.safetensors")], f"step {number}")
 
 
-def test_updates_of_the_same_weights_do_not_pile_up(tmp_path: Path) -> None:
+def test_repeated_updates_of_the_same_weights_keep_one_copy(tmp_path: Path) -> None:
     """Only what still shows is needed: the folders of the steps between may go."""
     served = step(tmp_path, 0, "abc")
     for number in range(1, 6):
@@ -70,11 +70,13 @@ def after(*updates: Source) -> Source:
 def test_many_updates_go_to_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(partial, "SMALL_UPDATE", 40)
     served = after(step(tmp_path, 0, "abcd"), kept("host", 1, "ab"), kept("host", 2, "b"))
-    assert [type(layer) for layer in layers_of(served)] == [SafetensorsSource, SpillFile]
+    assert [type(layer) for layer in overlaid_sources(served)] == [SafetensorsSource, SpillFile]
     assert values(after(served, kept("host", 3, "c"))) == {"a": [1], "b": [2], "c": [3], "d": [0]}
 
 
-def test_a_full_disk_leaves_both_as_they_were(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_leaves_both_sources_as_they_were(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(partial, "SMALL_UPDATE", 0)
     served = Overlay(after(step(tmp_path, 0, "abcd"), kept("host", 1, "ab")), kept("host", 2, "bc"))
 
@@ -88,7 +90,7 @@ def test_a_full_disk_leaves_both_as_they_were(tmp_path: Path, monkeypatch: pytes
     assert values(served) == {"a": [1], "b": [2], "c": [2], "d": [0]}
 
 
-def test_updates_of_any_weights_do_not_pile_up_either(tmp_path: Path) -> None:
+def test_overlaid_sources_are_at_most_as_many_as_the_names(tmp_path: Path) -> None:
     """A thousand of them, each of other weights: as many layers as weights at most, and no deep recursion."""
     chance, names = random.Random(1), "abcdef"
     served: Source = step(tmp_path, 0, names)
@@ -97,12 +99,12 @@ def test_updates_of_any_weights_do_not_pile_up_either(tmp_path: Path) -> None:
         some = chance.sample(names, chance.randint(1, 3))
         served = absorbed(Overlay(served, step(tmp_path, number, "".join(some))))
         wanted |= {name: [float(number)] for name in some}
-        assert len(layers_of(served)) <= len(names)
+        assert len(overlaid_sources(served)) <= len(names)
     assert values(served) == wanted
     assert served.unchanged()
 
 
-def test_what_no_longer_shows_is_given_back(tmp_path: Path) -> None:
+def test_an_update_that_nothing_is_read_from_is_freed(tmp_path: Path) -> None:
     """And nothing else: layers that the next source has as well stay open."""
     hidden, showing = kept("spill", 1, "ab"), kept("spill", 3, "c")
     state = EngineState(ModelRecord([], None))
@@ -152,7 +154,7 @@ def test_a_write_that_fails_loses_nothing_of_a_spill_file(monkeypatch: pytest.Mo
     assert file.nbytes == size, "the place that could not be written is lost"
 
 
-def test_an_update_that_still_shows_stays_beneath_another(tmp_path: Path) -> None:
+def test_an_update_that_is_still_read_from_stays_beneath_another(tmp_path: Path) -> None:
     served = after(step(tmp_path, 0, "abcd"), step(tmp_path, 1, "ab"), step(tmp_path, 2, "bc"))
     assert {name: t.unique().tolist() for name, t in served.read()} == {
         "a": [1],

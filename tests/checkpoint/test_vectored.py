@@ -38,13 +38,13 @@ def memory() -> np.ndarray:
     return np.zeros(4096, dtype=np.uint8)
 
 
-def parts_in(memory: np.ndarray, places: list[tuple[int, int]]) -> vectored.Parts:
+def parts_in(memory: np.ndarray, places: list[tuple[int, int]]) -> vectored.IoVec:
     base = memory.ctypes.data
-    return vectored.parts_at([base + start for start, _ in places], [nbytes for _, nbytes in places])
+    return vectored.iovec_of([base + start for start, _ in places], [nbytes for _, nbytes in places])
 
 
 @pytest.mark.usefixtures("either")
-def test_a_range_goes_to_its_places_and_nowhere_else(handle: int, memory: np.ndarray) -> None:
+def test_a_range_is_read_to_its_places_and_nowhere_else(handle: int, memory: np.ndarray) -> None:
     places = [(100, 10), (0, 1), (4000, 96), (500, 300)]
     assert vectored.preadv(handle, parts_in(memory, places), 5) == 407
     expected, at = np.zeros_like(memory), 5
@@ -61,13 +61,13 @@ def test_at_the_end_of_a_file_a_read_is_short(handle: int, memory: np.ndarray) -
 
 
 @pytest.mark.usefixtures("either")
-def test_what_the_system_refuses_is_an_oserror_with_its_number(memory: np.ndarray) -> None:
+def test_a_failed_read_is_an_oserror_with_its_number(memory: np.ndarray) -> None:
     with pytest.raises(OSError, match=os.strerror(errno.EBADF)) as caught:
         vectored.preadv(-1, parts_in(memory, [(0, 10)]), 0)
     assert caught.value.errno == errno.EBADF
 
 
-def test_a_read_that_a_signal_cuts_short_is_done_again(memory: np.ndarray) -> None:
+def test_a_read_interrupted_by_a_signal_is_repeated(memory: np.ndarray) -> None:
     calls = []
 
     def interrupted_once(*args: object) -> int:
@@ -85,11 +85,11 @@ places = st.lists(st.integers(1, 40), min_size=1, max_size=12)
 
 
 @given(places, st.data())
-def test_what_is_left_is_the_rest_in_order(sizes: list[int], data: st.DataObject) -> None:
+def test_places_after_a_short_read_are_the_rest_in_order(sizes: list[int], data: st.DataObject) -> None:
     first = data.draw(st.integers(0, sum(sizes) - 1))
     addresses = [1000 * number for number in range(1, len(sizes) + 1)]
     whole = [address + byte for address, size in zip(addresses, sizes, strict=True) for byte in range(size)]
-    left = vectored.from_byte(vectored.parts_at(addresses, sizes), first)
+    left = vectored.from_byte(vectored.iovec_of(addresses, sizes), first)
     assert [address + byte for address, size in left.tolist() for byte in range(size)] == whole[first:]
     assert all(size for _, size in left.tolist())
 

@@ -20,7 +20,7 @@ def whole(storage: torch.UntypedStorage) -> torch.Tensor:
     return torch.empty(0, dtype=torch.uint8).set_(storage)
 
 
-def test_blocks_never_overlap_while_anybody_refers_to_them() -> None:
+def test_blocks_never_overlap_while_something_refers_to_them() -> None:
     """A thousand requests in a wild order; each block keeps what was written to it as long as it is held."""
     chance, pool = random.Random(4), HostPool()
     held: list[tuple[int, object]] = []
@@ -38,7 +38,7 @@ def test_blocks_never_overlap_while_anybody_refers_to_them() -> None:
             assert set(bytes_of[:: mmap.PAGESIZE].tolist()) == {value}
 
 
-def test_a_block_that_nobody_has_any_more_is_used_again() -> None:
+def test_a_block_without_references_is_used_again() -> None:
     pool = HostPool()
     first = pool.take(8 * MIB).data_ptr()
     assert pool.take(2 * MIB).data_ptr() == first
@@ -56,7 +56,7 @@ def test_what_does_not_fit_is_mapped_for_itself() -> None:
     assert not fitting.data_ptr() <= large.data_ptr() < fitting.data_ptr() + memory.ROOM + memory.SPARE
 
 
-def test_room_for_a_larger_layer_is_made_only_while_nothing_is_in_use() -> None:
+def test_the_arena_grows_for_a_larger_layer_only_while_no_block_is_in_use() -> None:
     pool = HostPool()
     used = whole(pool.take(2 * MIB).fill_(7))
     pool.reserve(memory.KEPT * 4)
@@ -70,7 +70,7 @@ def test_room_for_a_larger_layer_is_made_only_while_nothing_is_in_use() -> None:
     assert pool.take(2 * MIB).data_ptr() == large.data_ptr() + memory.KEPT * 4
 
 
-def test_between_reloads_a_bounded_part_stays_with_the_process() -> None:
+def test_between_reloads_a_bounded_part_of_the_arena_stays_resident() -> None:
     pool = HostPool()
     pool.reserve(memory.KEPT * 4)
     whole(pool.take(memory.KEPT * 4)).fill_(1)
@@ -101,7 +101,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     ("limit", "needed", "back"),
     [(600, 200, []), (590, 200, [10]), (500, 100, []), (500, 101, [1]), (400, 0, [100])],
 )
-def test_the_heap_is_asked_for_no_more_than_is_too_much(
+def test_the_heap_releases_only_what_exceeds_the_limit(
     asked: list[int], limit: int, needed: int, back: list[int]
 ) -> None:
     memory.keep_within(limit * MIB, needed * MIB)
@@ -247,7 +247,7 @@ print(memory.allocator().name, (full - settled) >> 20)
         ),
     ],
 )
-def test_the_process_has_an_allocator_that_gives_back(name: str, preload: str) -> None:
+def test_the_process_has_an_allocator_that_releases_unused_memory(name: str, preload: str) -> None:
     environment = os.environ | {"LD_PRELOAD": preload}
     child = [sys.executable, "-c", GROW_AND_GIVE_BACK]
     out = subprocess.run(child, env=environment, capture_output=True, text=True, check=True).stdout.split()

@@ -343,7 +343,7 @@ def failed_at(step: int, monkeypatch: pytest.MonkeyPatch, fault: Callable, actio
     with monkeypatch.context() as patches:
         patches.setattr(writing, "bytes_of", counting(writing.bytes_of))
         patches.setattr(writing.os, "fsync", counting(os.fsync))
-        patches.setattr(writing, "_put", counting(writing._put))
+        patches.setattr(writing, "_rename_into_place", counting(writing._rename_into_place))
         try:
             action()
         except SourceError as error:

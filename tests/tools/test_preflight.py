@@ -539,9 +539,9 @@ def test_a_file_that_is_replaced_during_a_reload_leaves_the_engine_as_it_was(
     read = file_source.read_in_batches
 
     def replacing(
-        parcels: object, handles: object, paths: dict[str, str], *others: object
+        batches: object, handles: object, paths: dict[str, str], *others: object
     ) -> Iterator[object]:
-        for number, item in enumerate(read(parcels, handles, paths, *others)):
+        for number, item in enumerate(read(batches, handles, paths, *others)):
             if number == 0 and any(str(tmp_path) in path for path in paths.values()):
                 replaced(tmp_path / "model.safetensors")
             yield item

@@ -19,14 +19,14 @@ import torch
 
 from ...errors import SourceError
 from ...plan.source import TensorInfo, tensor_info
-from ..file_source import Checkpoint
+from ..file_source import FileSource
 from ..io.json_files import open_regular, strict_json
-from ..io.places import Assembly, Deferred, Part, Place
+from ..io.locations import AssembledLocation, ContiguousLocation, StoredBox, UnresolvedLocation
 from ..io.stamps import Stamp, stamp_of, stamped
 from ..pickle.pickle_names import DCP_METADATA
 from ..pickle.state_dicts import bare_name, weights_in
 from ..pickle.unpickling import unpickle
-from ..pickle.values import Inert, StoredTensor
+from ..pickle.values import OpaqueObject, StoredTensor
 from ..sharding import Box, cover_error, whole_numbers
 from .safetensors_files import read_header
 from .torch_files import LONGEST_PICKLE, read_chunk
@@ -60,8 +60,8 @@ class _Chunked:
     boxes: tuple[Box, ...]
 
 
-class DcpSource(Checkpoint):
-    """A folder of torch.distributed.checkpoint; each tensor is put together as it is read.
+class DcpSource(FileSource):
+    """A folder of torch.distributed.checkpoint; each tensor is assembled while it is read.
 
     Raises:
         SourceError: the metadata is damaged or names what it may not; files are missing or cut off; a
@@ -82,10 +82,10 @@ class DcpSource(Checkpoint):
             raise SourceError(f"{place / METADATA} is damaged: {error}. {ONE_SAVE}") from error
         self._stamp_files(stored)
         for name, tensor in weights_in(tree, _Chunked, folder, within).items():
-            self._places[name] = _deferred(name, tensor, stored, place)
+            self._locations[name] = _deferred(name, tensor, stored, place)
 
     def _stamp_files(self, stored: Mapping[tuple[str, tuple[int, ...]], _Chunk]) -> None:
-        """Every file is there and long enough for what the metadata says is in it."""
+        """Stamp every file; refuse missing ones, and files shorter than the metadata says."""
         ends: dict[str, int] = {}
         for chunk in stored.values():
             ends[chunk.file] = max(ends.get(chunk.file, 0), chunk.start + chunk.nbytes)
@@ -104,7 +104,7 @@ class DcpSource(Checkpoint):
                 )
 
 
-def _metadata(folder: Path) -> tuple[Stamp, Inert]:
+def _metadata(folder: Path) -> tuple[Stamp, OpaqueObject]:
     if (folder / f"{METADATA}.tmp").exists():
         raise SourceError(f"{folder} holds {METADATA}.tmp: a save into it has not ended. {ONE_SAVE}")
     path = folder / METADATA
@@ -114,7 +114,7 @@ def _metadata(folder: Path) -> tuple[Stamp, Inert]:
             if stamp[0] > LONGEST_PICKLE:
                 raise ValueError(f"it has {stamp[0]:,} bytes")
             found = unpickle(handle.read(), DCP_METADATA, tensors=False, plain=False)
-        if not isinstance(found, Inert) or not found.kind.endswith(".Metadata"):
+        if not isinstance(found, OpaqueObject) or not found.kind.endswith(".Metadata"):
             raise ValueError("it is another object")
     except FileNotFoundError as error:
         raise SourceError(f"{folder} holds .distcp files and no {METADATA}. {ONE_SAVE}") from error
@@ -181,7 +181,7 @@ def _nested(tensors: Mapping[str, _Chunked], paths: Any) -> dict[str, Any]:
 
 def _deferred(
     name: str, tensor: _Chunked, stored: Mapping[tuple[str, tuple[int, ...]], _Chunk], folder: Path
-) -> Deferred:
+) -> UnresolvedLocation:
 
     boxes = [box for box in tensor.boxes if 0 not in box[1]]
     wrong = cover_error(boxes, tensor.shape)
@@ -195,10 +195,10 @@ def _deferred(
         chunks.append(_Chunk(box, found.file, found.start, found.nbytes))
     info = TensorInfo(name, tensor.shape, tensor.dtype)
     files = tuple(dict.fromkeys(chunk.file for chunk in chunks))
-    return Deferred(info, files, functools.partial(_resolved, info, tuple(chunks)))
+    return UnresolvedLocation(info, files, functools.partial(_resolved, info, tuple(chunks)))
 
 
-def _resolved(info: TensorInfo, chunks: Sequence[_Chunk], handles: Mapping[str, int]) -> Assembly:
+def _resolved(info: TensorInfo, chunks: Sequence[_Chunk], handles: Mapping[str, int]) -> AssembledLocation:
     parts = []
     for chunk in chunks:
         try:
@@ -215,13 +215,13 @@ def _resolved(info: TensorInfo, chunks: Sequence[_Chunk], handles: Mapping[str, 
             raise SourceError(
                 f"{chunk.file} is damaged at byte {chunk.start:,}, in {info.name}: {error}. {ONE_SAVE}"
             ) from error
-    return Assembly(info, tuple(parts))
+    return AssembledLocation(info, tuple(parts))
 
 
 # -- the safetensors form -------------------------------------------------------------------------
 
 
-class ShardedSafetensorsSource(Checkpoint):
+class ShardedSafetensorsSource(FileSource):
     """What HuggingFaceStorageWriter writes without consolidation: boxes of tensors in safetensors files.
 
     No file says how large a tensor is: shards that lack at the end of a tensor show only when its shape does
@@ -236,12 +236,12 @@ class ShardedSafetensorsSource(Checkpoint):
         super().__init__(folder, "dcp-safetensors")
         files = sorted(file for file in Path(folder).iterdir() if SHARD_FILE.fullmatch(file.name))
         _check_numbers(folder, files)
-        parts: dict[str, dict[tuple[int, ...], Place]] = {}
+        parts: dict[str, dict[tuple[int, ...], ContiguousLocation]] = {}
         for file in files:
             header = read_header(str(file))
             self.stamps[str(file)] = header.stamp
             offsets = _offsets(file, header.metadata)
-            for place in header.layout.placed(str(file)).values():
+            for place in header.layout.locations_in(str(file)).values():
                 at = offsets.get(place.info.name, (0,) * len(place.info.shape))
                 same = parts.setdefault(bare_name(place.info.name), {})
                 if at in same:
@@ -251,7 +251,7 @@ class ShardedSafetensorsSource(Checkpoint):
                     )
                 same[at] = place
         for name, found in parts.items():
-            self._places[name] = _joined(name, found, folder)
+            self._locations[name] = _joined(name, found, folder)
 
 
 def _check_numbers(folder: str, files: Sequence[Path]) -> None:
@@ -271,7 +271,7 @@ def _offsets(file: Path, metadata: Mapping[str, str]) -> dict[str, tuple[int, ..
         raise SourceError(f"{file} has a damaged {_SHARDING}: {error}. {ONE_SAVE}") from error
 
 
-def _joined(name: str, found: Mapping[tuple[int, ...], Place], folder: str) -> Assembly:
+def _joined(name: str, found: Mapping[tuple[int, ...], ContiguousLocation], folder: str) -> AssembledLocation:
     places = list(found.items())
     dtype, dims = places[0][1].info.dtype, len(places[0][1].info.shape)
     for at, place in places:
@@ -288,6 +288,7 @@ def _joined(name: str, found: Mapping[tuple[int, ...], Place], folder: str) -> A
     if wrong is not None:
         raise SourceError(f"{name} is not whole in {folder}: {wrong}. {ONE_SAVE}")
     parts = tuple(
-        Part(at, place.info.shape, place.file, place.start, place.info.meta().stride()) for at, place in solid
+        StoredBox(at, place.info.shape, place.file, place.start, place.info.meta().stride())
+        for at, place in solid
     )
-    return Assembly(info, parts)
+    return AssembledLocation(info, parts)

@@ -1,4 +1,4 @@
-"""Safetensors files that come through one of vLLM's fast loaders, where the engine was started with one."""
+"""Safetensors files read through one of vLLM's fast loaders, where the engine was started with one."""
 
 from __future__ import annotations
 
@@ -49,13 +49,13 @@ class FastSafetensors(SafetensorsSource):
         pool: HostPool | None = None,
         destinations: Destinations | None = None,
     ) -> Stream:
-        names = list(self._places if order is None else order)
-        if len(names) < len(self._places) or self._open:
+        names = list(self._locations if order is None else order)
+        if len(names) < len(self._locations) or self._open:
             yield from super().read(order, pool, destinations)
             return
         check_same(self.stamps)
         left = dict.fromkeys(names)
-        largest = max((place.info.nbytes for place in self._places.values()), default=0)
+        largest = max((place.info.nbytes for place in self._locations.values()), default=0)
         with _closing(READERS[self.load_format](list(self.stamps), self._device, largest)) as pairs:
             while left:
                 try:
@@ -72,7 +72,7 @@ class FastSafetensors(SafetensorsSource):
 
     def _check(self, name: str, tensor: torch.Tensor, left: dict[str, None]) -> None:
         """Raise SourceError unless this tensor is listed as it is, and was not read before."""
-        place = self._places.get(name)
+        place = self._locations.get(name)
         if place is None or name not in left:
             raise SourceError(f"it gave {name}, which {'came before' if place else 'the files do not hold'}")
         if place.info.shape != tuple(tensor.shape) or place.info.dtype != tensor.dtype:

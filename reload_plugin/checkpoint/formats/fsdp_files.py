@@ -19,13 +19,13 @@ import torch
 
 from ...errors import SHOWN, SourceError
 from ...plan.source import TensorInfo, tensor_info
-from ..file_source import Checkpoint
+from ..file_source import FileSource
 from ..io.json_files import open_regular
-from ..io.places import Assembly, Part
+from ..io.locations import AssembledLocation, StoredBox
 from ..io.stamps import open_same
 from ..pickle.pickle_names import SHARDS
 from ..pickle.state_dicts import steps_in, weights_in
-from ..pickle.values import ForeignTensor, Inert, StoredTensor
+from ..pickle.values import ForeignTensor, OpaqueObject, StoredTensor
 from ..sharding import Box, chunk_of, cover_error, whole_numbers
 from .torch_files import TorchFile, read_torch_file
 
@@ -56,8 +56,8 @@ def rank_files(folder: Path) -> list[Path]:
     return sorted(file for file in folder.iterdir() if RANK_FILE.fullmatch(file.name))
 
 
-class FsdpSource(Checkpoint):
-    """The files of all ranks as one checkpoint; each tensor is put together as it is read.
+class FsdpSource(FileSource):
+    """The files of all ranks as one checkpoint; each tensor is assembled while it is read.
 
     Copies that several ranks hold (HSDP, replicated placements) are read once, from the lowest rank.
 
@@ -76,7 +76,7 @@ class FsdpSource(Checkpoint):
         held = {rank: _shards(file, rank, len(files), within) for rank, file in opened.items()}
         _check_same_names(opened, held)
         for name in held[0]:
-            self._places[name] = _assembled(name, [held[rank][name] for rank in held], opened)
+            self._locations[name] = _assembled(name, [held[rank][name] for rank in held], opened)
         with contextlib.ExitStack() as stack:
             handles = open_same(self.stamps, self.stamps, stack)
             for name in held[0]:
@@ -164,7 +164,10 @@ def _shards(file: TorchFile, rank: int, world: int, within: str | None) -> dict[
             tensor_info(name, tensor.shape, tensor.dtype)
             found[name] = _shard(tensor, rank, world)
         except (ValueError, TypeError, AttributeError, LookupError, RecursionError) as error:
-            raise SourceError(f"{name} in {file.file} cannot be placed: {error}.") from error
+            raise SourceError(
+                f"{name} in {file.file} cannot be placed: {error}. Save the model's full state "
+                "dict and give that."
+            ) from error
     return found
 
 
@@ -190,7 +193,7 @@ def _check_same_names(opened: Mapping[int, TorchFile], held: Mapping[int, Mappin
             )
 
 
-def _assembled(name: str, shards: Sequence[Shard], opened: Mapping[int, TorchFile]) -> Assembly:
+def _assembled(name: str, shards: Sequence[Shard], opened: Mapping[int, TorchFile]) -> AssembledLocation:
     first = shards[0]
     for shard in shards:
         if (shard.shape, shard.dtype, shard.whole) != (first.shape, first.dtype, first.whole):
@@ -198,7 +201,7 @@ def _assembled(name: str, shards: Sequence[Shard], opened: Mapping[int, TorchFil
                 f"{name} is {list(first.shape)} {first.dtype} in {opened[first.rank].file} and "
                 f"{list(shard.shape)} {shard.dtype} in {opened[shard.rank].file}. {ONE_SAVE}"
             )
-    chosen: dict[Box, Part] = {}
+    chosen: dict[Box, StoredBox] = {}
     for shard in shards:
         for box, tensor in shard.pieces:
             if box not in chosen:
@@ -206,7 +209,7 @@ def _assembled(name: str, shards: Sequence[Shard], opened: Mapping[int, TorchFil
     wrong = cover_error(list(chosen), first.shape)
     if wrong is not None:
         raise SourceError(f"{name} is not whole in the files beside {opened[0].file}: {wrong}. {ONE_SAVE}")
-    return Assembly(TensorInfo(name, first.shape, first.dtype), tuple(chosen.values()))
+    return AssembledLocation(TensorInfo(name, first.shape, first.dtype), tuple(chosen.values()))
 
 
 def _check_copies(
@@ -217,7 +220,7 @@ def _check_copies(
     for shard in shards:
         for box, tensor in shard.pieces:
             part = _part(name, opened[shard.rank], tensor, box)
-            if not part.numel or not part.in_one_piece:
+            if not part.numel or not part.is_contiguous:
                 continue
             nbytes = min(COMPARED, part.numel * shard.dtype.itemsize)
             rank, sample = first.setdefault(box, (shard.rank, b""))
@@ -231,7 +234,7 @@ def _check_copies(
                 )
 
 
-def _part(name: str, file: TorchFile, tensor: StoredTensor, box: Box) -> Part:
+def _part(name: str, file: TorchFile, tensor: StoredTensor, box: Box) -> StoredBox:
     if tensor.shape != box[1]:
         raise SourceError(
             f"{file.file} holds {list(tensor.shape)} of {name}, and by its placement it would be "
@@ -277,8 +280,8 @@ def _of_dtensor(tensor: ForeignTensor, rank: int, world: int) -> Shard:
     return Shard(rank, tensor.shape, tensor.dtype, ((box, local),))
 
 
-def _coordinate(mesh: Inert, rank: int, world: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Sizes of a device mesh, and where this rank is in it. A file says it in the words of its torch."""
+def _coordinate(mesh: OpaqueObject, rank: int, world: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Sizes of a device mesh, and this rank's coordinate in it, as different versions of torch store them."""
     if mesh.get("_rank") not in (None, rank):
         raise ValueError(f"it was saved by rank {mesh.get('_rank')} and the file says rank {rank}")
     sizes = _mesh_sizes(mesh)
@@ -292,9 +295,9 @@ def _coordinate(mesh: Inert, rank: int, world: int) -> tuple[tuple[int, ...], tu
     return sizes, tuple(place)
 
 
-def _mesh_sizes(mesh: Inert) -> tuple[int, ...]:
+def _mesh_sizes(mesh: OpaqueObject) -> tuple[int, ...]:
     layout = mesh.get("_layout")
-    if isinstance(layout, Inert):
+    if isinstance(layout, OpaqueObject):
         axes = layout.get("axes")
         if axes is not None:
             return tuple(math.prod(whole_numbers(axis.get("shape"))) for axis in axes)
@@ -322,9 +325,9 @@ def _unravelled(rank: int, sizes: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def _box(
-    shape: tuple[int, ...], placements: Sequence[Inert], sizes: tuple[int, ...], place: tuple[int, ...]
+    shape: tuple[int, ...], placements: Sequence[OpaqueObject], sizes: tuple[int, ...], place: tuple[int, ...]
 ) -> Box:
-    """The part of a tensor that one place of the mesh holds."""
+    """The box of a tensor that the rank at one coordinate of the mesh holds."""
     if len(placements) != len(sizes):
         raise ValueError("it has not one placement a dimension of its device mesh")
     offsets, left = [0] * len(shape), list(shape)
@@ -337,7 +340,7 @@ def _box(
     return tuple(offsets), tuple(left)
 
 
-def _in_order(placements: Sequence[Inert], sizes: tuple[int, ...]) -> list[int]:
+def _in_order(placements: Sequence[OpaqueObject], sizes: tuple[int, ...]) -> list[int]:
     """The axes of the mesh that shard, in the order in which they were applied.
 
     From left to right, but for a ``_StridedShard``: FSDP, on the left, shards what tensor parallelism on its

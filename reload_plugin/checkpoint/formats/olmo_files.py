@@ -12,8 +12,8 @@ from collections.abc import Collection
 
 from ...errors import SourceError
 from ...plan.source import TensorInfo
-from ..file_source import Checkpoint
-from ..io.places import Place
+from ..file_source import FileSource
+from ..io.locations import ContiguousLocation
 from ..pickle.state_dicts import weights_in
 from ..pickle.unpickling import unpickle
 from .safetensors_files import SafetensorsSource
@@ -21,7 +21,7 @@ from .safetensors_files import SafetensorsSource
 _LONGEST_NAME = 1 << 16
 
 
-class OlmoSource(Checkpoint):
+class OlmoSource(FileSource):
     """A safetensors file of OLMo, under the dotted names of its state dict.
 
     Raises:
@@ -34,13 +34,13 @@ class OlmoSource(Checkpoint):
         super().__init__(plain.description, "olmo")
         self.stamps, self.paths = dict(plain.stamps), dict(plain.paths)
         tree: dict[str, object] = {}
-        for place in plain.places:
+        for place in plain.locations:
             path, is_pickled = _decoded(place.info.name, plain.description)
             if not is_pickled:
                 _put(tree, path, place, plain.description)
-        for name, place in weights_in(tree, Place, plain.description, within).items():
+        for name, place in weights_in(tree, ContiguousLocation, plain.description, within).items():
             info = TensorInfo(name, place.info.shape, place.info.dtype)
-            self._places[name] = Place(info, place.file, place.start, place.nbytes)
+            self._locations[name] = ContiguousLocation(info, place.file, place.start, place.nbytes)
 
 
 def is_olmo(names: Collection[str]) -> bool:
@@ -76,7 +76,7 @@ def _decoded(name: str, where: str) -> tuple[tuple[str, ...], bool]:
     return tuple(map(str, keys)), is_pickled
 
 
-def _put(tree: dict[str, object], path: tuple[str, ...], place: Place, where: str) -> None:
+def _put(tree: dict[str, object], path: tuple[str, ...], place: ContiguousLocation, where: str) -> None:
     inside = tree
     for key in path[:-1]:
         found = inside.setdefault(key, {})

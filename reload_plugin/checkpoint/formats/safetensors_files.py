@@ -27,18 +27,18 @@ from ...errors import SourceError
 from ...plan.source import Span, TensorInfo, tensor_info
 from ...record.tensor_layout import shared
 from ..dtypes import METADATA_KEY, SAFETENSORS_DTYPES
-from ..file_source import Checkpoint
+from ..file_source import FileSource
 from ..io.json_files import open_regular, strict_items
-from ..io.places import Place
+from ..io.locations import ContiguousLocation
 from ..io.read_batches import ReadBatch, read_batches_of
 from ..io.readahead import Piece, read_piece
-from ..io.stamps import WRITE_AGAIN, Stamp, stamped
+from ..io.stamps import CHECK_STORAGE, WRITE_AGAIN, Stamp, stamped
 
 LONGEST_HEADER = 100_000_000
 """Bytes; the safetensors library refuses longer ones too."""
 
 
-class SafetensorsSource(Checkpoint):
+class SafetensorsSource(FileSource):
     """One or many safetensors files as one checkpoint.
 
     Raises:
@@ -58,35 +58,35 @@ class SafetensorsSource(Checkpoint):
             self.stamps[path] = header.stamp
             self.metadata[path] = header.layout.metadata
             self.paths[file] = path
-            places = header.layout.placed(file)
-            if both := self._places.keys() & places.keys():
+            places = header.layout.locations_in(file)
+            if both := self._locations.keys() & places.keys():
                 name = min(both)
                 raise SourceError(
                     f"{name} is in two files of one checkpoint, {self.file_of[name]} and {path}. Take away "
                     "the file that belongs to another save, or add an index that names the right ones."
                 )
-            self._places.update(places)
+            self._locations.update(places)
             layouts.append(header.layout)
         self._layouts = tuple(layouts)
 
     @property
-    def places(self) -> Sequence[Place]:
+    def locations(self) -> Sequence[ContiguousLocation]:
         """Where each tensor lies, in stored order."""
-        return [place for place in self._places.values() if isinstance(place, Place)]
+        return [place for place in self._locations.values() if isinstance(place, ContiguousLocation)]
 
     @property
     def file_of(self) -> Mapping[str, str]:
         """Name -> the path of the file that holds the tensor."""
-        return {name: self.paths[place.files[0]] for name, place in self._places.items()}
+        return {name: self.paths[place.files[0]] for name, place in self._locations.items()}
 
-    def _parcels(self, order: Sequence[str] | None) -> Sequence[ReadBatch]:
+    def _batches_of(self, order: Sequence[str] | None) -> Sequence[ReadBatch]:
         if not isinstance(order, tuple):
             return ()  # nobody asks for the same again
         return _cached_read_batches(order, self._layouts, tuple(self.paths))
 
     def read_spans(self, name: str, spans: Sequence[Span], out: torch.Tensor) -> None:
-        place = self._places[name]
-        assert isinstance(place, Place), "every tensor of a safetensors file lies in one piece"
+        place = self._locations[name]
+        assert isinstance(place, ContiguousLocation), "every tensor of a safetensors file lies in one piece"
         size = place.info.dtype.itemsize
         done = 0
         try:
@@ -98,7 +98,7 @@ class SafetensorsSource(Checkpoint):
                     read_piece(Piece(handle, place.start + start * size, memory, path, name))
                     done += stop - start
         except OSError as error:
-            raise SourceError(f"{self.description} could not be read: {error}.") from error
+            raise SourceError(f"{self.description} could not be read: {error}. {CHECK_STORAGE}") from error
 
 
 @dataclass(frozen=True)
@@ -159,16 +159,16 @@ class Layout:
     """Number of bytes of each."""
     end: int
     """Bytes of all tensors."""
-    _placed: tuple[str, Mapping[str, Place]] = ("", MappingProxyType({}))
+    _last_locations: tuple[str, Mapping[str, ContiguousLocation]] = ("", MappingProxyType({}))
 
-    def placed(self, file: str) -> Mapping[str, Place]:
+    def locations_in(self, file: str) -> Mapping[str, ContiguousLocation]:
         """Name -> where the tensor lies, in the order of the header; the same objects for the same file."""
         # One read and one write of the attribute: another thread may replace it at any time.
-        last_file, places = self._placed
+        last_file, places = self._last_locations
         if last_file != file:
             tensors = zip(self.infos, self.starts, self.sizes, strict=True)
-            places = {info.name: Place(info, file, *lies) for info, *lies in tensors}
-            self._placed = file, places
+            places = {info.name: ContiguousLocation(info, file, *lies) for info, *lies in tensors}
+            self._last_locations = file, places
         return places
 
 
@@ -204,9 +204,9 @@ def _cached_read_batches(
 
     All engines and threads of the process share them: whatever a batch keeps has to belong to its key.
     """
-    places: dict[str, Place] = {}
+    places: dict[str, ContiguousLocation] = {}
     for layout, file in zip(layouts, files, strict=True):
-        places.update(layout.placed(file))
+        places.update(layout.locations_in(file))
     return tuple(read_batches_of(places[name] for name in order))
 
 

@@ -1,4 +1,4 @@
-"""Files of torch.save: what is in them, and where each tensor's bytes lie, without reading those.
+"""Files of torch.save: their contents, and where each tensor's bytes lie; no weights are read.
 
 Since torch 1.6 such a file is a zip archive with ``data.pkl`` and one record a storage, none compressed
 (``torch/serialization.py``); before that, pickles one behind the other and then the storages. Neither is
@@ -18,7 +18,7 @@ from typing import Any, BinaryIO
 
 from ...errors import SourceError
 from ..io.json_files import open_regular
-from ..io.places import Part
+from ..io.locations import StoredBox
 from ..io.stamps import WRITE_AGAIN, Stamp, stamped
 from ..pickle.unpickling import unpickle
 from ..pickle.values import Storage, StoredTensor
@@ -41,7 +41,7 @@ class TorchFile:
     records: Mapping[str, tuple[int, int]]
     """Storage key -> first byte in the file, bytes."""
 
-    def part(self, tensor: StoredTensor, offsets: tuple[int, ...] | None = None) -> Part:
+    def part(self, tensor: StoredTensor, offsets: tuple[int, ...] | None = None) -> StoredBox:
         """Where a tensor lies; ``offsets`` when it is a box of a larger one.
 
         Raises:
@@ -51,7 +51,7 @@ class TorchFile:
         start, nbytes = self.records.get(tensor.storage.key, (0, -1))
         if nbytes < tensor.storage.start + tensor.storage.nbytes and 0 not in tensor.shape:
             raise ValueError(f"the bytes of storage {tensor.storage.key} are not all there")
-        return Part(
+        return StoredBox(
             offsets or (0,) * len(tensor.shape),
             tensor.shape,
             self.file,

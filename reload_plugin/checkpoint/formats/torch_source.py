@@ -6,14 +6,14 @@ from collections.abc import Sequence
 
 from ...errors import SourceError
 from ...plan.source import tensor_info
-from ..file_source import Checkpoint
-from ..io.places import placed
+from ..file_source import FileSource
+from ..io.locations import location_of
 from ..pickle.state_dicts import weights_in
 from ..pickle.values import StoredTensor
 from .torch_files import TorchFile, read_torch_file
 
 
-class TorchSource(Checkpoint):
+class TorchSource(FileSource):
     """The state dicts in ``files``, with optimizer states and the names of wrapping modules left out.
 
     Raises:
@@ -28,8 +28,8 @@ class TorchSource(Checkpoint):
             opened = read_torch_file(file)
             self.stamps[file] = opened.stamp
             for name, tensor in weights_in(opened.tree, StoredTensor, file, within).items():
-                if name in self._places:
-                    other = self._places[name].files[0]
+                if name in self._locations:
+                    other = self._locations[name].files[0]
                     raise SourceError(
                         f"{name} is in two files of one checkpoint, {other} and {file}. Give the file that "
                         "counts, or save the weights in one."
@@ -43,4 +43,4 @@ class TorchSource(Checkpoint):
             raise SourceError(
                 f"{name} in {opened.file} is not whole: {error}. Write or copy the file again."
             ) from error
-        self._places[name] = placed(info, part)
+        self._locations[name] = location_of(info, part)

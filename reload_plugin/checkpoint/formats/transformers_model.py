@@ -99,7 +99,9 @@ class TransformersSource:
             found = tensors[name]
             info = self._infos[name]
             if tuple(found.shape) != info.shape or found.dtype != info.dtype:
-                raise SourceError(f"{name} of {self.description} changed while it was read.")
+                raise SourceError(
+                    f"{name} of {self.description} changed while it was read. Stop training meanwhile."
+                )
             yield name, found.detach()
 
     def unchanged(self) -> bool:
@@ -120,7 +122,10 @@ def _held(model: Any, description: str) -> Tensors:
     try:
         kept: Tensors = modeling_utils.remove_tied_weights_from_state_dict(found, model)
     except (AttributeError, RuntimeError) as error:
-        raise SourceError(f"{description} has weights that cannot be told apart: {error}.") from error
+        raise SourceError(
+            f"{description} has weights that cannot be told apart: {error}. Clone those that share memory "
+            "without being tied."
+        ) from error
     return kept
 
 
@@ -167,5 +172,8 @@ def _fetched(model: Any, name: str, tensor: torch.Tensor) -> torch.Tensor:
     try:
         found: torch.Tensor = load_offloaded_parameter(model, name)
     except (ValueError, KeyError, AttributeError, OSError) as error:
-        raise SourceError(f"{name} is on meta, and no hook of Accelerate's knows where: {error}.") from error
+        raise SourceError(
+            f"{name} is on meta, and no hook of Accelerate's holds its values: {error}. Load the model's "
+            "weights before reading them."
+        ) from error
     return found

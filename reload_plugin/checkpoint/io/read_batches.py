@@ -1,4 +1,8 @@
-"""What one request reads: tensors that lie near one another in files, and the parameters they go to."""
+"""Read batches: tensors that one request reads, and the parameter memory that they are read into.
+
+A batch exists because a request costs more than reading a small tensor (at 20,000 tensors, most of the time).
+Batches are kept for the next checkpoint with the same header: training writes one at each step.
+"""
 
 from __future__ import annotations
 
@@ -11,39 +15,40 @@ import numpy as np
 import numpy.typing as npt
 
 from ...plan.source import Destinations, DirectRead
-from .places import Assembly, Place
-from .readahead import SHARED, spare_readers
+from .locations import AssembledLocation, ContiguousLocation
+from .readahead import SHARED, reader_thread_count
 from .vectored import IOV_MAX
 
 BATCH = 16 << 20
-"""Bytes from which on tensors are not read together with the next, where the kernels' team reads: it takes
-0.3 ms to come together and to part. Where there are threads that only read, each reads half as many, so that
-several are at work."""
+"""Bytes from which on a batch takes no further tensor.
+
+For reads on OpenMP threads: starting and joining them takes 0.3 ms. With reader threads a batch has half as
+many bytes, so that several threads have one."""
 
 
 class FileRange(NamedTuple):
-    """Neighbouring bytes of a file, at most ``SHARED``, and the parameters' memory that they go to."""
+    """At most ``SHARED`` contiguous bytes of a file, and the parts of a ``DirectReadPlan`` they fill."""
 
     file: str
     start: int
     nbytes: int
     first: int
     last: int
-    """The first of the landing's parts, and the one behind the last."""
+    """Index of the first part of the plan, and of the one after the last."""
 
 
 @dataclass(frozen=True, eq=False)
 class DirectReadPlan:
-    """How tensors that go as they are get from files to parameters."""
+    """How a batch is read straight into parameter memory, without a tensor for each weight."""
 
     direct_read: DirectRead
-    stretches: Sequence[FileRange]
+    ranges: Sequence[FileRange]
     parts: npt.NDArray[np.int64]
-    """[3, parts]: number of the parameter, first byte, and number of bytes of each."""
+    """int64 [3, parts]: index of the parameter, first byte in its memory, number of bytes."""
 
     @functools.cached_property
     def ends(self) -> Sequence[int]:
-        """Bytes that the memory of each parameter has at least."""
+        """For each parameter, the end of the last part in it, in bytes: its memory is at least so large."""
         numbers, first, length = self.parts
         found = np.zeros(len(self.direct_read.parameters), dtype=np.int64)
         np.maximum.at(found, numbers, first + length)
@@ -52,30 +57,30 @@ class DirectReadPlan:
 
 @dataclass(eq=False)
 class ReadBatch:
-    """Tensors that one request reads. May be kept for the next reading of the same listing."""
+    """Tensors that one request reads. Kept for later readings of the same layout, on any thread."""
 
-    places: Sequence[Place | Assembly]
+    locations: Sequence[ContiguousLocation | AssembledLocation]
     nbytes: int
-    _landing: tuple[object, DirectReadPlan | None] = (None, None)
+    _last_plan: tuple[object, DirectReadPlan | None] = (None, None)
     """The last answer of ``direct_read_plan``, and the key it was found by."""
 
     def direct_read_plan(self, destinations: Destinations) -> DirectReadPlan | None:
-        """How to read all of it to where it goes; None unless that can be."""
+        """The plan that reads the whole batch into parameters; None if any tensor has to be handed over."""
         key = destinations.key
         if key is None:
             return None
         # One read and one write of the attribute: another thread may replace it at any time.
-        last_key, plan = self._landing
+        last_key, plan = self._last_plan
         if last_key is not key:
             plan = self._direct_read_plan_in(destinations)
-            self._landing = key, plan
+            self._last_plan = key, plan
         return plan
 
     def _direct_read_plan_in(self, destinations: Destinations) -> DirectReadPlan | None:
-        places = [place for place in self.places if isinstance(place, Place)]
+        places = [place for place in self.locations if isinstance(place, ContiguousLocation)]
         targets = (
             destinations.targets([place.info for place in places])
-            if len(places) == len(self.places)
+            if len(places) == len(self.locations)
             else None
         )
         if targets is None:
@@ -92,24 +97,26 @@ class ReadBatch:
 
     @functools.cached_property
     def extents(self) -> Sequence[tuple[str, int, int]]:
-        """File, first byte and end of what it reads; neighbours together."""
+        """(file, first byte, end) of what it reads, contiguous ones merged."""
         found: list[tuple[str, int, int]] = []
-        for file, start, end in (extent for place in self.places for extent in place.extents):
+        for file, start, end in (extent for place in self.locations for extent in place.extents):
             if found and found[-1][0] == file and found[-1][2] == start:
                 start = found.pop()[1]
             found.append((file, start, end))
         return found
 
     def place_at(self, file: str, path: str, position: int) -> tuple[str, str]:
-        """The tensor that a byte of a file belongs to, behind the file's path."""
-        inside = (p for p in self.places if isinstance(p, Place) and p.file == file)
+        """(path, tensor name) that a byte of a file belongs to, for messages."""
+        inside = (p for p in self.locations if isinstance(p, ContiguousLocation) and p.file == file)
         return path, next(p.info.name for p in inside if p.start <= position < p.start + p.nbytes)
 
 
 def _file_ranges(
-    places: Sequence[Place], targets: Sequence[tuple[int, int]]
+    places: Sequence[ContiguousLocation], targets: Sequence[tuple[int, int]]
 ) -> tuple[list[FileRange], npt.NDArray[np.int64]]:
-    """Neighbours in a file together, and in memory too where they are neighbours in both; and their parts."""
+    """File ranges and the parts they fill; contiguous tensors share a range, and a part where their memory is
+    contiguous too.
+    """
     found: list[FileRange] = []
     parts: list[tuple[int, int, int]] = []
     file, start, end, first = "", 0, -1, 0
@@ -139,10 +146,10 @@ def _file_ranges(
     return found, np.array(parts, dtype=np.int64).reshape(-1, 3).T.copy()
 
 
-def read_batches_of(places: Iterable[Place | Assembly]) -> Iterator[ReadBatch]:
-    """Tensors that are read by one request: small ones together."""
-    enough = BATCH // 2 if spare_readers() > 0 else BATCH
-    batch: list[Place | Assembly] = []
+def read_batches_of(places: Iterable[ContiguousLocation | AssembledLocation]) -> Iterator[ReadBatch]:
+    """Group tensors into batches in their order, small ones together."""
+    enough = BATCH // 2 if reader_thread_count() > 0 else BATCH
+    batch: list[ContiguousLocation | AssembledLocation] = []
     nbytes = 0
     for place in places:
         batch.append(place)

@@ -1,4 +1,7 @@
-"""Reading files ahead of whoever uses them: a few threads that fill memory they were given."""
+"""Read-ahead: a few threads that fill memory they were given, so that reading and processing overlap.
+
+For speed on a CPU; without spare cores everything is read on the caller's thread.
+"""
 
 from __future__ import annotations
 
@@ -18,18 +21,19 @@ import torch
 from ...device.openmp import run_on_openmp_threads
 from ...errors import SourceError
 from . import vectored
-from .vectored import IOV_MAX, Parts
+from .stamps import WRITE_AGAIN
+from .vectored import IOV_MAX, IoVec
 
 SHARED = 1 << 20
-"""Bytes that one thread of a team reads at a time."""
+"""Bytes that one OpenMP thread reads at a time."""
 WORTH_SHARING = 8 << 20
-"""Bytes that one request reads from which on a team reads them: its threads have to wait for one another at
-the end, and where others want the cores too, that costs more than the smaller ones gain."""
+"""Bytes of a request from which on OpenMP threads read it together. Joining them costs more than a smaller
+request gains where other processes use the cores too."""
 
 
 @dataclass(frozen=True)
 class Piece:
-    """Bytes of a file and the memory they go to. Holds the tensor, so that its memory stays."""
+    """Bytes of a file and the tensor they are read into, which it keeps alive."""
 
     handle: int
     start: int
@@ -38,9 +42,9 @@ class Piece:
     name: str
 
     skipped: int = 0
-    """Bytes of the tensor before those that are read; ``start`` is where these begin."""
+    """Bytes of the tensor before the first that is read, which is byte ``start`` of the file."""
     limit: int = 1 << 62
-    """Bytes that are read, if there are so many."""
+    """Bytes that are read at most."""
 
     @property
     def address(self) -> int:
@@ -51,7 +55,7 @@ class Piece:
         return min(self.tensor.numel() * self.tensor.element_size() - self.skipped, self.limit)
 
     def split(self) -> Iterator[Piece]:
-        """The same in pieces of at most ``SHARED`` bytes; none of what has no bytes."""
+        """The same in pieces of at most ``SHARED`` bytes; none where there are no bytes."""
         nbytes = self.nbytes
         if 0 < nbytes <= SHARED:
             yield self
@@ -69,11 +73,11 @@ class Piece:
 
 
 class Run(NamedTuple):
-    """Neighbouring bytes of a file, at most ``SHARED``, that one call reads, and where they go."""
+    """At most ``SHARED`` contiguous bytes of a file that one system call reads, and the memory they go to."""
 
     handle: int
     start: int
-    parts: Parts
+    parts: IoVec
     nbytes: int
     """Of all parts."""
     place_at: Callable[[int], tuple[str, str]]
@@ -82,15 +86,15 @@ class Run(NamedTuple):
 
 @dataclass(eq=False)
 class PageCache:
-    """What reads have met so far. While all that they wanted was in memory, nobody tells the system what will
-    be read next: looking that up would cost a sixth of the reading.
+    """Whether reads so far were served from the page cache. While they are, no read is announced to the
+    kernel: that would cost a sixth of the time of reading.
     """
 
     missed: bool = not hasattr(os, "RWF_NOWAIT")
     """Whether a read had to wait for the storage, or would not say."""
 
-    def read(self, handle: int, parts: Parts, position: int) -> int:
-        """``preadv``, which looks whether it has to wait until one had to."""
+    def read(self, handle: int, parts: IoVec, position: int) -> int:
+        """``preadv``; until one read had to wait, each tries without waiting first (``RWF_NOWAIT``)."""
         if not self.missed:
             try:
                 return vectored.preadv(handle, parts, position, os.RWF_NOWAIT)
@@ -108,9 +112,9 @@ class Batch:
     runs: Sequence[Run]
     cache: PageCache
     by_waiter: bool = False
-    """Nobody else reads it."""
+    """Whether ``wait`` reads it on the calling thread."""
     held: Sequence[object] = ()
-    """What owns the memory."""
+    """Owners of the memory, kept alive until it is read."""
     _done: threading.Event = field(default_factory=threading.Event)
     _error: BaseException | None = None
 
@@ -138,21 +142,21 @@ class Batch:
 
 
 READERS = 4
-"""Threads that read at one time, if there are cores for them: one does not keep a fast disk busy."""
+"""Reader threads at most, if there are cores for them: one does not keep a fast disk busy."""
 
 
 class ReadAhead:
-    """Threads that take up batches in the order in which they were asked for.
+    """Reader threads that take batches in the order in which they were submitted.
 
-    The memory of a batch must stay until the batch was waited for or this context was left: leaving it
-    waits for the reads that are under way and drops the rest. Without a core to spare there is no thread,
-    and who waits for a batch reads it: a reader that shares its core with an OpenMP worker holds up all
-    the others, who spin until that one is done.
+    The memory of a batch must stay until the batch was waited for or this context was left: leaving it waits
+    for the reads under way and drops the rest. Without a spare core there is no thread, and ``Batch.wait``
+    reads on the calling thread: a reader that shares a core with an OpenMP worker would delay all workers,
+    which spin until the last one is done.
     """
 
     def __init__(self) -> None:
         self.cache = PageCache()
-        self._wanted = spare_readers()
+        self._wanted = reader_thread_count()
         self.threaded = self._wanted > 0
         self._batches: queue.SimpleQueue[Batch | None] = queue.SimpleQueue()
         self._stop = False
@@ -175,7 +179,7 @@ class ReadAhead:
             self._threads.pop().join()
 
     def submit(self, runs: Sequence[Run], held: Sequence[object]) -> Batch:
-        """Have ``runs`` read soon; ``held`` owns their memory."""
+        """Queue ``runs`` for reading; ``held`` owns their memory."""
         batch = Batch(runs, self.cache, not self.threaded, held)
         if self.threaded:
             self._batches.put(batch)
@@ -186,8 +190,8 @@ class ReadAhead:
             batch.read()
 
 
-def spare_readers() -> int:
-    """Threads that may read beside those of the kernels; none or fewer if there are no cores for any."""
+def reader_thread_count() -> int:
+    """Reader threads that the cores allow beside the kernels' threads; 0 or less without a spare core."""
     return min(READERS, _cores() - torch.get_num_threads())
 
 
@@ -199,7 +203,7 @@ def _cores() -> int:
 
 
 def runs_of(pieces: Sequence[Piece]) -> list[Run]:
-    """Pieces as runs: small neighbours in one file together, large ones in several."""
+    """Pieces as runs of at most ``SHARED`` bytes; contiguous small pieces of a file share one."""
     joined: list[list[Piece]] = []
     handle, end, together = -1, -1, 0
     for piece in itertools.chain.from_iterable(map(Piece.split, pieces)):
@@ -217,7 +221,7 @@ def runs_of(pieces: Sequence[Piece]) -> list[Run]:
 
 def _run_of(pieces: Sequence[Piece]) -> Run:
     sizes = [piece.nbytes for piece in pieces]
-    parts = vectored.parts_at([piece.address for piece in pieces], sizes)
+    parts = vectored.iovec_of([piece.address for piece in pieces], sizes)
     return Run(pieces[0].handle, pieces[0].start, parts, sum(sizes), functools.partial(_place_at, pieces))
 
 
@@ -245,6 +249,8 @@ def _read_run(run: Run, cache: PageCache) -> None:
     while done < nbytes:
         if got == 0:
             file, name = place_at(start + done)
-            raise SourceError(f"{file} ends in the middle of {name}: it was cut while it was read.")
+            raise SourceError(
+                f"{file} ends in the middle of {name}: it was cut while it was read. {WRITE_AGAIN}"
+            )
         got = cache.read(handle, vectored.from_byte(parts, done), start + done)
         done += got

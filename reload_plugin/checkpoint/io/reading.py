@@ -1,4 +1,4 @@
-"""One pass over tensors that lie in open files: where each is read to, and what is read together."""
+"""One pass over tensors in open files: batches are submitted ahead, tensors are handed out in order."""
 
 from __future__ import annotations
 
@@ -13,36 +13,39 @@ import torch
 
 from ...device.host_memory import HostPool
 from ...plan.source import Destinations, DirectRead, Stream
-from .places import Assembly, Deferred, Part, Place, Placed
+from .locations import AssembledLocation, ContiguousLocation, StoredBox, TensorLocation, UnresolvedLocation
 from .read_batches import DirectReadPlan, ReadBatch, read_batches_of
 from .readahead import Batch, PageCache, Piece, ReadAhead, Run, read_piece, runs_of
-from .vectored import parts_at
+from .vectored import iovec_of
 
 AHEAD = 16 << 20
-"""Bytes that are being read before they are asked for; one batch more at most."""
+"""Bytes that are read before the caller asks for them; exceeded by one batch at most."""
 ANNOUNCED = 32 << 20
-"""Bytes ahead of those being read that the system is told of; they go to its page cache."""
+"""Bytes beyond those being read that are announced to the kernel (``POSIX_FADV_WILLNEED``)."""
 SCRATCH = 8 << 20
-"""Bytes of a file that are read at once on their way to memory of another layout."""
+"""Bytes of the buffer for boxes whose layout in the file is not that of the tensor."""
 
 
-_Asked = tuple[ReadBatch, list[torch.Tensor] | DirectRead, Batch]
-"""A parcel, the tensors it is read to or where it lands, and its reading."""
+_PendingRead = tuple[ReadBatch, list[torch.Tensor] | DirectRead, Batch]
+"""A batch, what it is read into (a tensor each, or parameters), and the submitted request."""
 
 
-def read_places(
-    places: Iterable[Placed], handles: Mapping[str, int], pool: HostPool, destinations: Destinations | None
+def read_locations(
+    places: Iterable[TensorLocation],
+    handles: Mapping[str, int],
+    pool: HostPool,
+    destinations: Destinations | None,
 ) -> Stream:
-    """The tensors at ``places``, in that order.
+    """Read the tensors at ``places``, in that order.
 
     Args:
         places: what to read.
         handles: file -> descriptor; the caller's, open until the iterator is closed.
-        pool: memory for tensors that ``destinations`` has no place for.
+        pool: allocates the tensors that ``destinations`` has no memory for.
         destinations: see ``Source.read``.
 
     """
-    settled = (place.resolve(handles) if isinstance(place, Deferred) else place for place in places)
+    settled = (place.resolve(handles) if isinstance(place, UnresolvedLocation) else place for place in places)
     yield from read_in_batches(read_batches_of(settled), handles, {}, pool, destinations)
 
 
@@ -53,15 +56,24 @@ def read_in_batches(
     pool: HostPool,
     destinations: Destinations | None,
 ) -> Stream:
-    """The same for tensors that are sorted into parcels; ``paths`` says where files are that have names."""
+    """As ``read_locations``, for tensors that are batched already.
+
+    Args:
+        batches: what to read.
+        handles: name of a file in the locations -> descriptor, as there.
+        paths: name of a file in the locations -> its path, for messages, where the two differ.
+        pool: as there.
+        destinations: as there.
+
+    """
     yield from _Reading(handles, paths, pool, destinations).all(iter(batches))  # type: ignore[misc]
 
 
 def _announced(
     batches: Iterable[ReadBatch], handles: Mapping[str, int], cache: PageCache
 ) -> Iterator[ReadBatch]:
-    """The parcels; once reads have to wait, the system is told of each some time before, so that a cold disk
-    reads meanwhile.
+    """The batches, each announced to the kernel ``ANNOUNCED`` bytes early once a read missed the page cache,
+    so that the disk works meanwhile.
     """
     batches = iter(batches)
     window: deque[ReadBatch] = deque()
@@ -90,7 +102,7 @@ def _announce(batch: ReadBatch, handles: Mapping[str, int]) -> None:
 
 
 class _Reading:
-    """One pass over the tensors: parcels are asked for ahead of the tensor that is handed out."""
+    """One pass over the tensors: batches are submitted ahead of the tensor that is handed out."""
 
     def __init__(
         self,
@@ -105,7 +117,7 @@ class _Reading:
         self._destinations = destinations
 
     def all(self, batches: Iterator[ReadBatch]) -> Iterator[tuple[str, torch.Tensor] | DirectRead]:
-        waiting: deque[_Asked] = deque()
+        waiting: deque[_PendingRead] = deque()
         ahead = 0
         with ReadAhead() as reader:
             batches = _announced(batches, self._handles, reader.cache)
@@ -114,7 +126,7 @@ class _Reading:
                 while more and (not waiting or (reader.threaded and ahead < AHEAD)):
                     following = next(batches, None)
                     if more := following is not None:
-                        waiting.append(self._ask(reader, following))
+                        waiting.append(self._submit(reader, following))
                         ahead += following.nbytes
                 if not waiting:
                     return
@@ -126,13 +138,13 @@ class _Reading:
                     yield tensors
                     continue
                 tensors.reverse()
-                for place in batch.places:
-                    if isinstance(place, Assembly):
+                for place in batch.locations:
+                    if isinstance(place, AssembledLocation):
                         self._gather(place, tensors[-1])
                     yield place.info.name, tensors.pop()
 
-    def _ask(self, reader: ReadAhead, batch: ReadBatch) -> _Asked:
-        """Have a parcel read: to where all of it goes if that is known, else to a tensor each."""
+    def _submit(self, reader: ReadAhead, batch: ReadBatch) -> _PendingRead:
+        """Submit a batch: into parameters if there is a plan for all of it, else into a tensor each."""
         direct_read_plan = (
             batch.direct_read_plan(self._destinations) if self._destinations is not None else None
         )
@@ -142,11 +154,11 @@ class _Reading:
                 direct_read_plan.direct_read,
                 reader.submit(self._runs(batch, direct_read_plan, memory), memory),
             )
-        tensors = [self._memory(place) for place in batch.places]
-        return batch, tensors, reader.submit(runs_of(self._pieces(batch.places, tensors)), tensors[:])
+        tensors = [self._memory(place) for place in batch.locations]
+        return batch, tensors, reader.submit(runs_of(self._pieces(batch.locations, tensors)), tensors[:])
 
     def _memory_for(self, direct_read_plan: DirectReadPlan) -> list[torch.UntypedStorage] | None:
-        assert self._destinations is not None, "only a room has a landing"
+        assert self._destinations is not None, "a plan comes from destinations"
         found = []
         for parameter in direct_read_plan.direct_read.parameters:
             memory = self._destinations.memory(parameter)
@@ -158,31 +170,35 @@ class _Reading:
     def _runs(
         self, batch: ReadBatch, direct_read_plan: DirectReadPlan, memory: Sequence[torch.UntypedStorage]
     ) -> list[Run]:
-        """Raises IndexError where a part would lie outside of its parameter."""
+        """The reads of a direct plan. Raises IndexError where a part lies outside of its parameter."""
         numbers, first, length = direct_read_plan.parts
         if any(end > storage.nbytes() for end, storage in zip(direct_read_plan.ends, memory, strict=True)):
             raise IndexError(
                 f"A weight is longer than its place in {', '.join(direct_read_plan.direct_read.parameters)}"
             )
         addresses = np.array([storage.data_ptr() for storage in memory], dtype=np.int64)
-        parts = parts_at(addresses[numbers] + first, length)
+        parts = iovec_of(addresses[numbers] + first, length)
         handles = self._handles
         of = {
             file: functools.partial(batch.place_at, file, self._paths.get(file, file))
-            for file in {stretch.file for stretch in direct_read_plan.stretches}
+            for file in {file_range.file for file_range in direct_read_plan.ranges}
         }
         return [
             Run(handles[file], start, parts.rows(begin, end), nbytes, of[file])
-            for file, start, nbytes, begin, end in direct_read_plan.stretches
+            for file, start, nbytes, begin, end in direct_read_plan.ranges
         ]
 
-    def _pieces(self, places: Sequence[Place | Assembly], tensors: Sequence[torch.Tensor]) -> list[Piece]:
+    def _pieces(
+        self, places: Sequence[ContiguousLocation | AssembledLocation], tensors: Sequence[torch.Tensor]
+    ) -> list[Piece]:
         pairs = zip(places, tensors, strict=True)
         return [piece for place, tensor in pairs for piece in self._direct_pieces(place, tensor)]
 
-    def _direct_pieces(self, place: Place | Assembly, tensor: torch.Tensor) -> Iterator[Piece]:
-        """What can be read straight to where it belongs."""
-        if isinstance(place, Place):
+    def _direct_pieces(
+        self, place: ContiguousLocation | AssembledLocation, tensor: torch.Tensor
+    ) -> Iterator[Piece]:
+        """The reads of a tensor that need no intermediate buffer."""
+        if isinstance(place, ContiguousLocation):
             path = self._paths.get(place.file, place.file)
             yield Piece(self._handles[place.file], place.start, tensor, path, place.info.name)
             return
@@ -191,15 +207,15 @@ class _Reading:
             if part.numel and _is_direct(part, box):
                 yield Piece(self._handles[part.file], part.start, box, part.file, place.info.name)
 
-    def _gather(self, place: Assembly, tensor: torch.Tensor) -> None:
-        """Read the parts that have another layout in the file than in the tensor."""
+    def _gather(self, place: AssembledLocation, tensor: torch.Tensor) -> None:
+        """Read the boxes whose layout in the file is not that of the tensor, through a buffer."""
         for part in place.parts:
             box = _box(tensor, part)
             if part.numel and not _is_direct(part, box):
                 _copy_strided(self._handles[part.file], part, box, place.info.name)
 
-    def _memory(self, place: Place | Assembly) -> torch.Tensor:
-        """Where a tensor is read to: the room it will end up in, or memory of the pool."""
+    def _memory(self, place: ContiguousLocation | AssembledLocation) -> torch.Tensor:
+        """The memory that a tensor is read into: its destination, or the pool's."""
         found = None if self._destinations is None else self._destinations(place.info)
         if found is not None:
             return found
@@ -208,19 +224,19 @@ class _Reading:
         return empty.set_(self._pool.take(place.nbytes), 0, meta.shape, meta.stride())
 
 
-def _box(tensor: torch.Tensor, part: Part) -> torch.Tensor:
-    """The elements of a tensor that a part brings."""
+def _box(tensor: torch.Tensor, part: StoredBox) -> torch.Tensor:
+    """The view of a tensor that a stored box fills."""
     for dim, (start, size) in enumerate(zip(part.offsets, part.sizes, strict=True)):
         tensor = tensor.narrow(dim, start, size)
     return tensor
 
 
-def _is_direct(part: Part, box: torch.Tensor) -> bool:
-    return part.in_one_piece and box.is_contiguous()
+def _is_direct(part: StoredBox, box: torch.Tensor) -> bool:
+    return part.is_contiguous and box.is_contiguous()
 
 
-def _copy_strided(handle: int, part: Part, box: torch.Tensor, name: str) -> None:
-    """Read a part by ranges of at most ``SCRATCH`` bytes, and copy from there."""
+def _copy_strided(handle: int, part: StoredBox, box: torch.Tensor, name: str) -> None:
+    """Read a stored box in ranges of at most ``SCRATCH`` bytes, and copy each into the tensor."""
     itemsize = box.element_size()
     if part.extent * itemsize <= SCRATCH or part.extent == 1:
         flat = torch.empty(part.extent, dtype=box.dtype, device="cpu")
@@ -232,9 +248,9 @@ def _copy_strided(handle: int, part: Part, box: torch.Tensor, name: str) -> None
     for first, size in ((0, half), (half, part.sizes[dim] - half)):
         sizes = (*part.sizes[:dim], size, *part.sizes[dim + 1 :])
         start = part.start + first * part.strides[dim] * itemsize
-        piece = Part(part.offsets, sizes, part.file, start, part.strides)
+        piece = StoredBox(part.offsets, sizes, part.file, start, part.strides)
         _copy_strided(handle, piece, box.narrow(dim, first, size), name)
 
 
-def _read_whole(handle: int, part: Part, flat: torch.Tensor, name: str) -> None:
+def _read_whole(handle: int, part: StoredBox, flat: torch.Tensor, name: str) -> None:
     read_piece(Piece(handle, part.start, flat, part.file, name))

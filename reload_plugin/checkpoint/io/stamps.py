@@ -1,4 +1,4 @@
-"""What tells that a file was rewritten: its size, its time and its inode, before and after it is read."""
+"""Stamps: a rewritten file is recognised by its size, modification time and inode."""
 
 from __future__ import annotations
 
@@ -13,10 +13,16 @@ Stamp = tuple[int, int, int]
 """Size, modification time (ns) and inode of a file."""
 
 WRITE_AGAIN = "Write or copy the file again; reload when that is finished."
+CHECK_STORAGE = "Check that the files are there and their storage works; then try again."
 
 
 def stamp_of(file: str, handle: int | None = None) -> Stamp:
-    """The stamp of the file that is there now, or of the one that is open as ``handle``."""
+    """The stamp of the file at a path, or of the one that is open as ``handle``.
+
+    Raises:
+        SourceError: there is no such file.
+
+    """
     try:
         return stamped(Path(file).stat() if handle is None else os.fstat(handle))
     except (OSError, ValueError) as error:
@@ -31,7 +37,7 @@ def stamped(found: os.stat_result) -> Stamp:
 def open_same(
     files: Iterable[str], stamps: Mapping[str, Stamp], stack: contextlib.ExitStack
 ) -> dict[str, int]:
-    """Descriptors of the very files that were stamped, closed when ``stack`` is left.
+    """Open files and check that they are the ones that were stamped; ``stack`` closes the descriptors.
 
     Raises:
         OSError: a file is not there any more.
@@ -49,7 +55,7 @@ def open_same(
 
 
 def check_same(stamps: Mapping[str, Stamp], handles: Mapping[str, int] | None = None) -> None:
-    """Raise SourceError when a file has changed or is gone; ``handles`` are asked before names."""
+    """Raise SourceError when a file has changed or is gone. Open ``handles`` go before paths."""
     for file, stamp in stamps.items():
         if stamp_of(file, None if handles is None else handles.get(file)) != stamp:
             raise SourceError(_changed(file))

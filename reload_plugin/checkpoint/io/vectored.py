@@ -1,8 +1,8 @@
-"""Reading one range of a file to many places in memory with one call.
+"""Vectored reads: one ``preadv`` call from a range of a file to many places in memory.
 
-Python's own ``os.preadv`` wants an object for each place, which costs more than the copy where tensors are
-small. Here the places are a table of addresses that numpy computes, in the very layout that the C library
-takes; a read by one of several threads holds the interpreter's lock for next to nothing.
+``os.preadv`` takes a Python object for each place, which costs more than the copy where tensors are small.
+Here numpy computes the table of addresses in the layout of the C library (``struct iovec``), and the read
+releases the interpreter's lock. For speed on a CPU only.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ import numpy.typing as npt
 from ...device.host_memory import view_of
 
 IOV_MAX = 512
-"""Parts of one call (POSIX promises 16, Linux takes 1024)."""
+"""Most places of one call (POSIX guarantees 16, Linux takes 1024)."""
 Numbers = Sequence[int] | npt.NDArray[np.int64]
 _ROW = 2 * np.dtype(np.uintp).itemsize
 
 
-class Parts(NamedTuple):
-    """Some rows of a table of places in memory. Owns the table, and none of the memory."""
+class IoVec(NamedTuple):
+    """Rows of a table of places in memory (``struct iovec``). Owns the table, not the memory it points to."""
 
     table: npt.NDArray[np.uintp]
     """[parts, 2]: address and number of bytes of each (``struct iovec`` of POSIX)."""
@@ -35,9 +35,9 @@ class Parts(NamedTuple):
     length: int
     """How many rows."""
 
-    def rows(self, first: int, last: int) -> Parts:
+    def rows(self, first: int, last: int) -> IoVec:
         """The rows from ``first`` to before ``last``."""
-        return Parts(self.table, self.address + first * _ROW, last - first)
+        return IoVec(self.table, self.address + first * _ROW, last - first)
 
     def tolist(self) -> list[list[int]]:
         """Address and number of bytes of each."""
@@ -45,24 +45,24 @@ class Parts(NamedTuple):
         return self.table[first : first + self.length].tolist()  # type: ignore[no-any-return]
 
 
-def parts_at(addresses: Numbers, nbytes: Numbers) -> Parts:
-    """A table of ``nbytes`` bytes at each of the ``addresses``."""
+def iovec_of(addresses: Numbers, nbytes: Numbers) -> IoVec:
+    """The table of ``nbytes`` bytes at each of the ``addresses``."""
     table = np.empty((len(addresses), 2), dtype=np.uintp)
     table[:, 0], table[:, 1] = addresses, nbytes
-    return Parts(table, table.ctypes.data, len(table))
+    return IoVec(table, table.ctypes.data, len(table))
 
 
-def from_byte(parts: Parts, first: int) -> Parts:
-    """The places of the bytes from ``first`` on of all that ``parts`` have together."""
+def from_byte(parts: IoVec, first: int) -> IoVec:
+    """The places without their first ``first`` bytes in total: what is left after a short read."""
     left: list[Sequence[int]] = []
     for address, nbytes in parts.tolist():
         if first < nbytes:
             left.append((address + first, nbytes - first))
         first = max(0, first - nbytes)
-    return parts_at(*zip(*left, strict=True))
+    return iovec_of(*zip(*left, strict=True))
 
 
-def preadv(handle: int, parts: Parts, position: int, flags: int = 0) -> int:
+def preadv(handle: int, parts: IoVec, position: int, flags: int = 0) -> int:
     """Read from ``position`` of a file on into ``parts``, at most ``IOV_MAX`` of them, as ``os.preadv`` does.
 
     The memory must be there, and stay, until this returns; other threads of Python's run meanwhile.

@@ -1,8 +1,8 @@
-"""Safetensors files written as a stream, and folders that appear whole or not at all.
+"""Safetensors files written from a stream, and outputs that appear whole or not at all.
 
-The safetensors library writes from tensors that are all in memory. The format itself (its description in the
-safetensors project) asks for no more than a header with every name, dtype, shape and place, and then the
-bytes without gaps, so names and shapes are enough to begin with.
+The safetensors library wants all tensors in memory. The format itself (its description in the safetensors
+project) needs a header with names, dtypes, shapes and offsets, and then the bytes without gaps: names and
+shapes are enough to begin.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from ..dtypes import METADATA_KEY, SAFETENSORS_NAMES
 from ..stores import bytes_of
 
 PARTIAL = ".partial"
-"""End of the name of what is not whole yet; it begins with a dot as well."""
+"""Suffix of the name of an output under construction; the name begins with a dot as well."""
 _ALIGN = 8
 """Where the data begins, for readers that map the file."""
 _NOREPLACE, _EXCHANGE = 1, 2
@@ -106,7 +106,7 @@ def write_file(
         path: must not exist.
         plan: what the file holds.
         metadata: text for the header.
-        tensors: takes from it as many as the plan has, in its order. Each is let go of when it is written.
+        tensors: an iterator; as many are taken as the plan has, in its order. Each is released once written.
         wrote: called with the bytes of each piece written.
 
     Raises:
@@ -166,11 +166,11 @@ def index_of(plans: Sequence[FilePlan], metadata: Mapping[str, str]) -> str:
 
 
 @contextlib.contextmanager
-def appearing(target: Path, overwrite: bool) -> Iterator[Path]:
-    """A path beside ``target`` to make a file or folder at; it takes the name of ``target`` at the end.
+def written_atomically(target: Path, overwrite: bool) -> Iterator[Path]:
+    """Yield a temporary path beside ``target`` to write to; on success rename it to ``target``.
 
-    However the block ends otherwise, also by Ctrl-C, nothing is left of it. With ``overwrite`` what is there
-    already is exchanged for the new one in one step where the file system can (Linux), and then removed.
+    On any failure, Ctrl-C included, the temporary path is removed. With ``overwrite`` an existing target is
+    exchanged for the new one in one step where the file system can (Linux), and then removed.
 
     Raises:
         SourceError: ``target`` exists and ``overwrite`` is False; an empty folder does not count.
@@ -184,7 +184,7 @@ def appearing(target: Path, overwrite: bool) -> Iterator[Path]:
         yield partial
         if partial.is_dir():
             sync_folder(partial)
-        back = _put(partial, target, overwrite)
+        back = _rename_into_place(partial, target, overwrite)
         try:
             sync_folder(target.parent)
         except BaseException:
@@ -195,7 +195,7 @@ def appearing(target: Path, overwrite: bool) -> Iterator[Path]:
 
 
 def sync_folder(folder: Path) -> None:
-    """Have the names in a folder on disk."""
+    """Flush the directory entries of a folder to disk (fsync)."""
     handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(handle)
@@ -211,8 +211,8 @@ def _refuse_existing(target: Path, overwrite: bool) -> None:
         )
 
 
-def _put(partial: Path, target: Path, overwrite: bool) -> int:
-    """Give ``target`` its name; returns the kind of rename that would take it back."""
+def _rename_into_place(partial: Path, target: Path, overwrite: bool) -> int:
+    """Rename ``partial`` to ``target``; returns the kind of rename that would undo it."""
     if target.is_dir() and not target.is_symlink() and not any(target.iterdir()):
         target.rmdir()
     if _renamed(partial, target, _NOREPLACE):
@@ -224,14 +224,14 @@ def _put(partial: Path, target: Path, overwrite: bool) -> int:
 
 
 def _replace(partial: Path, target: Path) -> None:
-    """In steps, where the file system cannot exchange two names; for a moment there may be no ``target``."""
+    """Remove, then rename, where the file system cannot exchange two names; not atomic."""
     if target.is_dir() and not target.is_symlink():
         _remove(target)
     partial.replace(target)
 
 
 def _renamed(source: Path, target: Path, flags: int) -> bool:
-    """Rename in one step (renameat2 of Linux); False where that is not to be had, or a file is in the way."""
+    """Rename in one step (renameat2 of Linux); False where that is not supported, or a file is in the way."""
     rename = _renameat2()
     if rename is None:
         return False

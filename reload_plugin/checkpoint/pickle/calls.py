@@ -8,14 +8,14 @@ from typing import Any, NoReturn
 
 import torch
 
-from .values import ForeignTensor, Inert, Ordered, Refused, Storage, StoredTensor
+from .values import ForeignTensor, OpaqueObject, RefusedPickleError, Storage, StoredDict, StoredTensor
 
 Maker = Callable[..., Any]
 
 
 @dataclass(frozen=True, slots=True)
 class Global:
-    """A name that a pickle may use: ``make`` is what calling it gives."""
+    """A function or class that a pickle may name: ``make`` builds what a call of it stands for."""
 
     name: str
     make: Maker
@@ -23,7 +23,7 @@ class Global:
 
 def check_sizes(*found: Any) -> None:
     if not all(type(sizes) is tuple and all(type(n) is int and n >= 0 for n in sizes) for sizes in found):
-        raise Refused("a tensor has a shape, a stride or an offset that none can have")
+        raise RefusedPickleError("a tensor has a shape, a stride or an offset that none can have")
 
 
 def _tensor(storage: Any, offset: Any, shape: Any, strides: Any, *rest: Any) -> StoredTensor:
@@ -42,13 +42,13 @@ def _tensor_v3(
     metadata: Any = None,
 ) -> StoredTensor:
     if type(dtype) is not torch.dtype:
-        raise Refused("a tensor has no dtype")
+        raise RefusedPickleError("a tensor has no dtype")
     return _stored(storage, dtype, offset, shape, strides, grad, metadata)
 
 
 def _dtype_of(storage: Any) -> torch.dtype:
     if type(storage) is not tuple or len(storage) != 2 or type(storage[0]) is not Storage:
-        raise Refused("a tensor has no storage")
+        raise RefusedPickleError("a tensor has no storage")
     dtype: torch.dtype = storage[1]
     return dtype
 
@@ -60,25 +60,29 @@ def _stored(
     storage: Storage = kept[0]
     check_sizes((offset,), shape, strides)
     if len(shape) != len(strides):
-        raise Refused("a tensor has more dimensions than strides")
+        raise RefusedPickleError("a tensor has more dimensions than strides")
     bits = {name for name, value in metadata.items() if value} if type(metadata) is dict else set()
     if bits - {"conj", "neg"}:
-        raise Refused(f"a tensor has the property {brief(min(map(str, bits)))}, which is not known")
+        raise RefusedPickleError(
+            f"a tensor has the property {brief(min(map(str, bits)))}, which is not known"
+        )
     if 0 not in shape:
         last = offset + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
         if (last + 1) * dtype.itemsize > storage.nbytes:
-            raise Refused(f"a tensor of shape {list(shape)} reaches beyond the end of its storage")
+            raise RefusedPickleError(f"a tensor of shape {list(shape)} reaches beyond the end of its storage")
     lazy = "conj" in bits, "neg" in bits
     return StoredTensor(storage, dtype, offset, shape, strides, *lazy, requires_grad=grad is True)
 
 
 def _values(make: Maker) -> Maker:
-    """Only tensors whose values are what lies in the file."""
+    """``make``, refusing tensors whose values are not the stored bytes (lazy conjugates and negatives)."""
 
     def made(*args: Any) -> StoredTensor:
         tensor: StoredTensor = make(*args)
         if tensor.conj or tensor.neg:
-            raise Refused("a tensor is stored as a lazy conjugate or negative; save a plain copy of it")
+            raise RefusedPickleError(
+                "a tensor is stored as a lazy conjugate or negative; save a plain copy of it"
+            )
         return tensor
 
     return made
@@ -100,14 +104,14 @@ def _from_type(function: Any, kind: Any, args: Any, state: Any) -> Any:
     if isinstance(made, ForeignTensor):
         return ForeignTensor(made.kind, made.dtype, made.shape, state)
     if type(kind) is not Global or kind.name not in ("torch.Tensor", "torch.nn.parameter.Parameter"):
-        raise Refused(f"a tensor is of the class {brief(kind)}")
+        raise RefusedPickleError(f"a tensor is of the class {brief(kind)}")
     return made
 
 
 def wrapper(kind: Any, dtype: Any, shape: Any, *_rest: Any) -> ForeignTensor:
     check_sizes(shape)
     if type(kind) is not Global or type(dtype) is not torch.dtype:
-        raise Refused("a tensor subclass has no dtype")
+        raise RefusedPickleError("a tensor subclass has no dtype")
     return ForeignTensor(kind.name, dtype, shape, None)
 
 
@@ -119,13 +123,13 @@ def _dictionary(*items: Any) -> dict[Any, Any]:
     return dict(_pairs(*items))
 
 
-def _ordered(*items: Any) -> Ordered:
-    return Ordered(_pairs(*items))
+def _ordered(*items: Any) -> StoredDict:
+    return StoredDict(_pairs(*items))
 
 
 def _pairs(found: Any = ()) -> Any:
     if type(found) not in (list, tuple):
-        raise Refused("a dict is made from something else than pairs")
+        raise RefusedPickleError("a dict is made from something else than pairs")
     for key, _ in found:
         check_key(key)
     return found
@@ -133,7 +137,7 @@ def _pairs(found: Any = ()) -> Any:
 
 def _complex(real: Any, imaginary: Any) -> complex:
     if type(real) is not float or type(imaginary) is not float:
-        raise Refused("a complex number is made from something else than two numbers")
+        raise RefusedPickleError("a complex number is made from something else than two numbers")
     return complex(real, imaginary)
 
 
@@ -153,32 +157,35 @@ EXACT_CALLS: Mapping[str, Maker] = {
     "torch._utils._rebuild_tensor_v3": _tensor_v3,
     "torch._utils._rebuild_parameter": _kept_parameter,
     "torch._utils._rebuild_parameter_with_state": _kept_parameter,
-    "torch.Size": lambda *args: Inert("torch.Size", args),
+    "torch.Size": lambda *args: OpaqueObject("torch.Size", args),
     "collections.OrderedDict": _ordered,
     "builtins.complex": _complex,
 }
-"""The same where more than the weights is wanted: nothing looks like something else then."""
+"""As ``CALLS``, keeping apart what ``CALLS`` merges: OrderedDict and dict, torch.Size and tuple, parameters
+and tensors."""
 
 
 def call(function: Any, args: Any) -> Any:
     if type(function) is not Global or type(args) is not tuple:
-        raise Refused(f"its pickle calls {brief(function)}")
+        raise RefusedPickleError(f"its pickle calls {brief(function)}")
     return function.make(*args)
 
 
 def not_called(*_args: Any) -> NoReturn:
-    raise Refused("its pickle makes a storage of its own")
+    raise RefusedPickleError("its pickle makes a storage of its own")
 
 
 def check_key(key: Any) -> None:
-    """Keys that are cheap to hash: nested tuples can take longer than the universe has."""
-    simple = (str, int, float, complex, bool, bytes, type(None), Inert, torch.dtype)
+    """Refuse keys that are not cheap to hash: hashing nested shared tuples takes exponential time."""
+    simple = (str, int, float, complex, bool, bytes, type(None), OpaqueObject, torch.dtype)
     if type(key) not in simple and not (type(key) is tuple and all(type(item) in simple for item in key)):
-        raise Refused("its pickle has a dict with keys that are no names")
+        raise RefusedPickleError("its pickle has a dict with keys that are no names")
 
 
 def brief(value: Any) -> str:
-    """A short text; containers are named by their class, since printing them can take for ever."""
+    """At most 80 characters; containers by the name of their class: printing nested ones takes exponential
+    time.
+    """
     if type(value) is Global:
         value = value.name
     text = str(value) if isinstance(value, (str, int, Exception)) else type(value).__name__

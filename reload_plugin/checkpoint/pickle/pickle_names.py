@@ -1,4 +1,4 @@
-"""Names that a pickle of a checkpoint may use, by who writes them. None of them is imported."""
+"""Allow-lists: the names that a checkpoint's pickle may use, by who writes them. None is imported."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ PLAIN = frozenset(
         "numpy.dtype",
     }
 )
-"""What lies beside the weights in a trainer's file. None of it is made: it stays ``Inert``."""
+"""What trainers save beside the weights. Never created: each becomes an ``OpaqueObject``."""
 
 NOT_STORED = frozenset(
     {
@@ -32,7 +32,7 @@ NOT_STORED = frozenset(
         ),
     }
 )
-"""What torch.load takes and no safetensors file can hold. None of it is made: messages say where it is."""
+"""What torch.load accepts and no safetensors file can hold. Never created: messages say where it is."""
 
 SHARDS = frozenset(
     {
@@ -74,7 +74,7 @@ SHARDS = frozenset(
         "builtins.getattr",
     }
 )
-"""What the tensors of FSDP1 and FSDP2 name beside that."""
+"""What the distributed tensors of FSDP1 and FSDP2 name in addition."""
 
 DCP_METADATA = frozenset(
     {

@@ -1,4 +1,4 @@
-"""Finding the weights among what a trainer saves with them, under the names they had before wrapping."""
+"""Finds the model's state dict in a trainer's file, and strips the names of wrapping modules."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
-"""Reading pickles without running anything in them: every object becomes a description of itself.
+"""The unpickler for checkpoints: it runs nothing, every object becomes a description of itself.
 
-A pickle is a program that may import and call anything. The one here may only name things from a list, and
-what it names is not imported: classes become ``Inert`` values, tensors become ``StoredTensor`` descriptions
-of bytes in a file, and calls only build such values. Python's own unpickler in Python is the base and not
-the one in C, which allocates whatever a damaged pickle asks for.
+A pickle is a program that may import and call anything. This unpickler accepts names from a list only, and
+imports none of them: classes become ``OpaqueObject`` values, tensors become ``StoredTensor`` descriptions of
+bytes in a file, and calls build such values. The base is Python's unpickler in Python: the one in C allocates
+whatever a damaged pickle asks for.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch
 from ..dtypes import TORCH_DTYPES, TORCH_STORAGE_DTYPES
 from .calls import CALLS, EXACT_CALLS, Global, Maker, brief, call, check_key, check_sizes, not_called, wrapper
 from .pickle_names import NOT_STORED, PLAIN
-from .values import Inert, Ordered, Refused, Storage
+from .values import OpaqueObject, RefusedPickleError, Storage, StoredDict
 
 
 def unpickle(
@@ -30,15 +30,15 @@ def unpickle(
     exact: bool = False,
     storages: dict[str, Storage] | None = None,
 ) -> Any:
-    """What a pickle describes. Nothing is imported, called or made that it names.
+    """Read a pickle. Nothing that it names is imported, called or created.
 
     Args:
-        data: the pickle; a file is left behind its end.
-        extra: names that it may use beside tensors, of the form ``module.name``; they become ``Inert``.
+        data: the pickle; a file is left positioned after it.
+        extra: names that it may use beside tensors, as ``module.name``; they become ``OpaqueObject``.
         tensors: whether it may use tensors.
-        plain: whether it may use what lies beside the weights in a trainer's file.
-        exact: whether everything has to be told apart: an OrderedDict becomes ``Ordered``, torch.Size and
-            tensors that are no plain ones ``Inert``, and tensors say whether they are parameters.
+        plain: whether it may name what trainers save beside the weights (``PLAIN``).
+        exact: whether types are kept apart (see ``EXACT_CALLS``): an OrderedDict becomes ``StoredDict``,
+            torch.Size and tensor subclasses ``OpaqueObject``, and tensors say whether they are parameters.
         storages: collects the storages it names, by key.
 
     Raises:
@@ -50,14 +50,14 @@ def unpickle(
     file = io.BytesIO(data) if isinstance(data, bytes) else data
     try:
         return _Unpickler(file, allowed, calls, tensors, {} if storages is None else storages).load()
-    except Refused as error:
+    except RefusedPickleError as error:
         raise ValueError(str(error)) from error
     except Exception as error:  # whatever a damaged pickle leads to
         raise ValueError(f"its pickle is damaged ({type(error).__name__}: {brief(error)})") from error
 
 
 class _Unpickler(pickle._Unpickler):  # type: ignore[misc, name-defined, unused-ignore]
-    """See the module. The operations that are left build values; those that call go through ``call``."""
+    """Operations that build plain values are Python's; those that call or set state are replaced."""
 
     stack: list[Any]
     append: Callable[[Any], None]
@@ -78,7 +78,7 @@ class _Unpickler(pickle._Unpickler):  # type: ignore[misc, name-defined, unused-
         self._storages = storages
 
     def find_class(self, module: str, name: str) -> Any:
-        """The stand-in for a name, dtypes excepted, which are themselves."""
+        """The description of a name; for a dtype the dtype itself."""
         full = f"{'builtins' if module == '__builtin__' else module}.{name}"
         if module == "torch" and name in TORCH_DTYPES:
             return TORCH_DTYPES[name]
@@ -95,30 +95,34 @@ class _Unpickler(pickle._Unpickler):  # type: ignore[misc, name-defined, unused-
         if full in self._calls and (self._tensors or full in ("torch.Size", "collections.OrderedDict")):
             return Global(full, self._calls[full])
         if full in self._allowed:
-            return Global(full, lambda *args: Inert(full, args))
-        raise Refused(f"its pickle asks for {brief(full)}, which is not loaded because it could run code")
+            return Global(full, lambda *args: OpaqueObject(full, args))
+        raise RefusedPickleError(
+            f"its pickle asks for {brief(full)}, which is not loaded because it could run code"
+        )
 
     def _attribute(self, owner: Any, name: Any) -> Global:
-        """A class inside a class, which old protocols spell as a call of getattr."""
+        """A nested class, which protocols before 4 write as a call of getattr."""
         full = f"{owner.name}.{name}" if type(owner) is Global and type(name) is str else "getattr"
         if full not in self._allowed:
-            raise Refused(f"its pickle asks for {brief(full)}, which is not loaded because it could run code")
-        return Global(full, lambda *args: Inert(full, args))
+            raise RefusedPickleError(
+                f"its pickle asks for {brief(full)}, which is not loaded because it could run code"
+            )
+        return Global(full, lambda *args: OpaqueObject(full, args))
 
     def persistent_load(self, pid: Any) -> tuple[Storage, torch.dtype]:
         """A storage, and the dtype that it was written with."""
         if not self._tensors or type(pid) is not tuple or len(pid) not in (5, 6) or pid[0] != "storage":
-            raise Refused("its pickle refers to something outside that is no storage")
+            raise RefusedPickleError("its pickle refers to something outside that is no storage")
         kind, key, _, numel = pid[1:5]
         view = pid[5] if len(pid) == 6 else None
         if type(kind) is not Global or type(key) is not str:
-            raise Refused("its pickle has a storage without a kind or a key")
+            raise RefusedPickleError("its pickle has a storage without a kind or a key")
         check_sizes((numel,))
         dtype = TORCH_STORAGE_DTYPES[kind.name.rpartition(".")[2]]
         whole = Storage(key, numel * dtype.itemsize, dtype.itemsize)
         known = self._storages.setdefault(key, whole)
         if known != whole:
-            raise Refused(f"its pickle gives storage {brief(key)} two sizes")
+            raise RefusedPickleError(f"its pickle gives storage {brief(key)} two sizes")
         return (whole if view is None else _view(whole, view)), dtype
 
     def _reduce(self) -> None:
@@ -131,14 +135,14 @@ class _Unpickler(pickle._Unpickler):  # type: ignore[misc, name-defined, unused-
     def _build(self) -> None:
         state = self.stack.pop()
         target = self.stack[-1]
-        if type(target) is Inert:
+        if type(target) is OpaqueObject:
             slots = type(state) is tuple and len(state) == 2 and type(state[1]) is dict
             plain = state[0] if slots and type(state[0]) is dict else {}
             target.state = plain | state[1] if slots else state
-        elif type(target) is Ordered:
+        elif type(target) is StoredDict:
             target.attributes = state
         elif type(target) is not dict:  # an OrderedDict carries _metadata, which is no weight
-            raise Refused(f"its pickle sets the state of {brief(target)}")
+            raise RefusedPickleError(f"its pickle sets the state of {brief(target)}")
 
     def _setitem(self) -> None:
         value, key = self.stack.pop(), self.stack.pop()
@@ -164,7 +168,7 @@ class _Unpickler(pickle._Unpickler):  # type: ignore[misc, name-defined, unused-
 
 
 def _table() -> dict[int, Callable[[Any], None]]:
-    """The operations of pickle that build plain values, as Python does them, and ours for the rest."""
+    """Opcode -> operation: Python's for plain values, ours for calls and state; all others are missing."""
     own = {
         "REDUCE": _Unpickler._reduce,
         "NEWOBJ": _Unpickler._newobj,
@@ -190,19 +194,19 @@ _Unpickler.dispatch = _table()
 
 
 def _view(whole: Storage, view: Any) -> Storage:
-    """A part of a storage, as torch before 1.6 writes it: (key, first element, elements)."""
+    """A view of a storage in files of torch before 1.6: (key, first element, number of elements)."""
     if type(view) is not tuple or len(view) != 3:
-        raise Refused("its pickle has a view of a storage that is none")
+        raise RefusedPickleError("its pickle has a view of a storage that is none")
     check_sizes(view[1:])
     start, nbytes = view[1] * whole.itemsize, view[2] * whole.itemsize
     if start + nbytes > whole.nbytes:
-        raise Refused("its pickle has a view that reaches beyond its storage")
+        raise RefusedPickleError("its pickle has a view that reaches beyond its storage")
     return Storage(whole.key, nbytes, whole.itemsize, start)
 
 
 def _put(target: Any, items: Any) -> None:
-    if type(target) not in (dict, Ordered) or len(items) % 2:
-        raise Refused("its pickle sets items of something that is no dict")
+    if type(target) not in (dict, StoredDict) or len(items) % 2:
+        raise RefusedPickleError("its pickle sets items of something that is no dict")
     for index in range(0, len(items), 2):
         check_key(items[index])
         target[items[index]] = items[index + 1]
@@ -210,5 +214,5 @@ def _put(target: Any, items: Any) -> None:
 
 def _extend(target: Any, items: list[Any]) -> None:
     if type(target) is not list:
-        raise Refused("its pickle appends to something that is no list")
+        raise RefusedPickleError("its pickle appends to something that is no list")
     target.extend(items)

@@ -9,13 +9,13 @@ from typing import Any
 import torch
 
 
-class Refused(pickle.UnpicklingError):
-    """The pickle asks for something that is not on the list."""
+class RefusedPickleError(pickle.UnpicklingError):
+    """The pickle names something that is not allowed, or is malformed."""
 
 
 @dataclass(frozen=True)
 class Storage:
-    """Memory that torch.save wrote beside the pickle, by its key."""
+    """A storage that torch.save wrote beside the pickle, identified by its key."""
 
     key: str
     nbytes: int
@@ -34,7 +34,7 @@ class StoredTensor:
     shape: tuple[int, ...]
     strides: tuple[int, ...]
     conj: bool = False
-    """Whether its values are the conjugates of what lies there; so with ``neg``."""
+    """Whether its values are the conjugates (``neg``: the negatives) of the stored ones."""
     neg: bool = False
     parameter: bool = field(default=False, compare=False)
     requires_grad: bool = field(default=False, compare=False)
@@ -45,8 +45,8 @@ class StoredTensor:
         return self.storage.start + self.offset * self.dtype.itemsize
 
 
-class Inert:
-    """An object that was not made: the name of its class, what it was called with, its state."""
+class OpaqueObject:
+    """An object that was not created: the name of its class, the arguments of the call, its state."""
 
     __slots__ = ("args", "kind", "state")
 
@@ -58,12 +58,12 @@ class Inert:
         return f"<{self.kind}>"
 
     def get(self, name: str, default: Any = None) -> Any:
-        """An attribute of the object, if its state says so."""
+        """An attribute from the object's state, or the default."""
         return self.state.get(name, default) if isinstance(self.state, dict) else default
 
 
-class Ordered(dict[Any, Any]):
-    """An OrderedDict, and the attributes that were hung on it."""
+class StoredDict(dict[Any, Any]):
+    """An OrderedDict and its attributes (``_metadata`` of a state dict)."""
 
     __slots__ = ("attributes",)
 
@@ -74,7 +74,7 @@ class Ordered(dict[Any, Any]):
 
 @dataclass(frozen=True)
 class ForeignTensor:
-    """A tensor of a class that spreads it over ranks; ``state`` is what the class would be given."""
+    """A tensor of a distributed class (DTensor, ShardedTensor); ``state`` is its pickled state."""
 
     kind: str
     dtype: torch.dtype

@@ -1,4 +1,4 @@
-"""Filling the memory of an FSDP model: everything is checked, then read beside it, then copied into it."""
+"""Fills the parameters of an FSDP model: all is checked, then staged in host memory, then copied in."""
 
 from __future__ import annotations
 

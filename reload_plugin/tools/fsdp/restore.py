@@ -60,7 +60,7 @@ def restore_fsdp(
 
     To be called on every rank of ``group``, outside of ``summon_full_params``. Parameters, and buffers that a
     state dict has, are written where they lie, sharded, replicated or offloaded; but only when every rank has
-    read all that it needs. Until then they are as they were, on all ranks. Parts are read from formats whose
+    read all that it needs. Until then they are as they were, on all ranks. IoVec are read from formats whose
     tensors lie in one piece in a file; of others whole tensors are read, one at a time, and the report says
     so.
 

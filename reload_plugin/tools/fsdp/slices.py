@@ -1,4 +1,4 @@
-"""Which elements of a tensor belong to a rank, and which of a rank's elements were written."""
+"""The elements of a tensor that a rank holds, by its placements; and which of them were written."""
 
 from __future__ import annotations
 

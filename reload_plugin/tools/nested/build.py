@@ -1,4 +1,4 @@
-"""Putting a nested state dict together again from its table and its tree."""
+"""Rebuilds a nested state dict from its flat table and its structure."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The flat table: every tensor under a name, and those that share memory once."""
+"""The flat table of a nested state dict: every tensor by name, tensors that share memory stored once."""
 
 from __future__ import annotations
 

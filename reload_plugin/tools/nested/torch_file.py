@@ -15,19 +15,19 @@ from typing import Any
 import torch
 from torch import nn
 
-from ...checkpoint import Checkpoint, Destinations, Stream, TensorInfo
+from ...checkpoint import Destinations, FileSource, Stream, TensorInfo
 from ...checkpoint.dtypes import SAFETENSORS_NAMES
 from ...checkpoint.formats.torch_files import TorchFile, read_torch_file
-from ...checkpoint.io.places import Part, placed
+from ...checkpoint.io.locations import StoredBox, location_of
 from ...checkpoint.io.stamps import WRITE_AGAIN
-from ...checkpoint.pickle.values import ForeignTensor, Inert, Ordered, StoredTensor
+from ...checkpoint.pickle.values import ForeignTensor, OpaqueObject, StoredDict, StoredTensor
 from ...device.host_memory import HostPool
 from ...errors import SourceError
 from .table import lay_out
 from .walk import NotMade
 
 
-class NestedFile(Checkpoint):
+class NestedFile(FileSource):
     """Everything in a file of torch.save, under names and in the form that a safetensors file can have.
 
     Attributes:
@@ -53,7 +53,7 @@ class NestedFile(Checkpoint):
         self._stored = {item.name: item.tensor for item in stored}
         for item in stored:
             info = TensorInfo(item.name, tuple(item.tensor.shape), item.tensor.dtype)
-            self._places[item.name] = placed(info, outline.part(item.tensor))
+            self._locations[item.name] = location_of(info, outline.part(item.tensor))
 
     def infos(self) -> Sequence[TensorInfo]:
         """Every tensor as it is stored: of a dtype that safetensors has, else as bytes."""
@@ -96,7 +96,7 @@ class _Outline:
 
     def of(self, value: Any) -> Any:
         """The same with tensors on meta; one object for one, so that what holds itself still does."""
-        if type(value) not in (dict, Ordered, list, tuple, StoredTensor, Inert, ForeignTensor):
+        if type(value) not in (dict, StoredDict, list, tuple, StoredTensor, OpaqueObject, ForeignTensor):
             return value
         if id(value) not in self._made:
             self._made[id(value)] = self._container(value)
@@ -105,17 +105,17 @@ class _Outline:
     def _container(self, value: Any) -> Any:
         if isinstance(value, StoredTensor):
             return self._tensor(value)
-        if isinstance(value, (Inert, ForeignTensor)):
+        if isinstance(value, (OpaqueObject, ForeignTensor)):
             return NotMade(value.kind)
         if type(value) is tuple:
             return tuple(self.of(item) for item in value)
-        made: Any = [] if type(value) is list else OrderedDict() if type(value) is Ordered else {}
+        made: Any = [] if type(value) is list else OrderedDict() if type(value) is StoredDict else {}
         self._made[id(value)] = made
         if type(value) is list:
             made.extend(self.of(item) for item in value)
             return made
         made.update((self.of(key), self.of(item)) for key, item in value.items())
-        if isinstance(value, Ordered) and isinstance(value.attributes, dict):
+        if isinstance(value, StoredDict) and isinstance(value.attributes, dict):
             vars(made).update((str(name), self.of(item)) for name, item in value.attributes.items())
         return made
 
@@ -143,9 +143,9 @@ class _Outline:
             self._keys[storage._cdata] = key
         return self._storages[key]
 
-    def part(self, tensor: torch.Tensor) -> Part:
+    def part(self, tensor: torch.Tensor) -> StoredBox:
         """Where the bytes of a tensor lie that is a view of one of the storages."""
         start, _ = self._record(self._keys[tensor.untyped_storage()._cdata])
         offset = int(tensor.storage_offset()) * tensor.element_size()
         shape = tuple(tensor.shape)
-        return Part((0,) * len(shape), shape, self._opened.file, start + offset, tensor.stride())
+        return StoredBox((0,) * len(shape), shape, self._opened.file, start + offset, tensor.stride())

@@ -1,4 +1,4 @@
-"""Where a tensor lies in open files: in one piece, in parts, or to be looked up."""
+"""Where a tensor lies in open files: contiguously, as boxes of one or more files, or to be looked up."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ from ...plan.source import TensorInfo
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
-    """Where a tensor lies in one piece: file (or what its checkpoint calls it), first byte, bytes."""
+class ContiguousLocation:
+    """A tensor whose bytes lie contiguously and in order: file (or its name in the checkpoint), first byte,
+    number of bytes.
+    """
 
     info: TensorInfo
     file: str
@@ -25,12 +27,12 @@ class Place:
 
     @property
     def extents(self) -> Iterator[tuple[str, int, int]]:
-        """File, first byte and end of all that is read for it."""
+        """(file, first byte, end) of what is read for it."""
         yield self.file, self.start, self.start + self.nbytes
 
 
 @dataclass(frozen=True)
-class Part:
+class StoredBox:
     """A box of a tensor, and how its elements lie in a file."""
 
     offsets: tuple[int, ...]
@@ -48,8 +50,8 @@ class Part:
         return math.prod(self.sizes)
 
     @property
-    def in_one_piece(self) -> bool:
-        """Whether the elements lie one behind the other, in order."""
+    def is_contiguous(self) -> bool:
+        """Whether the elements lie contiguously, in row-major order."""
         expected = 1
         for size, stride in zip(reversed(self.sizes), reversed(self.strides), strict=True):
             if size != 1 and stride != expected:
@@ -59,16 +61,16 @@ class Part:
 
     @property
     def extent(self) -> int:
-        """Elements from the first to the last, those between them included."""
+        """Elements from the first to the last in the file, gaps included."""
         return 1 + sum((size - 1) * stride for size, stride in zip(self.sizes, self.strides, strict=True))
 
 
 @dataclass(frozen=True)
-class Assembly:
-    """A tensor that is put together from parts, which cover it and do not overlap."""
+class AssembledLocation:
+    """A tensor assembled from stored boxes, which cover it and do not overlap."""
 
     info: TensorInfo
-    parts: tuple[Part, ...]
+    parts: tuple[StoredBox, ...]
 
     @property
     def files(self) -> tuple[str, ...]:
@@ -77,7 +79,7 @@ class Assembly:
 
     @property
     def extents(self) -> Iterator[tuple[str, int, int]]:
-        """File, first byte and end of all that is read for it, the gaps in strided parts included."""
+        """(file, first byte, end) of what is read for it, gaps in strided boxes included."""
         size = self.info.dtype.itemsize
         return ((part.file, part.start, part.start + part.extent * size) for part in self.parts if part.numel)
 
@@ -88,20 +90,20 @@ class Assembly:
 
 
 @dataclass(frozen=True)
-class Deferred:
-    """A tensor whose exact places are looked up when it is about to be read."""
+class UnresolvedLocation:
+    """A tensor whose boxes are looked up in its files when it is about to be read."""
 
     info: TensorInfo
     files: tuple[str, ...]
-    resolve: Callable[[Mapping[str, int]], Assembly] = field(repr=False, compare=False)
-    """Descriptors by file -> where it lies."""
+    resolve: Callable[[Mapping[str, int]], AssembledLocation] = field(repr=False, compare=False)
+    """File -> open descriptor; returns the location. Raises SourceError where a file is damaged."""
 
 
-Placed = Place | Assembly | Deferred
+TensorLocation = ContiguousLocation | AssembledLocation | UnresolvedLocation
 
 
-def placed(info: TensorInfo, part: Part) -> Place | Assembly:
-    """A tensor that lies in one file, in whatever layout."""
-    if not part.numel or part.in_one_piece:
-        return Place(info, part.file, part.start, part.numel * info.dtype.itemsize)
-    return Assembly(info, (part,))
+def location_of(info: TensorInfo, part: StoredBox) -> ContiguousLocation | AssembledLocation:
+    """The location of a tensor that is one stored box, in any layout."""
+    if not part.numel or part.is_contiguous:
+        return ContiguousLocation(info, part.file, part.start, part.numel * info.dtype.itemsize)
+    return AssembledLocation(info, (part,))
