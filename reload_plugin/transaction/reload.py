@@ -242,9 +242,8 @@ def _partially(model: nn.Module, state: EngineState, top: Source, chosen: Reload
         base = base_of(model, state)
         if base is None and state.broken is not None:
             raise PartialUpdateError(
-        changed: for a partial update, the groups whose weights are others than those that are served; None for
-            any.
-                "to. Reload a complete checkpoint first."
+                f"The engine does not serve ({state.broken}), so a part of the weights has nothing to be "
+                "added to. Reload a complete checkpoint first."
             )
         if base is None:
             report = update_in_place(model, state, top, chosen)
