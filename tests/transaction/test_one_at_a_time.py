@@ -1,4 +1,4 @@
-"""One call at a time may change a model: other threads are refused or wait, and the engine is whole afterwards."""
+"""One call at a time may change a model: other threads are refused or wait, and the engine is whole."""
 
 import threading
 from collections.abc import Iterator
@@ -39,7 +39,7 @@ def test_a_second_thread_is_refused_and_the_first_goes_on() -> None:
     def first() -> None:
         try:
             reload_weights(model, slow(B, begun, go_on))
-        except BaseException as error:
+        except BaseException as error:  # noqa: BLE001 - told to the test
             errors.append(error)
 
     thread = threading.Thread(target=first, name="trainer 1")
