@@ -194,7 +194,7 @@ def by_public_function(engine: Engine) -> None:
     report = reload_plugin.reload_weights(engine.model, weights_path=str(engine.folders["B"]))
     assert report.tensors == len(engine.weights("B"))
     assert report.nbytes == sum(t.nbytes for _, t in engine.weights("B"))
-    assert report.version == record_of(engine.model).serving.version > 0
+    assert report.version == record_of(engine.model).generation.version > 0
     assert report.moved == ()
     assert {"load", "process", "commit", "total"} <= report.seconds.keys()
 

@@ -21,7 +21,7 @@ from reload_plugin.errors import EngineBrokenError, ReloadError
 from reload_plugin.record.model_record import record_of
 from reload_plugin.transaction.chunked_update import finish_layerwise, open_layerwise
 from reload_plugin.verify import digest
-from reload_plugin.vllm_hooks import plugin
+from reload_plugin.vllm_hooks import plugin, runners, workers
 from tests.transaction.test_session import A, B, Model, cold, registered, reload, start  # noqa: F401 - a fixture among them
 
 
@@ -115,11 +115,11 @@ def test_the_runner_makes_it_when_told_to(made: list[str | None]) -> None:
     from vllm.model_executor.model_loader.reload import inplace
 
     model = start()
-    token = plugin._asked.set({"digest": True})
+    token = runners._asked.set({"digest": True})
     try:
         inplace.reload_weights(None, model, iter(B.items()), None, True)
     finally:
-        plugin._asked.reset(token)
+        runners._asked.reset(token)
     assert made == [status(model, digest=False)[0].digest] == [digest_of(B)]
 
 
@@ -174,7 +174,7 @@ def test_an_open_update_steps_aside_for_it() -> None:
 def test_an_update_that_vllm_opened_steps_aside_for_it() -> None:
     model = start()
     for ends in (abort_weight_update, finish_layerwise):
-        record_of(model).serving = type(record_of(model).serving)()  # as if nobody had asked
+        record_of(model).generation = type(record_of(model).generation)()  # as if nobody had asked
         open_layerwise(model)
         model.load_weights(iter(B.items()))
         assert status(model)[0].digest == digest_of(A)
@@ -236,7 +236,7 @@ def test_a_reload_waits_for_one_that_is_being_made(monkeypatch: pytest.MonkeyPat
     go_on.set()
     asking.join(10)
     reloading.join(10)
-    assert (found, record_of(model).serving.version) == ([digest_of(B)], 2)
+    assert (found, record_of(model).generation.version) == ([digest_of(B)], 2)
 
 
 def test_it_is_made_before_the_weights_go_to_sleep(made: list[str | None]) -> None:
@@ -253,8 +253,8 @@ def test_it_is_made_before_the_weights_go_to_sleep(made: list[str | None]) -> No
         def sleep(self, level: int = 1) -> None:
             slept.append(level)
 
-    plugin._hashing_first(Worker.sleep)(Worker(), level=2)
+    workers.hashing_first(Worker.sleep)(Worker(), level=2)
     assert (slept, len(made)) == ([2], 2)
     assert [status(model, digest=False)[0].digest for model in models] == made
-    plugin._hashing_first(Worker.sleep)(Worker())
+    workers.hashing_first(Worker.sleep)(Worker())
     assert (slept, len(made)) == ([2, 1], 2)
