@@ -41,6 +41,10 @@ class _LayersView:
     def named_modules(self) -> Iterator[tuple[str, nn.Module]]:
         return iter(vars(self)["_layers"])
 
+    def get_submodule(self, target: str) -> Any:
+        """The module around a head that vLLM ties: it sets the head there again, to no effect."""
+        return dict(vars(self)["_layers"]).get(target, self)
+
     def __setattr__(self, name: str, value: object) -> None:
         root = vars(self)["_root"]
         if root is not None:
