@@ -213,10 +213,10 @@ class Lab:
 
     def _judge_broken(self) -> str:
         try:
-            before_forward_pass()
+            before_forward_pass(record_of(self.model))
         except EngineBrokenError:
             self.heal()
-            before_forward_pass()
+            before_forward_pass(record_of(self.model))
             return self.differs_from("A", answers=True)
         return "broken, and it serves"
 
@@ -750,7 +750,7 @@ def update_raising(lab: Lab, place: int) -> None:
         lab.model.load_weights(raising(lab.weights["B"], place))
     finally:
         if lab.ours:
-            before_forward_pass()
+            before_forward_pass(record_of(lab.model))
 
 
 def fed_by(weights: Weights, place: int) -> Iterator[tuple[str, torch.Tensor]]:

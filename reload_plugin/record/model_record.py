@@ -227,6 +227,8 @@ class ModelRecord:
     """Whether processing some layers alone was seen to change others, so that all are reloaded always."""
     broken: str | None = None
     """Why the model holds a mixture of two generations, if it does."""
+    asleep: bool = False
+    """Whether the memory of the weights has been given away by ``sleep``, so that nobody may read it."""
     pool: HostPool = field(default_factory=HostPool)
     """Memory for staging, kept from reload to reload."""
     vote: Any = None

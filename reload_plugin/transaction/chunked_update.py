@@ -17,7 +17,6 @@ from .rollback import (
     as_reload_errors,
     expected,
     learn_copy_plan,
-    needs_attention,
     note_report,
     noting_failures,
     refuse_while_update_open,
@@ -70,7 +69,6 @@ def open_layerwise(model: nn.Module) -> None:
     session.open()
     session.take_over()
     record.session = session
-    needs_attention.add(record)
 
 
 @held()
@@ -94,7 +92,6 @@ def finish_layerwise(model: nn.Module) -> ReloadReport:
         record.last_error = f"{type(error).__name__}: {error}"
         raise
     record.session = None
-    needs_attention.discard(record)
     after_commit(record, None, session)
     report = note_report(record, report)
     settle_heap()

@@ -20,7 +20,7 @@ from ..checkpoint import HostCopy, Source, SpillFile, TensorInfo, give_back, in_
 from ..checkpoint.config import check_config
 from ..device.gc_pause import full_gc_paused
 from ..device.host_memory import available, settle_heap
-from ..errors import CrossGroupEffectError, ReloadError, SourceError, weights_error
+from ..errors import CrossGroupEffectError, PartialUpdateError, ReloadError, SourceError, weights_error
 from ..interrupts import call_between
 from ..load.progress import with_progress
 from ..load.stream import WeightStream
@@ -410,6 +410,11 @@ def _partially(model: nn.Module, record: ModelRecord, top: Source, chosen: Reloa
     sent = {info.name for info in top.infos() or ()}
     try:
         base = base_of(model, record)
+        if base is None and record.broken is not None:
+            raise PartialUpdateError(
+                f"The engine does not serve ({record.broken}), so a part of the weights has nothing "
+                "to be added to. Reload a complete checkpoint first."
+            )
         if base is None:
             report = update_in_place(model, record, top, chosen)
             replace_rollback_source(record, None)

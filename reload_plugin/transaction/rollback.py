@@ -7,10 +7,11 @@ source of the served generation if it can be read again, and whether the model i
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import errno
 import logging
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -217,7 +218,7 @@ class DummyWeights:
 
 def has_rollback_source(model: nn.Module, record: ModelRecord) -> bool:
     """Whether the served weights could be loaded again, should a reload fail half way."""
-    if record.generation.version == 0 and record.rollback_source is None:
+    if record.generation.version == 0 and record.rollback_source is None and record.broken is None:
         record.rollback_source = _start_generation(model, record)
     good = record.rollback_source
     return good is not None and bool(good.unchanged())
@@ -298,7 +299,6 @@ def _roll_back(model: nn.Module, record: ModelRecord) -> None:
 
 def _broken(record: ModelRecord, reason: str) -> EngineBrokenError:
     record.broken = reason
-    needs_attention.add(record)
     return EngineBrokenError(
         f"The engine holds a mixture of two generations and refuses to serve: {reason}. "
         "Reload a complete checkpoint to heal it."
@@ -349,7 +349,6 @@ def after_commit(
             TensorInfo(name, tensor_plan.shape, tensor_plan.dtype) for name, tensor_plan in arrived.items()
         ]
     record.broken = record.last_error = None
-    needs_attention.discard(record)
 
 
 def replace_rollback_source(record: ModelRecord, source: Source | None) -> None:
@@ -363,25 +362,31 @@ def replace_rollback_source(record: ModelRecord, source: Source | None) -> None:
 
 # -- one weight update at a time, and none half served --------------------------------------------
 
-needs_attention: set[ModelRecord] = set()
-"""Records with an open weight update or a broken model; nearly always empty."""
 
-
-def before_forward_pass() -> None:
-    """Called before every forward pass: an open update steps aside, a broken model refuses.
+def before_forward_pass(record: ModelRecord) -> None:
+    """Called before every forward pass of a model: an open update is hidden, a broken model refuses.
 
     Raises:
-        EngineBrokenError: the model holds a mixture of two generations.
+        EngineBrokenError: the model holds a mixture of two generations, or has lost its weights.
 
     """
-    for record in list(needs_attention):
-        if record.session is not None:
-            with held():
-                record.session.hide()
-        if record.broken is not None:
-            raise EngineBrokenError(
-                f"The engine does not serve: {record.broken}. Reload a complete checkpoint to heal it."
-            )
+    if record.session is not None:
+        with held():
+            record.session.hide()
+    if record.broken is not None:
+        raise EngineBrokenError(
+            f"The engine does not serve: {record.broken}. Reload a complete checkpoint to heal it."
+        )
+
+
+def mark_lost(record: ModelRecord, reason: str) -> None:
+    """The served weights are gone: nothing is served until a reload heals the model.
+
+    Their digest is forgotten and their rollback source is given back, so that nothing is built upon them.
+    """
+    record.broken = reason
+    record.generation = dataclasses.replace(record.generation, digest=None)
+    replace_rollback_source(record, None)
 
 
 @contextlib.contextmanager
@@ -464,13 +469,11 @@ def abandon_open_session(record: ModelRecord) -> None:
     if record.session is not None:
         record.session.abort()
         record.session = None
-        if record.broken is None:
-            needs_attention.discard(record)
 
 
-def abandon_all_updates() -> bool:
-    """End every open weight update of this process (a draft model has its own). Says whether one was."""
-    opened = [record for record in needs_attention if record.session is not None]
+def abandon_updates(records: Iterable[ModelRecord]) -> bool:
+    """End the open weight updates of some models. Says whether one was open."""
+    opened = [record for record in records if record.session is not None]
     for record in opened:
         abandon_open_session(record)
     return bool(opened)

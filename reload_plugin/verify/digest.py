@@ -36,11 +36,14 @@ class Change(Protocol):
 def served_digest(record: ModelRecord) -> str | None:
     """The digest of what a model serves, made now unless it was before, and remembered with the generation.
 
-    None, beside the cases of ``digest_of``, where a reload is at work that cannot step aside. Not to be asked
+    None, beside the cases of ``digest_of``, where a reload is at work that cannot step aside, and where the
+    model sleeps. Not to be asked
     of a broken model, which serves nothing.
     """
     with making:
         serving = record.generation
+        if record.asleep:  # the memory is away: reading it would end the process
+            return serving.digest
         if serving.digest is None and all(change.show_served_if_idle() for change in list(record.changes)):
             made = digest_of(record, forget=not record.changes)
             serving = record.generation = dataclasses.replace(serving, digest=made)

@@ -59,6 +59,7 @@ from .weight_transfer import (
     transfer_engine,
     unregister_transfer_engine,
 )
+from .worker_models import is_suspended, models_of, unwrapped
 
 __all__ = [
     "ATTENTION",
@@ -96,11 +97,13 @@ __all__ = [
     "is_deferred_attention_layer",
     "is_object_storage",
     "is_processed",
+    "is_suspended",
     "load_dummy",
     "load_format",
     "loading_context",
     "local_file",
     "missing_seams",
+    "models_of",
     "native_constructors",
     "one_rank",
     "partial_loading",
@@ -115,6 +118,7 @@ __all__ = [
     "transfer_engine",
     "unregister_transfer_engine",
     "unwrap_weight_loader",
+    "unwrapped",
     "version",
     "weight_files",
 ]

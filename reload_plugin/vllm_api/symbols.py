@@ -41,12 +41,19 @@ def get(module: str, name: str) -> Any:
 
 
 def binders_of(function: object) -> Iterator[tuple[ModuleType, str]]:
-    """Every imported vLLM module that binds ``function`` by name, and the name."""
+    """Every imported module that binds ``function`` by name, and the name; this package's own left out.
+
+    Trainers bind vLLM's functions too (``from vllm... import initialize_layerwise_reload``). Only the
+    dictionaries of modules are read: some modules import or fail when they are asked for an attribute.
+    """
+    own = __name__.partition(".")[0]
     for name, module in list(sys.modules.items()):
-        if name.startswith("vllm.") and isinstance(module, ModuleType):
-            for attribute, value in list(vars(module).items()):
-                if value is function:
-                    yield module, attribute
+        # The type and not isinstance, which asks an object of anybody's for its class.
+        if name.partition(".")[0] == own or not issubclass(type(module), ModuleType):
+            continue
+        for attribute, value in list(vars(module).items()):
+            if value is function:
+                yield module, attribute
 
 
 def attach(model: nn.Module, name: str, value: object) -> None:

@@ -30,6 +30,7 @@ SEAMS: tuple[tuple[str, str], ...] = (
     (LOADER_UTILS, "process_weights_after_loading"),
     (LAYERWISE, "initialize_layerwise_reload"),
     (LAYERWISE, "finalize_layerwise_reload"),
+    (LAYERWISE, "finalize_layerwise_processing"),
     (INPLACE, "reload_weights"),
     (ATTENTION, "is_deferred_attention_layer"),
     (WEIGHT_UTILS, "default_weight_loader"),

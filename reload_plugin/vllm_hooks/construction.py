@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextvars
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,26 +12,26 @@ from torch import nn
 
 from .. import vllm_api
 
-_constructing = 0
+_constructing: contextvars.ContextVar[bool] = contextvars.ContextVar("constructing", default=False)
+"""Whether this thread is building a model: models inside of it are recorded with it."""
 
 
 def recording_construction(original: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
     """``initialize_model`` that records the load format of the outermost model it builds."""
 
     def initialize_model(*args: Any, **kwargs: Any) -> nn.Module:
-        global _constructing
         from ..record.construction_trace import ConstructionTrace
         from ..record.recorder import record_constructed
 
-        if _constructing:
+        if _constructing.get():
             return original(*args, **kwargs)
         trace = ConstructionTrace()
-        _constructing += 1
+        token = _constructing.set(True)
         try:
             with trace:
                 model = original(*args, **kwargs)
         finally:
-            _constructing -= 1
+            _constructing.reset(token)
         record_constructed(model, trace, kwargs.get("vllm_config", args[0] if args else None))
         return model
 

@@ -1,4 +1,4 @@
-"""vLLM's layerwise calls, which open and finish a weight update."""
+"""vLLM's layerwise calls, which open and finish a weight update in several calls."""
 
 from __future__ import annotations
 
@@ -7,12 +7,17 @@ from typing import Any
 
 from torch import nn
 
+from .. import vllm_api
+
 
 def opening(original: Callable[[nn.Module], None]) -> Callable[[nn.Module], None]:
+    """``initialize_layerwise_reload``: opens an update. A model without a record gets vLLM's own."""
+
     def initialize_layerwise_reload(model: nn.Module) -> None:
         from ..record.model_record import record_of
-        from ..transaction.reload import open_layerwise
+        from ..transaction.chunked_update import open_layerwise
 
+        model = vllm_api.unwrapped(model)
         if record_of(model) is None:
             original(model)
         else:
@@ -22,13 +27,21 @@ def opening(original: Callable[[nn.Module], None]) -> Callable[[nn.Module], None
 
 
 def finishing(original: Callable[..., None]) -> Callable[..., None]:
-    def finalize_layerwise_reload(model: nn.Module, *args: Any, **kwargs: Any) -> None:
-        from ..record.model_record import record_of
-        from ..transaction.reload import finish_layerwise
+    """``finalize_layerwise_reload`` and ``finalize_layerwise_processing``: commits the open update.
 
-        if record_of(model) is None:
+    A model without a record gets vLLM's own, and so does one that starts: vLLM's loaders end the cold load
+    of online quantization with ``finalize_layerwise_processing``.
+    """
+
+    def finalize(model: nn.Module, *args: Any, **kwargs: Any) -> None:
+        from ..record.model_record import record_of
+        from ..transaction.chunked_update import finish_layerwise
+
+        model = vllm_api.unwrapped(model)
+        record = record_of(model)
+        if record is None or not record.complete:
             original(model, *args, **kwargs)
         else:
             finish_layerwise(model)
 
-    return finalize_layerwise_reload
+    return finalize

@@ -69,7 +69,8 @@ def _patch_all() -> None:
     replace_function(vllm_api.LOADER_UTILS, "process_weights_after_loading", processing)
     replace_function(vllm_api.INPLACE, "reload_weights", runners.reloading)
     replace_function(vllm_api.LAYERWISE, "initialize_layerwise_reload", layerwise.opening)
-    replace_function(vllm_api.LAYERWISE, "finalize_layerwise_reload", layerwise.finishing)
+    for name in ("finalize_layerwise_reload", "finalize_layerwise_processing"):
+        replace_function(vllm_api.LAYERWISE, name, layerwise.finishing)
     replace_method(*vllm_api.EXECUTOR, "collective_rpc", executors.reading_own_answers)
     replace_method(*vllm_api.WORKER_PROCESS, "_execute_worker_rpc", executors.counting_calls)
 
@@ -83,7 +84,9 @@ def _patch_workers() -> None:
     module, cls = vllm_api.WORKER
     replace_method(module, cls, "execute_model", workers.guarding)
     replace_method(module, cls, "update_weights", workers.ending)
-    replace_method(module, cls, "sleep", workers.hashing_first)
+    replace_method(module, cls, "sleep", workers.sleeping)
+    replace_method(module, cls, "wake_up", workers.waking)
+    replace_method(module, cls, "discard", workers.discarding)
     worker = getattr(sys.modules.get(module), cls, None)
     if worker is not None:
         workers.add_worker_calls(worker)

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from .. import vllm_api
+
 logger = logging.getLogger("vllm.reload_plugin")
 
 _asked: contextvars.ContextVar[dict[str, Any] | None] = contextvars.ContextVar("options", default=None)
@@ -30,7 +32,7 @@ def runner_reloading(original: Callable[..., Any]) -> Callable[..., Any]:
             returned = original(self, *args, **kwargs)
         finally:
             _asked.reset(token)
-        if (record := record_of(self.get_model())) is not None:
+        if (record := record_of(vllm_api.unwrapped(self.get_model()))) is not None:
             note_caches(record, EMPTIED_BY_RUNNER)
         return returned
 
@@ -50,6 +52,7 @@ def reloading(original: Callable[..., None]) -> Callable[..., None]:
         from ..record.model_record import record_of
         from ..transaction.reload import reload_weights as ours
 
+        model = vllm_api.unwrapped(model)
         if record_of(model) is None:
             logger.warning("%s was built before reload_plugin; vLLM's own reload runs.", type(model).__name__)
             original(vllm_config, model, weights_iterator, weights_path, is_checkpoint_format)

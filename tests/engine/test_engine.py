@@ -815,7 +815,7 @@ def test_a_streaming_reload_that_fails_refuses_to_serve_until_healed(on_a: Engin
     with pytest.raises(reload_plugin.EngineBrokenError, match="Reload a complete checkpoint"):
         on_a.push(failing(), policy="streaming")
     with pytest.raises(reload_plugin.EngineBrokenError):
-        before_forward_pass()
+        before_forward_pass(record_of(on_a.model))
     assert reload_plugin.status(on_a.model)[0].state == "broken"
     on_a.reload(on_a.folders["B"])
     assert reload_plugin.status(on_a.model)[0].state == "serving"
@@ -902,7 +902,7 @@ def test_an_engine_whose_native_memory_gave_way_for_nothing_does_not_serve(
     with pytest.raises(reload_plugin.EngineBrokenError, match="no room"):
         on_a.push(iter(packed_first), policy="streaming")
     with pytest.raises(reload_plugin.EngineBrokenError):
-        before_forward_pass()
+        before_forward_pass(record_of(on_a.model))
 
 
 def test_the_folder_of_the_old_weights_may_be_deleted_while_a_reload_may_need_it(
@@ -938,7 +938,7 @@ def test_when_the_old_weights_are_gone_the_engine_refuses_until_healed(
         on_a.reload(on_a.folders["B"])
     monkeypatch.undo()
     with pytest.raises(reload_plugin.EngineBrokenError, match="does not serve"):
-        before_forward_pass()
+        before_forward_pass(record_of(on_a.model))
     on_a.reload(on_a.folders["B"])
     on_a.assert_is("B")
 

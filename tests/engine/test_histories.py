@@ -320,9 +320,9 @@ def machine_for(world: World) -> type[RuleBasedStateMachine]:  # noqa: C901 - on
                 return
             if self.now.broken:
                 with pytest.raises(EngineBrokenError):
-                    before_forward_pass()
+                    before_forward_pass(record_of(world.model))
                 return
-            before_forward_pass()
+            before_forward_pass(record_of(world.model))
             assert world.differences(self.now.mix) == []
 
         @invariant()

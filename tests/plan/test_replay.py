@@ -8,6 +8,7 @@ from safetensors.torch import save_file
 
 import reload_plugin
 from reload_plugin.commit.group_commit import Commit
+from reload_plugin.record.model_record import record_of
 from reload_plugin.transaction import rollback as generation
 from reload_plugin.transaction.rollback import before_forward_pass
 from tests import oracle
@@ -105,6 +106,6 @@ def test_a_first_commit_that_fails_half_way_brings_the_start_back(
                 by_iterator(model, folders["B"])
         assert len(applied) > 3, "nothing was brought back"
         assert values(model) == before
-        before_forward_pass()
+        before_forward_pass(record_of(model))
         by_iterator(model, folders["B"])
         assert values(model) != before

@@ -134,7 +134,7 @@ def test_layers_that_change_others_are_seen_and_all_are_loaded(act: Act, policy:
         assert record is not None
         assert record.has_cross_group_effects == tried
         report = update(model, policy=policy)
-        before_forward_pass()
+        before_forward_pass(record)
         assert report.tensors == len(A)
         assert values(model) == values(cold(make, mixture()))
         assert identities(model) == places

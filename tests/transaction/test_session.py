@@ -995,9 +995,9 @@ def test_a_commit_that_stops_half_way_is_never_served(monkeypatch: pytest.Monkey
         with pytest.raises(EngineBrokenError, match="refuses to serve"):
             reload(model, B)
     with pytest.raises(EngineBrokenError, match="does not serve"):
-        before_forward_pass()
+        before_forward_pass(record_of(model))
     reload(model, B)
-    before_forward_pass()
+    before_forward_pass(record_of(model))
     assert values(model) == values(cold(Model, B))
 
 

@@ -1,7 +1,6 @@
 """The digest is made when somebody asks: who pays for it, and that it is always that of what is served."""
 
 import threading
-import types
 from collections.abc import Callable
 from typing import Any
 
@@ -21,7 +20,7 @@ from reload_plugin.errors import EngineBrokenError, ReloadError
 from reload_plugin.record.model_record import record_of
 from reload_plugin.transaction.chunked_update import finish_layerwise, open_layerwise
 from reload_plugin.verify import digest
-from reload_plugin.vllm_hooks import plugin, runners, workers
+from reload_plugin.vllm_hooks import runners
 from tests.transaction.test_session import A, B, Model, cold, registered, reload, start  # noqa: F401 - a fixture among them
 
 
@@ -237,24 +236,3 @@ def test_a_reload_waits_for_one_that_is_being_made(monkeypatch: pytest.MonkeyPat
     asking.join(10)
     reloading.join(10)
     assert (found, record_of(model).generation.version) == ([digest_of(B)], 2)
-
-
-def test_it_is_made_before_the_weights_go_to_sleep(made: list[str | None]) -> None:
-    """A worker that sleeps has given the memory away."""
-    models = [start(), start()]
-    slept: list[int] = []
-
-    class Worker:
-        model_runner = types.SimpleNamespace(get_model=lambda: models[0])
-
-        def get_draft_model(self) -> nn.Module:
-            return models[1]
-
-        def sleep(self, level: int = 1) -> None:
-            slept.append(level)
-
-    workers.hashing_first(Worker.sleep)(Worker(), level=2)
-    assert (slept, len(made)) == ([2], 2)
-    assert [status(model, digest=False)[0].digest for model in models] == made
-    workers.hashing_first(Worker.sleep)(Worker())
-    assert (slept, len(made)) == ([2, 1], 2)
