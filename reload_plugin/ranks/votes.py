@@ -12,7 +12,6 @@ replicas, take a failure of one for a failure of all.
 from __future__ import annotations
 
 import hashlib
-import inspect
 import json
 import logging
 import math
@@ -237,6 +236,11 @@ class ReloadIds:
 _reload_ids = ReloadIds()
 
 
+def begin_call() -> None:
+    """The executor calls this process's worker; see ``ReloadIds``."""
+    _reload_ids.begin_call()
+
+
 def vote_for(record: ModelRecord) -> Vote | None:
     """The vote of this rank in a reload that begins now; None where one rank holds the whole model.
 
@@ -309,81 +313,3 @@ def vote_timeout() -> float:
     if not 0 < seconds < math.inf:
         raise ReloadError(f"{TIMEOUT} is {text!r} and not seconds. The engine serves what it served before.")
     return seconds
-
-
-# -- vLLM's executor ------------------------------------------------------------------------------
-
-
-def counting(original: Callable[..., None]) -> Callable[..., None]:
-    """A worker's ``_execute_worker_rpc`` that counts the calls it gets."""
-
-    def _execute_worker_rpc(self: Any, *args: Any, **kwargs: Any) -> None:
-        _reload_ids.begin_call()
-        original(self, *args, **kwargs)
-
-    return _execute_worker_rpc
-
-
-class _Answers:
-    """The answers of one rank: how many were asked for, and how many were read."""
-
-    def __init__(self, queue: Any) -> None:
-        self.queue = queue
-        self.asked = 0
-        self.read = 0
-
-
-class _Answer:
-    """One answer of a rank; stands for the rank's queue in one call."""
-
-    def __init__(self, answers: _Answers) -> None:
-        self.awaited = False
-        self._answers = answers
-        self._number = answers.asked
-
-    def dequeue(self, timeout: float | None = None) -> Any:
-        self.awaited = True
-        deadline = None if timeout is None else time.monotonic() + timeout
-        while True:
-            left = None if deadline is None else max(0.0, deadline - time.monotonic())
-            found = self._answers.queue.dequeue(timeout=left)
-            self._answers.read += 1
-            if self._answers.read == self._number:
-                return found
-
-
-ANSWERS = "_reload_plugin_answers"
-AGGREGATORS = ("kv_output_aggregator", "ec_output_aggregator")
-"""With one of these, every rank answers whatever ``unique_reply_rank`` says."""
-
-
-def reading_own_answers(original: Callable[..., Any]) -> Callable[..., Any]:
-    """The executor's ``collective_rpc``, where each call reads its own answers.
-
-    vLLM's stops at the first rank that failed, and the answers of the ranks after it are read by the next
-    call: after one failed reload, every later one would report what became of the one before.
-    """
-    signature = inspect.signature(original)
-
-    def collective_rpc(self: Any, *args: Any, **kwargs: Any) -> Any:
-        queues = self.response_mqs
-        known: list[_Answers] = self.__dict__.setdefault(ANSWERS, [])
-        if [answers.queue for answers in known] != queues:
-            known[:] = [_Answers(queue) for queue in queues]
-        given = signature.bind(self, *args, **kwargs).arguments
-        only = None if any(given.get(name) for name in AGGREGATORS) else given.get("unique_reply_rank")
-        asked = known if only is None else known[only : only + 1]
-        for answers in asked:
-            answers.asked += 1
-        self.response_mqs = own = [_Answer(answers) for answers in known]
-        try:
-            return original(self, *args, **kwargs)
-        except BaseException:
-            if not any(answer.awaited for answer in own):  # it was never sent
-                for answers in asked:
-                    answers.asked -= 1
-            raise
-        finally:
-            self.response_mqs = queues
-
-    return collective_rpc

@@ -63,6 +63,8 @@ class EngineState:
         """Gives the served weights again, if anything does."""
         self.vote: Vote | None = None
         """This rank's vote in the reload that is under way, where several ranks hold the model."""
+        self.asleep = False
+        """Whether the memory of the weights is given away by ``sleep``, so that nobody may read it."""
         self.outcome = Outcome()
         self._reloading = _OneAtATime()
 
@@ -93,6 +95,14 @@ class EngineState:
         self.broken = reason
         self.generation = self.generation.without_digest()
         self.replace_rollback_source(None)
+
+    def fall_asleep(self) -> None:
+        """The memory of the weights was given away, to be brought back or not."""
+        self.asleep = True
+
+    def wake_up(self) -> None:
+        """The memory of the weights can be read again."""
+        self.asleep = False
 
     def replace_rollback_source(self, source: Rereadable | None) -> None:
         """The served weights come from ``source`` now; what the old one holds and the new one does not is
@@ -133,6 +143,8 @@ class EngineState:
         """
         if self.broken is not None:
             return None
+        if self.asleep:  # the memory is away: reading it would end the process
+            return self.generation.digest
         with self.record.changes.held_off() as all_there:
             if self.generation.digest is None and all_there:
                 made = digest.digest_of(self.record, self.handles, forget=not self.record.changes)

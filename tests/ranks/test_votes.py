@@ -23,18 +23,18 @@ VOTER = """
 import json, random, signal, sys, time
 import torch.distributed as dist
 from reload_plugin import errors
-from reload_plugin.ranks import ranks
+from reload_plugin.ranks import votes as ranks
 
 rank, count, port, file = int(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
 stores = {"tcp": dist.TCPStore("127.0.0.1", port), "file": dist.FileStore(file, count)}
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a process started in the background has none
-ballots = {name: ranks.Ballots() for name in stores}
+reload_ids = {name: ranks.ReloadIds() for name in stores}
 
-def vote(store, fails="", delay=0, patience=30, calls=0):
+def vote(store, fails="", delay=0, vote_timeout=30, calls=0):
     for _ in range(calls):
-        ballots[store].begin_call()
-    vote = ballots[store].next(stores[store], ranks.Seat("model/0", rank, count))
-    vote.patience = patience
+        reload_ids[store].begin_call()
+    vote = reload_ids[store].next(stores[store], ranks.RankPlace("model/0", rank, count))
+    vote.vote_timeout = vote_timeout
     time.sleep(delay)
     try:
         vote(ValueError(fails) if fails else None)
@@ -46,7 +46,7 @@ def vote(store, fails="", delay=0, patience=30, calls=0):
 
 def race(store, rounds):
     dice = random.Random(rank)
-    votes = [vote(store, patience=0.004, delay=dice.random() * 0.01) for _ in range(rounds)]
+    votes = [vote(store, vote_timeout=0.004, delay=dice.random() * 0.01) for _ in range(rounds)]
     return [found.get("committed", False) for found in votes]
 
 print("ready", flush=True)

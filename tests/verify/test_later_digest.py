@@ -1,7 +1,6 @@
 """The digest is made when somebody asks: who pays for it, and that it is always that of what is served."""
 
 import threading
-import types
 from collections.abc import Callable
 from typing import Any
 
@@ -22,7 +21,7 @@ from reload_plugin.record.model_record import record_of
 from reload_plugin.transaction.chunked_update import finish_layerwise, open_layerwise
 from reload_plugin.transaction.engine_state import state_of
 from reload_plugin.verify import digest
-from reload_plugin.vllm_hooks import plugin
+from reload_plugin.vllm_hooks import runners
 from tests.transaction.test_session import A, B, Model, cold, registered, reload, start  # noqa: F401 - a fixture among them
 
 
@@ -116,11 +115,11 @@ def test_the_runner_makes_it_when_told_to(made: list[str | None]) -> None:
     from vllm.model_executor.model_loader.reload import inplace
 
     model = start()
-    token = plugin._asked.set({"digest": True})
+    token = runners._asked.set({"digest": True})
     try:
         inplace.reload_weights(None, model, iter(B.items()), None, True)
     finally:
-        plugin._asked.reset(token)
+        runners._asked.reset(token)
     assert made == [status(model, digest=False)[0].digest] == [digest_of(B)]
 
 
@@ -238,24 +237,3 @@ def test_a_reload_waits_for_one_that_is_being_made(monkeypatch: pytest.MonkeyPat
     asking.join(10)
     reloading.join(10)
     assert (found, state_of(model).generation.version) == ([digest_of(B)], 2)
-
-
-def test_it_is_made_before_the_weights_go_to_sleep(made: list[str | None]) -> None:
-    """A worker that sleeps has given the memory away."""
-    models = [start(), start()]
-    slept: list[int] = []
-
-    class Worker:
-        model_runner = types.SimpleNamespace(get_model=lambda: models[0])
-
-        def get_draft_model(self) -> nn.Module:
-            return models[1]
-
-        def sleep(self, level: int = 1) -> None:
-            slept.append(level)
-
-    plugin._hashing_first(Worker.sleep)(Worker(), level=2)
-    assert (slept, len(made)) == ([2], 2)
-    assert [status(model, digest=False)[0].digest for model in models] == made
-    plugin._hashing_first(Worker.sleep)(Worker())
-    assert (slept, len(made)) == ([2, 1], 2)

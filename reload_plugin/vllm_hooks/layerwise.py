@@ -1,0 +1,47 @@
+"""vLLM's layerwise calls, which open and finish a weight update in several calls."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+from .. import vllm_api
+
+
+def opening(original: Callable[[nn.Module], None]) -> Callable[[nn.Module], None]:
+    """``initialize_layerwise_reload``: opens an update. A model without a record gets vLLM's own."""
+
+    def initialize_layerwise_reload(model: nn.Module) -> None:
+        from ..record.model_record import record_of
+        from ..transaction.chunked_update import open_layerwise
+
+        model = vllm_api.unwrapped(model)
+        if record_of(model) is None:
+            original(model)
+        else:
+            open_layerwise(model)
+
+    return initialize_layerwise_reload
+
+
+def finishing(original: Callable[..., None]) -> Callable[..., None]:
+    """``finalize_layerwise_reload`` and ``finalize_layerwise_processing``: commits the open update.
+
+    A model without a record gets vLLM's own, and so does one that starts: vLLM's loaders end the cold load
+    of online quantization with ``finalize_layerwise_processing``.
+    """
+
+    def finalize(model: nn.Module, *args: Any, **kwargs: Any) -> None:
+        from ..record.model_record import record_of
+        from ..transaction.chunked_update import finish_layerwise
+
+        model = vllm_api.unwrapped(model)
+        record = record_of(model)
+        if record is None or not record.complete:
+            original(model, *args, **kwargs)
+        else:
+            finish_layerwise(model)
+
+    return finalize

@@ -1,0 +1,131 @@
+"""vLLM's worker: the guard before each forward pass, calls that RPC reaches, the end of updates, sleep.
+
+Every hook concerns the models of its own worker: another engine of the same process has a worker of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from .. import vllm_api
+from ..record.model_record import record_of
+from ..transaction.engine_state import EngineState, state_of
+from .patches import add_method
+
+
+def states_of(worker: object) -> list[EngineState]:
+    """States of the worker's model and of its draft model, as far as they are recorded."""
+    records = [(model, record_of(model)) for model in vllm_api.models_of(worker)]
+    return [state_of(model) for model, record in records if record is not None and record.complete]
+
+
+def guarding(original: Callable[..., Any]) -> Callable[..., Any]:
+    """The worker's ``execute_model``, which never runs on half-loaded weights.
+
+    Raises:
+        EngineBrokenError: a model of this worker does not serve.
+
+    """
+
+    def execute_model(self: Any, *args: Any, **kwargs: Any) -> Any:
+        for state in states_of(self):
+            state.before_forward_pass()
+        return original(self, *args, **kwargs)
+
+    return execute_model
+
+
+def add_worker_calls(worker: type) -> None:
+    """Add what ``collective_rpc`` reaches by name: ``reload_status``, ``note_reset_caches`` and
+    ``abort_weight_update``.
+    """
+    from ..transaction.chunked_update import abandon_updates
+    from ..transaction.status import status_of
+
+    def reload_status(self: Any, digest: bool = True) -> dict[str, Any]:
+        """The state of this worker's model, as JSON; see ``status.ReloadStatus``."""
+        model = vllm_api.unwrapped(self.model_runner.get_model())
+        return status_of(model, digest, int(getattr(self, "rank", 0))).model_dump(mode="json")
+
+    def note_reset_caches(self: Any, outcomes: dict[str, str]) -> None:
+        """Put into the last report what became of caches (by name) that only the engine can reset."""
+        state_of(vllm_api.unwrapped(self.model_runner.get_model())).outcome.note_caches(outcomes)
+
+    def abort_weight_update(self: Any) -> bool:
+        """End the open weight update of this worker; says whether one was open."""
+        engine = getattr(self, "weight_transfer_engine", None)
+        if engine is not None:
+            engine.reset_weight_update_target()
+        self._weight_update_active = False
+        return abandon_updates(states_of(self))
+
+    for function in (reload_status, note_reset_caches, abort_weight_update):
+        add_method(worker, function)
+
+
+def ending(original: Callable[..., Any]) -> Callable[..., Any]:
+    """The worker's ``update_weights``: a chunk that fails ends the worker's update, whatever raised."""
+    from ..transaction.chunked_update import abandon_updates
+
+    def update_weights(self: Any, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return original(self, *args, **kwargs)
+        except BaseException:
+            abandon_updates(states_of(self))
+            raise
+
+    return update_weights
+
+
+# -- sleep ----------------------------------------------------------------------------------------
+
+
+def sleeping(original: Callable[..., Any]) -> Callable[..., Any]:
+    """The worker's ``sleep``. Level 1 keeps the weights on the host, level 2 discards them."""
+
+    def sleep(self: Any, *args: Any, **kwargs: Any) -> Any:
+        level = args[0] if args else kwargs.get("level", 1)
+        try:
+            returned = original(self, *args, **kwargs)
+        except BaseException:
+            if vllm_api.is_suspended(self):  # vLLM looks at the free memory last, and may raise then
+                _note_sleep(self, discarded=level >= 2)
+            raise
+        _note_sleep(self, discarded=level >= 2)
+        return returned
+
+    return sleep
+
+
+def discarding(original: Callable[..., Any]) -> Callable[..., Any]:
+    """The worker's ``discard``, which gives memory away for good."""
+
+    def discard(self: Any, tags: tuple[str, ...]) -> Any:
+        returned = original(self, tags)
+        if "weights" in tags:
+            _note_sleep(self, discarded=True)
+        return returned
+
+    return discard
+
+
+def _note_sleep(worker: object, discarded: bool) -> None:
+    for state in states_of(worker):
+        state.fall_asleep()
+        if discarded:
+            state.mark_lost("its weights were discarded when it was put to sleep")
+
+
+def waking(original: Callable[..., Any]) -> Callable[..., Any]:
+    """The worker's ``wake_up``: from then on the memory of the weights can be read again."""
+
+    def wake_up(self: Any, *args: Any, **kwargs: Any) -> Any:
+        returned = original(self, *args, **kwargs)
+        tags = args[0] if args else kwargs.get("tags")
+        if tags is None or "weights" in tags:
+            for state in states_of(self):
+                state.wake_up()
+        return returned
+
+    return wake_up
