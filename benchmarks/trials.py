@@ -134,14 +134,13 @@ def reload_in_worker(worker: Any, options: dict[str, Any], weights: Any) -> None
 def load_in_worker(worker: Any, weights: Any) -> None:
     """Reload by the model's own loader: a session without a copy plan."""
     from reload_plugin import ReloadSession
-    from reload_plugin.record.model_record import record_of
-    from reload_plugin.transaction.rollback import note_report
+    from reload_plugin.transaction.engine_state import state_of
 
     model = worker.get_model()
     with ReloadSession(model) as session:
         session.digest = "later"  # as vLLM's runners do
         session.load(weights)
-        note_report(record_of(model), session.finish())
+        state_of(model).outcome.succeeded(session.finish())
 
 
 def stream(folder: str, shuffled: bool, seed: int) -> Iterator[tuple[str, Any]]:
