@@ -25,8 +25,8 @@ Fetching = Callable[[Callable[[Iterator[Any]], Any], Iterator[Any]], Any]
 class WeightStream:
     """The caller's weights, checked one by one, on their way into the model's loader.
 
-    ``between`` runs whenever the loader comes back for the next weight: the one moment at which no
-    loader is in the middle of anything. Nothing the caller handed over is kept past that moment.
+    ``between`` runs whenever the loader asks for the next weight, the only moment at which no loader is
+    half done with one. No tensor of the caller is kept past that moment.
     """
 
     def __init__(
@@ -150,23 +150,23 @@ def _describe(item: object) -> str:
     return f"a {type(item).__name__}"
 
 
-class Router(Protocol):
-    """Loads weights without the model's loader."""
+class PlanLoader(Protocol):
+    """Loads weights by a copy plan, without the model's loader."""
 
     def copy_by_plan(self, name: str, tensor: torch.Tensor) -> bool:
-        """Load a weight by its route; False if it has none that fits."""
+        """Load a weight by its tensor plan; False if it has none that fits."""
 
     def take_direct_read(self, direct_read: DirectRead) -> None:
-        """Account for weights that are where they go already."""
+        """Account for weights that were read from files straight into staging."""
 
     def close_complete(self) -> None:
-        """After a weight: deal with the layers that have everything."""
+        """After a weight: process the layers that are complete."""
 
 
 def load_by_copy_plan(
-    load_weights: Callable[[Any], Any], feed: WeightStream, trace: LoadTrace, router: Router
+    load_weights: Callable[[Any], Any], feed: WeightStream, trace: LoadTrace, loader: PlanLoader
 ) -> None:
-    """Load by known routes; only weights without one go through the model's loader, one at a time.
+    """Load by a copy plan; only weights without a tensor plan go through the model's loader, one at a time.
 
     Runs outside the trace.
     """
@@ -176,14 +176,14 @@ def load_by_copy_plan(
         except StopIteration:
             return
         if isinstance(item, DirectRead):
-            router.take_direct_read(item)
+            loader.take_direct_read(item)
             continue
         name, tensor = item
         del item
         if tensor is None:
             continue
-        if not router.copy_by_plan(name, tensor):
+        if not loader.copy_by_plan(name, tensor):
             with trace:
                 load_all(load_weights, WeightStream([(name, tensor)], trace, lambda: None), trace)
         del tensor  # a layer that is complete now gives its memory back
-        router.close_complete()
+        loader.close_complete()

@@ -71,13 +71,13 @@ Slot = tuple[str, Geometry]
 
 @dataclass(frozen=True)
 class CopyPlan:
-    """The routes of a whole checkpoint into one model."""
+    """How to load a whole checkpoint into one model: a tensor plan for each weight."""
 
     key: object
-    """Everything beside the weights themselves that the routes depend on (placement of experts)."""
+    """What the tensor plans depend on beside the weights themselves (placement of experts)."""
     of: Mapping[str, TensorPlan]
     contested: Mapping[Slot, Collection[str]] = field(default_factory=dict)
-    """Slots that several weights are written to, and those: layers that are fused share one input scale."""
+    """Slots that several weights are written to -> those weights: fused layers share one input scale."""
 
     @functools.cached_property
     def contenders(self) -> frozenset[str]:
@@ -93,10 +93,10 @@ class CopyPlan:
 def copy_by_plan(
     tensor_plan: TensorPlan, tensor: torch.Tensor, memory: Callable[[str], torch.UntypedStorage]
 ) -> None:
-    """Write ``tensor`` where its route says.
+    """Do the copies of a tensor plan: write ``tensor`` to its parameters.
 
     Args:
-        tensor_plan: a route with writes that fits the tensor.
+        tensor_plan: one with copies, which fits the tensor.
         tensor: the weight, on any device and in any layout.
         memory: staging of a parameter, allocated.
 

@@ -25,7 +25,7 @@ class KnownCheckpoint:
     planned: bool = False
     """``names_of_group`` comes from a plan of these very weights."""
     copy_plan: CopyPlan | None = None
-    """Where weights go, learnt before; weights without a route take the model's loader."""
+    """How to load weights, learnt before; those without a tensor plan go through the model's loader."""
     was_written: Callable[[str], str | None] = unknown
     """How completely the checkpoint the engine started with writes a parameter (``whole``, ``part``,
     ``none``, or None when nothing is known)."""

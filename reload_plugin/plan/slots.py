@@ -39,7 +39,7 @@ def check_slots(
             if storage.primary.is_parameter and not storage.coverage.complete:
                 _check_parameter(stage, storage, mismatches, kept, was_written)
     rejected = mismatches.unexpected.keys() | mismatches.misshapen.keys()
-    # What landed was read to where it is used.
+    # Direct reads are not in shapes: files are read straight to parameters that use them.
     used = (
         loaded.written.keys()
         | loaded.in_new_parameters

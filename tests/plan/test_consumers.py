@@ -26,7 +26,7 @@ from reload_plugin.tensors import storage_id
 CPU = torch.device("cpu")
 
 
-def staged(
+def placeholder(
     name: str = "p",
     shape: tuple[int, ...] = (4,),
     is_parameter: bool = True,
@@ -36,6 +36,15 @@ def staged(
     like = torch.empty(shape, dtype=dtype)
     fmt = TensorFormat(name, Geometry.of(like), dtype, CPU, torch.Tensor, False, {}, Constant(3.0))
     return StagedStorage([TensorRecord(fmt, 0, weakref.ref(like), is_parameter, "layer")], CPU)
+
+
+def staged(
+    name: str = "p", shape: tuple[int, ...] = (4,), dtype: torch.dtype = torch.float32
+) -> StagedStorage:
+    """Staging of one parameter, allocated: a test that fails prints its tensors."""
+    storage = placeholder(name, shape, dtype=dtype)
+    storage.materialise()
+    return storage
 
 
 def view_of(storage: StagedStorage) -> torch.Tensor:
@@ -60,7 +69,7 @@ def write(*tensors: torch.Tensor) -> Access:
 
 @pytest.mark.parametrize("dry", [False, True])
 def test_staging_gets_memory_and_in_a_dry_run_loses_it_again(dry: bool) -> None:
-    memory, storage = Materialisation(dry), staged()
+    memory, storage = Materialisation(dry), placeholder()
     memory.allocate(storage)
     assert storage.storage.nbytes() == 16
     if not dry:
@@ -70,7 +79,7 @@ def test_staging_gets_memory_and_in_a_dry_run_loses_it_again(dry: bool) -> None:
 
 
 def test_small_tables_have_values_in_a_dry_run_and_keep_them() -> None:
-    memory, table = Materialisation(dry=True), staged(is_parameter=False)
+    memory, table = Materialisation(dry=True), placeholder(is_parameter=False)
     memory.allocate(table)
     memory.give_back()
     assert view_of(table).tolist() == [3.0] * 4
@@ -207,7 +216,6 @@ def test_freed_memory_is_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_written_elements_are_noted_with_their_weights() -> None:
     storage, loaded = staged(shape=(4, 3)), Loaded()
     log, view = SlotLog(loaded), view_of(storage)
-    storage.materialise()
     assert not log.note(operand(view[:2]), storage, ("w",), "w")
     assert log.note(operand(view[:2]), storage, ("",), "v")
     assert loaded.written == {"w": ("p",), "v": ("p",)}
@@ -218,7 +226,6 @@ def test_written_elements_are_noted_with_their_weights() -> None:
 
 def test_a_view_with_another_dtype_covers_the_same_bytes() -> None:
     storage = staged(shape=(8,), dtype=torch.uint8)
-    storage.materialise()
     SlotLog(Loaded()).note(operand(view_of(storage)[4:].view(torch.int32)), storage, ("w",), "w")
     assert list(storage.coverage.boxes) == [((4, 8),)]
 

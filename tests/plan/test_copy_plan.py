@@ -50,7 +50,7 @@ class Memory:
 def learn(
     memory: Memory, loader: Loader, weight: torch.Tensor, dry: bool = False
 ) -> tuple[TensorPlan, LoadTrace]:
-    """The route of one weight, learnt while ``loader`` loads it into ``memory``."""
+    """The tensor plan of one weight, learnt while ``loader`` loads it into ``memory``."""
     trace = LoadTrace(Mismatches(), dry)
     trace.watch(memory.storages.values())
     with trace:
@@ -142,7 +142,7 @@ def cases(draw: st.DrawFn) -> tuple[dict[str, torch.Tensor], Loader, tuple[int, 
 
 @TRY
 @given(cases())
-def test_following_a_route_gives_what_the_loader_gives(case: tuple) -> None:
+def test_following_a_tensor_plan_gives_what_the_loader_gives(case: tuple) -> None:
     parameters, loader, shape, dtype = case
     tensor_plan, _ = learn(Memory(**parameters), loader, torch.ones(shape).to(dtype))
     other = random(shape, dtype)
@@ -160,7 +160,7 @@ def test_watching_a_loader_does_not_change_what_it_does(case: tuple) -> None:
 
 @TRY
 @given(cases())
-def test_a_route_learnt_without_any_values_is_the_same(case: tuple) -> None:
+def test_a_tensor_plan_learnt_without_any_values_is_the_same(case: tuple) -> None:
     parameters, loader, shape, dtype = case
     tensor_plan, _ = learn(Memory(**parameters), loader, torch.ones(shape).to(dtype))
     memory = Memory(**parameters)
@@ -312,7 +312,7 @@ COMPUTED = [
 
 
 @pytest.mark.parametrize("loader", COMPUTED)
-def test_what_is_computed_has_no_route(loader: Loader) -> None:
+def test_what_is_computed_has_no_copies(loader: Loader) -> None:
     tensor_plan, trace = learn(Memory(p=torch.empty(4)), loader, random((4,)))
     assert tensor_plan.copies is None
     assert CopyPlan(None, trace.loaded.tensor_plans).computed == 1
@@ -324,7 +324,7 @@ def passing_over(views: dict[str, torch.Tensor], weight: torch.Tensor) -> None:
     weight.sum()
 
 
-def test_what_the_loader_passes_over_has_an_empty_route() -> None:
+def test_what_the_loader_passes_over_has_an_empty_tensor_plan() -> None:
     memory = Memory(p=torch.empty(4))
     tensor_plan, trace = learn(memory, passing_over, random((4,)))
     assert tensor_plan.copies == ()
@@ -333,7 +333,7 @@ def test_what_the_loader_passes_over_has_an_empty_route() -> None:
     assert not memory.storages["p"].materialised
 
 
-def test_a_route_learnt_from_a_weight_with_gaps_is_not_trusted() -> None:
+def test_a_tensor_plan_learnt_from_a_weight_with_gaps_is_not_trusted() -> None:
     tensor_plan, _ = learn(Memory(p=torch.empty(4)), copy_all, every_second(random((4,))))
     assert tensor_plan.copies is None
 

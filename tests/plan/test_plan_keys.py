@@ -1,7 +1,7 @@
-"""A plan and learnt routes are for one listing on one placement: whatever changes of that is traced again.
+"""A plan and a learnt copy plan are for one listing on one placement: if either changes, it is traced again.
 
-On a running engine with experts, by a folder (the kept plan) and by an iterator (the kept routes). Each test
-first sees that what was learnt is used, else it would show nothing.
+On a running engine with experts, by a folder (the kept plan) and by an iterator (the kept copy plan). Each
+test first sees that what was learnt is used, else it would show nothing.
 """
 
 import types
@@ -203,7 +203,7 @@ def test_other_names_and_shapes_are_refused_and_named(
 
 
 def test_a_layer_of_another_rank_is_traced_again(engine: Engine, face: Callable) -> None:
-    """The checkpoint has no part for a second rank, so the trace refuses it; routes would load it."""
+    """The checkpoint has no part for a second rank, so the trace refuses it; a copy plan would load it."""
     shards = experts_of(engine.model)[1].moe_config.moe_parallel_config
     shards.tp_rank = 1
     try:

@@ -69,7 +69,7 @@ def test_the_report_counts_what_the_loader_computes(tmp_path: Path, monkeypatch:
                 traced.clear()
                 report = reload(model, folders[letter])
                 assert (report.computed, report.replayed) == (len(logs), report.tensors - len(logs))
-            assert traced == [], "routes that were learnt once are learnt again"
+            assert traced == [], "a copy plan that was learnt once is learnt again"
             assert values(model) == cold
         assert reload_plugin.status(model)[0].report.computed == len(logs)
         report = reload_plugin.reload_weights(

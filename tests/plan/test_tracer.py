@@ -168,7 +168,7 @@ def values(model: nn.Module) -> list[list[float]]:
 
 
 def planned(model: Model, weights: Weights) -> None:
-    """As a folder is loaded: planned first, and by routes where there are any."""
+    """As a folder is loaded: planned first, and by the copy plan where there is one."""
     infos = [TensorInfo(name, tuple(t.shape), t.dtype) for name, t in weights.items()]
     plan = make_plan(model, infos, "a folder")
     assert not plan.mismatches
@@ -183,7 +183,7 @@ def streamed(model: Model, weights: Weights) -> None:
 
 
 def in_one_buffer(model: Model, weights: Weights) -> None:
-    """Its caller overwrites every weight as soon as the loader comes back for the next."""
+    """Its caller overwrites every weight as soon as the loader asks for the next."""
     destinations = torch.empty(SIZE)
 
     def stream() -> Iterator[tuple[str, torch.Tensor]]:
