@@ -78,15 +78,14 @@ class GroupPipeline:
         self.digest: Wanted = True
         """Whether native handles are hashed when they are made: False is no."""
         self._model, self._state, self._record, self._view = model, state, state.record, view
-        self._trace, self._completeness, self._admission = trace, completeness, admission
+        self._admission = admission
         self._strategy, self._log, self._clock = strategy, log, clock
         self._whole_model = whole_model
         self._open: dict[int, StagedGroup] = {}
         """Groups that wait for weights."""
         self._late: list[StagedGroup] = []
         """Groups that are processed and that the tail of PWAL changes once more."""
-        self._parameters: list[tuple[str, nn.Module, dict[str, nn.Parameter | None]]] = []
-        """Layers that were complete while the model's loader ran, and the parameters they had then."""
+        self._complete = CompleteLayers(trace, completeness)
         self._heap = HeapBudget(state.record.largest)
         self._watch = ProcessingWatch()
 
@@ -121,18 +120,8 @@ class GroupPipeline:
                 self._close(group)
 
     def put_back_parameters(self) -> list[str]:
-        """Give layers that were complete the parameters they had, should a loader have given them others.
-
-        Returns the names of those layers.
-        """
-        changed = []
-        for name, layer, parameters in self._parameters:
-            now = layer._parameters
-            if now.keys() != parameters.keys() or any(now[key] is not parameters[key] for key in now):
-                now.clear()
-                now.update(parameters)
-                changed.append(name)
-        return changed
+        """Give complete layers the parameters they had; see ``CompleteLayers.put_back``."""
+        return self._complete.put_back()
 
     # -- at the end --------------------------------------------------------------------------------
 
@@ -181,7 +170,8 @@ class GroupPipeline:
         """Let go of everything that is not served."""
         self._strategy.forget()
         self.takeover = None
-        self._open, self._late, self._parameters = {}, [], []
+        self._open, self._late = {}, []
+        self._complete.forget()
 
     # -- one group ---------------------------------------------------------------------------------
 
@@ -199,18 +189,22 @@ class GroupPipeline:
             del self._open[id(group)]
             if group.group.late:
                 self._late.append(group)
-                self._note_complete(group)
+                self._guard(group)
                 if was_hidden:
                     group.hide()
             else:
                 group.take_result()
                 self._view.release(group)
-                layers = group.layers if self._completeness.copy_plan is None else []
-                self._note_complete(group)
+                self._guard(group)
                 self._keep(group)
-                self._parameters += [(name, layer, dict(layer._parameters)) for name, layer in layers]
+                self._complete.remember(group)  # a commit may have given it others
         if self.takeover is not None:
             self.takeover.refuse(group, released)
+
+    def _guard(self, group: StagedGroup) -> None:
+        as_loaded = self._strategy.commits_each_group and group.group.plain
+        if not as_loaded:
+            self._complete.guard(group)
 
     def _leave_untouched(self, group: StagedGroup) -> None:
         group.served.show()
@@ -250,15 +244,58 @@ class GroupPipeline:
         with self._clock.timed("commit") if at_once else contextlib.nullcontext():
             self._strategy.keep(group)
 
-    def _note_complete(self, group: StagedGroup) -> None:
-        """Keep the model's loader from what a complete layer holds now, if that is not what was loaded."""
-        as_loaded = self._strategy.commits_each_group and group.group.plain
-        if self._completeness.copy_plan is not None or as_loaded or not group.group.tensors:
+
+class CompleteLayers:
+    """Layers that are complete while the model's loader still runs, and what a loader may not do to them.
+
+    Without a loader there is nothing to keep from them, and nothing is noted.
+
+    Args:
+        trace: refuses a loader that reads or writes their parameters.
+        completeness: tells whether a loader runs.
+
+    """
+
+    def __init__(self, trace: LoadTrace, completeness: Completeness) -> None:
+        self._trace, self._completeness = trace, completeness
+        self._parameters: list[tuple[str, nn.Module, dict[str, nn.Parameter | None]]] = []
+        """Layers, and the parameters they had when they were complete."""
+
+    @property
+    def _has_loader(self) -> bool:
+        return self._completeness.copy_plan is None
+
+    def guard(self, group: StagedGroup) -> None:
+        """Keep the model's loader from what the layers of a group hold now: it is not what was loaded."""
+        if not self._has_loader or not group.group.tensors:
             return
         for name, layer in group.layers:
             for key, parameter in layer._parameters.items():
                 if parameter is not None:
                     self._trace.note_complete(parameter, f"{name}.{key}", group.group.tensors[0].name)
+
+    def remember(self, group: StagedGroup) -> None:
+        """Remember the parameters that the layers of a group have."""
+        if self._has_loader:
+            self._parameters += [(name, layer, dict(layer._parameters)) for name, layer in group.layers]
+
+    def put_back(self) -> list[str]:
+        """Give layers the parameters they had, should a loader have given them others.
+
+        Returns the names of those layers.
+        """
+        changed = []
+        for name, layer, parameters in self._parameters:
+            now = layer._parameters
+            if now.keys() != parameters.keys() or any(now[key] is not parameters[key] for key in now):
+                now.clear()
+                now.update(parameters)
+                changed.append(name)
+        return changed
+
+    def forget(self) -> None:
+        """Let go of the layers."""
+        self._parameters = []
 
 
 class HeapBudget:

@@ -24,6 +24,7 @@ from ..record.model_record import LayerRecord, ModelRecord
 from ..report import ReloadReport
 from .engine_state import EngineState
 from .known import known_checkpoint, known_copy_plan, plan_listing, session_for
+from .rehearsal import Rehearsal
 from .rollback import has_rollback_source, rollback_on_failure
 from .session_report import ReportFacts
 
@@ -142,9 +143,7 @@ def update_in_place(
     tail = _tail(state.record)
     unfit = _changed_by_processing(state.record, touched)
     if not unfit:
-        known = KnownCheckpoint(groups=touched | tail)
-        with session_for(model, state, top.description, "staged", known, from_served=True) as rehearsal:
-            unfit = rehearsal.rehearse()
+        unfit = Rehearsal(model, state, touched | tail).changed_groups()
     if unfit:
         _refuse(state, top, unfit)
     known = known_checkpoint(model, state)

@@ -31,7 +31,6 @@ from ..options import Wanted
 from ..plan.arrivals import Loaded
 from ..plan.known_checkpoint import KnownCheckpoint
 from ..plan.mismatches import Mismatches
-from ..record.untouched_layers import UntouchedLayers
 from ..report import ReloadReport
 from .engine_state import state_of
 from .intake import Inspect
@@ -97,7 +96,6 @@ class ReloadSession:
         self._parts = wire(model, state_of(model), options)
         self._spoiled: str | None = None
         """Why this session can only be aborted, if processing is not the reason."""
-        self._untouched: UntouchedLayers | None = None
         self._takeover: Takeover | None = None
 
     # -- what callers ask --------------------------------------------------------------------------
@@ -207,7 +205,7 @@ class ReloadSession:
             self.state = SessionState.LOADING
             try:
                 with self._parts.pipeline.context():
-                    self._enter(show)
+                    self._parts.load_format.enter(self, show)
                     with self._parts.trace:
                         yield
                 stay = last
@@ -216,23 +214,10 @@ class ReloadSession:
                     self._parts.view.hide()
                 self.state = SessionState.OPEN
 
-    def _enter(self, show: bool = True) -> None:
-        """Put the groups into load format, if they are not, and show it or not."""
-        parts = self._parts
-        if parts.view.entered and not show:
-            return
-        if not parts.view.entered:
-            parts.record.changes.begin(self)
-            self._untouched = UntouchedLayers(parts.record, [group.group.name for group in parts.view.groups])
-            parts.protect(self._untouched)
-        parts.enter()
-        if not show:
-            parts.view.hide()
-
     def take_over(self) -> None:
         """From now on ``model.load_weights`` and the loaders of its parameters load into this session."""
         self._require(SessionState.OPEN)
-        self._enter(show=False)
+        self._parts.load_format.enter(self, show=False)
         late = self._parts.trace.late
         self._takeover = Takeover(self.model, self.load, self.loading, late)
         self._parts.pipeline.takeover = self._takeover
@@ -288,11 +273,10 @@ class ReloadSession:
         self.state = SessionState.PROCESSING
         try:
             with parts.pipeline.context():
-                self._enter()
+                parts.load_format.enter(self)
                 parts.pipeline.process_rest()
                 parts.pipeline.process_tail()
-            if self._untouched is not None:
-                self._untouched.check(self.source)
+            parts.load_format.check_untouched(self.source)
             deliver()
             self.state = SessionState.STAGED
             self._wait_for_all_ranks()
@@ -314,24 +298,6 @@ class ReloadSession:
             self.agree(None)
         self._spoiled = None
 
-    def rehearse(self) -> list[str]:
-        """Process what is served once more, as if it had just been loaded, and commit nothing.
-
-        Returns the names of the groups that would not come out bit for bit as they are. Ends the session.
-        """
-        self._require(SessionState.OPEN)
-        self.state = SessionState.PROCESSING
-        pipeline = self._parts.pipeline
-        try:
-            with pipeline.context():
-                self._enter()
-                pipeline.process_all()
-                pipeline.process_tail()
-            waiting = self._parts.strategy.waiting
-            return [commit.name for _, commit in waiting if not commit.changes_nothing()]
-        finally:
-            self.abort()
-
     @held()
     def abort(self) -> None:
         """Forget the reload. Harmless when it is over.
@@ -343,10 +309,7 @@ class ReloadSession:
             self._drop()  # Ctrl-C may have come before the session was done with it
         if self.state in (SessionState.COMMITTED, SessionState.ABORTED, SessionState.BROKEN):
             return
-        if self._untouched is not None:
-            self._untouched.put_back()
-        self._parts.pipeline.put_back_parameters()
-        self._parts.view.hide()
+        self._parts.load_format.put_back()
         self._drop()
         self._parts.intake.close()
         self.state = SessionState.BROKEN if self.touched_groups else SessionState.ABORTED
@@ -355,9 +318,7 @@ class ReloadSession:
         if self._takeover is not None:
             self._takeover.end()
             self._takeover = None
-        self._parts.drop()
-        self._untouched = None
-        self._parts.record.changes.end(self)
+        self._parts.load_format.leave(self)
         self._parts.state.pool.settle()
 
     @contextlib.contextmanager

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch import nn
@@ -16,17 +15,16 @@ from ..load.destinations import StagingMemory
 from ..load.overflow import Overflow
 from ..plan.known_checkpoint import KnownCheckpoint
 from ..plan.mismatches import Mismatches
-from ..plan.served_guard import served_tensors
 from ..plan.tracer import LoadTrace
 from ..record.model_record import ModelRecord
 from ..record.model_view import EnterOptions, ModelView, staged_groups
 from ..record.staged_group import StagedGroup
 from ..record.staged_storage import StagedStorage
-from ..record.untouched_layers import UntouchedLayers
 from .accounting import Accounting
 from .engine_state import EngineState
 from .group_pipeline import GroupPipeline
 from .intake import Inspect, Intake
+from .load_format import LoadFormat
 from .stage_clock import StageClock
 
 
@@ -59,35 +57,13 @@ class SessionParts:
     accounting: Accounting
     clock: StageClock
     gauge: MemoryGauge
-    touching: Callable[[StagedStorage], None]
-    """Told of staging in served memory before somebody may write there."""
+    load_format: LoadFormat
 
     @property
     def all_by_copy_plan(self) -> bool:
         """Whether every weight goes by the copy plan, and no loader will look at the model."""
         copy_plan = self.completeness.copy_plan
         return self.known.planned and copy_plan is not None and not copy_plan.computed
-
-    def enter(self) -> bool:
-        """Put the load format on the live model. Returns whether that was the first time."""
-        if not self.view.show():
-            return False
-        for group in self.view.groups:
-            self.trace.watch(group.storages)
-            self.completeness.admit(group)
-        self.pipeline.begin()
-        return True
-
-    def protect(self, untouched: UntouchedLayers) -> None:
-        """Have the trace keep loaders away from everything that is served."""
-        served = functools.partial(served_tensors, self.view.groups, untouched)
-        self.trace.protect(served, self.touching)
-
-    def drop(self) -> None:
-        """Forget everything that is not served; the view has to be hidden."""
-        self.view.drop()
-        self.pipeline.forget()
-        self.trace.forget_model()
 
 
 def wire(model: nn.Module, state: EngineState, options: SessionOptions) -> SessionParts:
@@ -141,7 +117,7 @@ def wire(model: nn.Module, state: EngineState, options: SessionOptions) -> Sessi
         accounting,
         clock,
         gauge,
-        touching,
+        LoadFormat(record, view, trace, completeness, pipeline, touching),
     )
 
 
