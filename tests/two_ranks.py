@@ -137,7 +137,7 @@ def slowly(weights: Weights) -> Weights:
     return weights
 
 
-def with_patience(seconds: float) -> Callable[[Weights], Weights]:
+def with_timeout(seconds: float) -> Callable[[Weights], Weights]:
     """Set on the rank where the weights are made; `Vote` reads it when the reload begins."""
 
     def change(weights: Weights) -> Weights:
@@ -281,10 +281,10 @@ def a_slow_rank_is_waited_for(engine: Engine) -> None:
 
 def a_rank_is_too_slow(engine: Engine) -> None:
     try:
-        engine.on(0, with_patience(0.5), "A")
+        engine.on(0, with_timeout(0.5), "A")
         found = engine.on(1, slowly)
     finally:
-        engine.on(0, with_patience(600), "A")
+        engine.on(0, with_timeout(600), "A")
     engine.assert_refused(found, "rank 1: did not answer rank 0 within 0.5 s", "rank 1: did not answer")
 
 

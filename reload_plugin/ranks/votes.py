@@ -1,8 +1,8 @@
 """Many ranks, one decision: every rank of a model commits a reload, or none does.
 
 A rank that has prepared everything says so and waits; a rank that failed says why. The last one to get
-ready decides to commit, the first one to fail or to lose patience decides against it, and all obey the
-decision that came first: it is one key of the process group's store, set by compare-and-swap. No
+ready decides to commit, the first one to fail or to time out decides against it, and all obey the decision
+that came first: it is one key of the process group's store, set by compare-and-swap. No
 collective is involved, so a rank that fails or is slow leaves nothing half-entered behind.
 
 Each replica of the model (``data_parallel_size``) decides for itself. Where experts are spread over
@@ -48,7 +48,7 @@ class RankPlace:
 
 
 class Vote:
-    """One rank's voice in one reload. Call it with None when ready, else with the error; once counts.
+    """One rank's vote in one reload. Call it with None when ready, else with the error; once counts.
 
     A ready rank waits for the decision, and returns if that is to commit. From then on the other ranks
     commit too, so whatever can fail comes before. Should the commit itself fail on one rank, the others
@@ -56,16 +56,16 @@ class Vote:
 
     Args:
         store: a store of torch.distributed that all the ranks share.
-        seat: who votes.
-        ballot: name of this reload: the same on every rank, and never used again.
-        past: keys of earlier reloads in this room, deleted once no rank can read them any more.
+        place: the rank that votes.
+        reload_id: the same on every rank, and never used again.
+        past: keys of earlier reloads of this group, deleted once no rank can read them any more.
 
     Raises:
         RanksDisagreeError: another rank failed or did not answer; names each with its reason.
 
     """
 
-    def __init__(self, store: Any, place: RankPlace, ballot: str, past: list[str]) -> None:
+    def __init__(self, store: Any, place: RankPlace, reload_id: str, past: list[str]) -> None:
         self.vote_timeout = VOTE_TIMEOUT
         """Seconds to wait for the others."""
         self.committed = False
@@ -76,7 +76,7 @@ class Vote:
         self._store = store
         self._place = place
         self._past = past
-        self._prefix = f"reload_plugin/{place.group}/{ballot}/"
+        self._prefix = f"reload_plugin/{place.group}/{reload_id}/"
 
     def __call__(self, error: BaseException | None) -> None:
         if self._cast:
@@ -88,14 +88,14 @@ class Vote:
             self._refuse(f"{type(error).__name__}: {error}"[:LONGEST])
 
     def following(self) -> Vote:
-        """A second vote in the same matter, for those who agreed in this one."""
+        """A second vote in the same reload, for ranks that agreed in this one."""
         vote = Vote(self._store, self._place, "", self._past)
         vote._prefix, vote.vote_timeout = self._prefix + "then/", self.vote_timeout
         return vote
 
     @property
     def missed(self) -> bool:
-        """Whether the others gave up on this rank before it came to this ballot."""
+        """Whether the others timed out on this rank before it voted."""
         if not self._store.check([self._prefix + "decision"]):
             return False
         decision: str = self._store.get(self._prefix + "decision").decode()
@@ -186,7 +186,7 @@ class Vote:
         try:
             for key in self._past:
                 self._store.delete_key(key)
-        except Exception as error:  # noqa: BLE001 - commit is decided; a key too many hurts nobody
+        except Exception as error:  # noqa: BLE001 - commit is decided; a key that stays does no harm
             logger.warning("Keys of earlier reloads could not be deleted: %s", error)
         self._past.clear()
 
@@ -204,7 +204,7 @@ def _disagree(reasons: dict[int, str]) -> RanksDisagreeError:
 
 
 class ReloadIds:
-    """Names of reloads that all ranks find alike, without talking to one another.
+    """Ids of reloads, counted by each rank alike and without communication.
 
     A worker counts the calls of its executor, which every rank gets in the same order: a rank that fails on
     its way to a reload, or begins one alone, is in step again at the next call. Outside of such a worker
@@ -229,10 +229,11 @@ class ReloadIds:
             self._numbers.clear()
             self._past.clear()
         self._numbers[place.group] += 1
-        ballot = f"{self._call}.{self._numbers[place.group]}"
-        return Vote(store, place, ballot, self._past[place.group])
+        reload_id = f"{self._call}.{self._numbers[place.group]}"
+        return Vote(store, place, reload_id, self._past[place.group])
 
 
+# One a process: it counts within the store of torch's default process group, of which a process has one.
 _reload_ids = ReloadIds()
 
 
@@ -268,7 +269,7 @@ def vote_for(record: ModelRecord) -> Vote | None:
 def vote_among(purpose: str, ranks: Sequence[int], rank: int) -> Vote:
     """The vote of a rank in something that ``ranks`` do together, each in the same order.
 
-    A rank that comes when the others have lost patience takes part in their next attempt.
+    A rank that votes after the others have timed out takes part in their next attempt.
 
     Args:
         purpose: what they do; counted by itself.
@@ -297,7 +298,7 @@ def ranks_of(record: ModelRecord) -> int:
 
 
 def rank_place_of(record: ModelRecord, rank: int) -> RankPlace:
-    """The seat of a global rank; vLLM numbers ranks by replica, pipeline stage, then shard."""
+    """The place of a global rank; vLLM numbers ranks by replica, pipeline stage, then shard."""
     ranks = ranks_of(record)
     kind = getattr(record.model_config, "runner_type", "model")
     return RankPlace(f"{kind}/{rank // ranks}", rank % ranks, ranks)

@@ -187,7 +187,7 @@ def test_a_rank_that_is_interrupted_stops_all(voters: Voters, store: str) -> Non
 
 
 def test_all_decide_alike_however_close_the_race(voters: Voters, store: str) -> None:
-    """Patience is as long as the others take: in each round some give up while the last gets ready."""
+    """The timeout is as long as the others take: in each round some time out while the last gets ready."""
     for rank in range(RANKS):
         voters.ask(rank, "race", store=store, rounds=150)
     found = [voters.answer(rank) for rank in range(RANKS)]
@@ -208,7 +208,7 @@ def test_old_keys_are_deleted(voters: Voters) -> None:
 
 # --- what one process can show ---
 
-SEAT = ranks.RankPlace("model/0", 0, 2)
+PLACE = ranks.RankPlace("model/0", 0, 2)
 
 
 def config(**sizes: int) -> types.SimpleNamespace:
@@ -220,7 +220,7 @@ def record(runner_type: str = "generate", **sizes: int) -> object:
     return types.SimpleNamespace(vllm_config=config(**sizes), model_config=model_config)
 
 
-def test_seats_are_numbered_as_vllm_numbers_ranks() -> None:
+def test_places_are_numbered_as_vllm_numbers_ranks() -> None:
     both = record(tensor_parallel_size=2, pipeline_parallel_size=2, prefill_context_parallel_size=1)
     assert [ranks.rank_place_of(both, rank) for rank in (0, 3, 4)] == [
         ranks.RankPlace("generate/0", 0, 4),
@@ -237,7 +237,7 @@ def test_one_rank_does_not_vote() -> None:
 
 
 @pytest.mark.parametrize("text", ["soon", "0", "-1", "nan", "inf"])
-def test_patience_is_a_number_of_seconds(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+def test_the_timeout_is_a_number_of_seconds(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
     assert ranks.vote_timeout() == 600
     monkeypatch.setenv(ranks.TIMEOUT, "2.5")
     assert ranks.vote_timeout() == 2.5
@@ -248,7 +248,7 @@ def test_patience_is_a_number_of_seconds(monkeypatch: pytest.MonkeyPatch, text: 
 
 def test_a_vote_counts_once() -> None:
     shared = dist.HashStore()
-    mine = ranks.Vote(shared, SEAT, "1", [])
+    mine = ranks.Vote(shared, PLACE, "1", [])
     mine(ValueError("first"))
     mine(None)
     mine(ValueError("second"))
@@ -259,7 +259,7 @@ def test_a_vote_counts_once() -> None:
 
 def test_an_interrupt_after_the_decision_waits_for_the_commit(monkeypatch: pytest.MonkeyPatch) -> None:
     shared = dist.HashStore()
-    mine = ranks.Vote(shared, SEAT, "1", [])
+    mine = ranks.Vote(shared, PLACE, "1", [])
 
     def other_gets_ready_and_then_ctrl_c(seconds: float) -> None:
         ranks.Vote(shared, ranks.RankPlace("model/0", 1, 2), "1", [])(None)
@@ -288,10 +288,10 @@ class Overtaken:
         return call
 
 
-def test_a_rank_that_loses_patience_too_late_commits_with_the_others() -> None:
+def test_a_rank_that_times_out_too_late_commits_with_the_others() -> None:
     shared = dist.HashStore()
     other = ranks.Vote(shared, ranks.RankPlace("model/0", 1, 2), "1", [])
-    mine = ranks.Vote(Overtaken(shared, other), SEAT, "1", [])
+    mine = ranks.Vote(Overtaken(shared, other), PLACE, "1", [])
     mine.vote_timeout = 0.01
     mine(None)
     assert mine.committed
@@ -305,8 +305,8 @@ class Unreachable:
 
 def test_a_store_that_is_gone_is_a_refusal() -> None:
     with pytest.raises(errors.RanksDisagreeError, match="connection lost"):
-        ranks.Vote(Unreachable(), SEAT, "1", [])(None)
-    ranks.Vote(Unreachable(), SEAT, "1", [])(ValueError("its own error is raised by the caller"))
+        ranks.Vote(Unreachable(), PLACE, "1", [])(None)
+    ranks.Vote(Unreachable(), PLACE, "1", [])(ValueError("its own error is raised by the caller"))
 
 
 # --- engines on two ranks ---
