@@ -7,22 +7,14 @@ come to the host. So digests of one engine are compared with those of engines on
 
 from __future__ import annotations
 
-import ctypes
 import functools
 
 import torch
 import xxhash
 
 from ..tensors import wraps_others
-from .value_hashes import (
-    WIDTH,
-    contiguous_parts,
-    device_sums,
-    digests_of,
-    lies_in_one_piece,
-    pieces_at,
-    pieces_of,
-)
+from .ops import ops_for
+from .value_hashes import WIDTH, digests_of
 
 
 class Hash:
@@ -54,20 +46,8 @@ class Hash:
         self._parts.append(form_of(tensor))
         if tensor.is_meta or not tensor.numel() or not tensor.untyped_storage().nbytes():
             return  # no values: on meta, empty, or its memory was given back
-        if tensor.is_cpu and lies_in_one_piece(tensor):  # nearly all
-            address, nbytes = tensor.data_ptr(), tensor.nbytes
-            small = nbytes <= WIDTH
-            self._parts.append(ctypes.string_at(address, nbytes) if small else pieces_at(address, nbytes))
-            self._alive.append(tensor)
-            return
-        for part in contiguous_parts(tensor.detach()):
-            if not part.is_cpu:
-                self._parts.append(device_sums(part).cpu().numpy().tobytes())
-                continue
-            pieces = pieces_of(part)
-            copied = part.untyped_storage().data_ptr() != tensor.untyped_storage().data_ptr()
-            self._parts.append(digests_of(pieces) if copied else pieces)
-            self._alive.append(part)
+        self._parts.extend(ops_for(tensor.device).hash_values(tensor))
+        self._alive.append(tensor)
 
     def digest(self) -> bytes:
         """The digest of all that was added."""
