@@ -40,9 +40,7 @@ class CpuOps:
         plain = target.dtype == source.dtype and target.is_contiguous() and source.is_contiguous()
         nbytes = target.numel() * target.element_size()
         on_cpu = target.is_cpu and source.is_cpu
-        there = (
-            plain and on_cpu and target.data_ptr() and source.data_ptr()
-        )  # an emptied storage has none
+        there = plain and on_cpu and target.data_ptr() and source.data_ptr()  # an emptied storage has none
         if there and nbytes <= DIRECT_BYTES and not source.is_conj() and not source.is_neg():
             ctypes.memmove(target.data_ptr(), source.data_ptr(), nbytes)
         else:
