@@ -115,6 +115,62 @@ def test_only_the_door_names_vllm(file: Path) -> None:
         assert not any(name.split(".")[0] == "vllm" for name in names), f"{file.name} imports vLLM"
 
 
+ASKS_FOR_CUDA = {"checkpoint/formats/fast_readers.py"}
+"""Files outside ``device/`` that name a kind of device: a reader there that exists for CUDA only."""
+
+
+def kinds_of_device_named(tree: ast.AST) -> list[str]:
+    """Where code asks which kind of device something is on. Whether a tensor has values (meta) is no such
+    question.
+    """
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Compare):
+            sides = [node.left, *node.comparators]
+            asked = any(
+                isinstance(side, ast.Attribute) and side.attr == "type" and "device" in ast.unparse(side)
+                for side in sides
+            )
+            if asked and not any(isinstance(side, ast.Constant) and side.value == "meta" for side in sides):
+                found.append(f"line {node.lineno}: {ast.unparse(node)}")
+        elif isinstance(node, ast.Attribute) and (
+            node.attr in ("is_cpu", "is_cuda", "is_xpu", "is_mps")
+            or ast.unparse(node) in ("torch.cuda", "torch.accelerator", "torch.xpu")
+        ):
+            found.append(f"line {node.lineno}: {ast.unparse(node)}")
+        elif isinstance(node, (ast.Import, ast.ImportFrom)):
+            names = [getattr(node, "module", None) or "", *(alias.name for alias in node.names)]
+            if any(name.startswith(("torch.cuda", "torch.accelerator", "torch.xpu")) for name in names):
+                found.append(f"line {node.lineno}: {ast.unparse(node)}")
+    return found
+
+
+@pytest.mark.parametrize("file", files(), ids=lambda f: str(f.relative_to(PACKAGE)))
+def test_only_the_device_folder_asks_which_kind_of_device_it_is(file: Path) -> None:
+    name = str(file.relative_to(PACKAGE))
+    if place_of(file) == "device" or name in ASKS_FOR_CUDA:
+        return
+    found = kinds_of_device_named(ast.parse(file.read_text()))
+    assert not found, f"{name} asks which kind of device it is; that is for DeviceOps to answer: {found}"
+
+
+@pytest.mark.parametrize(
+    ("code", "asks"),
+    [
+        ("if tensor.device.type == 'cpu': pass", True),
+        ("if device.type not in ('cuda', 'xpu'): pass", True),
+        ("where = tensor.is_cpu", True),
+        ("torch.cuda.synchronize()", True),
+        ("from torch.cuda import Stream", True),
+        ("if device.type == 'meta': pass", False),
+        ("if tensor.device == other.device: pass", False),
+        ("if tensor.is_meta: pass", False),
+    ],
+)
+def test_questions_for_the_kind_of_device_are_found(code: str, asks: bool) -> None:
+    assert bool(kinds_of_device_named(ast.parse(code))) is asks
+
+
 def test_every_file_has_a_place_in_the_order() -> None:
     assert {place_of(file) for file in files()} - {"__init__"} <= set(ORDER)
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ..plan.copy_plan import copy_into
+from ..device.ops import ops_for
 from ..record.module_state import tensors_in
 from ..record.snapshot import ABSENT, OUR_ATTRIBUTES, Key, read, write
 from ..record.staged_group import StagedGroup
@@ -68,7 +68,7 @@ class Commit:
         self.begun = True
         with torch.inference_mode(False), torch.no_grad():
             for served, new in self.copies:
-                copy_into(served, new)
+                ops_for(served.device).copy(served, new)
             for served, new, _ in self.moves:
                 served.data = new
             for holder, other in self.trades:

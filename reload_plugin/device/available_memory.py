@@ -1,12 +1,10 @@
-"""How many bytes can still be allocated on a device."""
+"""How many bytes of host memory can still be allocated."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
-
-import torch
 
 UNLIMITED = 1 << 62
 """Bytes; what is left where nothing says how much. Control groups of version 1 write about as much for "no
@@ -19,18 +17,13 @@ _V2 = ("memory.max", "memory.current", "inactive_file")
 _V1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
 
 
-def available(device: torch.device, root: Path = _ROOT) -> int:
-    """Bytes that can still be allocated on a device.
-
-    On the CPU: what the system and every control group of this process leave, the groups above included.
+def available(root: Path = _ROOT) -> int:
+    """Bytes that the system and every control group of this process leave, the groups above included.
 
     Args:
-        device: where.
         root: the folder that holds ``proc`` and ``sys``.
 
     """
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
     return min([UNLIMITED, *_system_left(root), *_groups_left(root)])
 
 

@@ -8,6 +8,7 @@ import torch
 
 from ..checkpoint import TensorInfo
 from ..device.host_memory import HostPool
+from ..device.ops import ops_for
 from ..plan.copy_plan import StridedCopy
 from ..plan.materialisation import Touching
 from ..plan.tracer import LoadTrace
@@ -73,9 +74,9 @@ class StagingDestinations:
         if copy is None:
             return None
         memory = self._memory(copy.parameter)
-        if memory.device.type != "cpu":
+        if not ops_for(memory.device).reads_files:
             return None
-        place = torch.empty(0, dtype=info.dtype, device="cpu")
+        place = torch.empty(0, dtype=info.dtype, device=memory.device)
         place.set_(memory, copy.target.offset, copy.target.size, copy.target.stride)
         self._given[info.name] = place
         return place
@@ -95,7 +96,7 @@ class StagingDestinations:
 
     def memory(self, parameter: str) -> torch.UntypedStorage | None:
         memory = self._memory(parameter)
-        return memory if memory.device.type == "cpu" else None
+        return memory if ops_for(memory.device).reads_files else None
 
     def took(self, name: str, tensor: torch.Tensor) -> bool:
         """Whether this weight was read to where it goes."""

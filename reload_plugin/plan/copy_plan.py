@@ -6,7 +6,6 @@ valid for as long as names, shapes, dtypes and the placement of experts stay the
 
 from __future__ import annotations
 
-import ctypes
 import functools
 import itertools
 from collections.abc import Callable, Collection, Mapping
@@ -15,6 +14,7 @@ from typing import Any
 
 import torch
 
+from ..device.ops import DeviceOps
 from ..record.tensor_layout import Geometry
 
 
@@ -91,7 +91,10 @@ class CopyPlan:
 
 
 def copy_by_plan(
-    tensor_plan: TensorPlan, tensor: torch.Tensor, memory: Callable[[str], torch.UntypedStorage]
+    tensor_plan: TensorPlan,
+    tensor: torch.Tensor,
+    memory: Callable[[str], torch.UntypedStorage],
+    ops: DeviceOps,
 ) -> None:
     """Do the copies of a tensor plan: write ``tensor`` to its parameters.
 
@@ -99,59 +102,25 @@ def copy_by_plan(
         tensor_plan: one with copies, which fits the tensor.
         tensor: the weight, on any device and in any layout.
         memory: staging of a parameter, allocated.
+        ops: of the device that staging is on.
 
     """
     assert tensor_plan.copies is not None, "computed weights go through the loader"
-    if tensor_plan.plain is not None and _moved(tensor_plan.plain, tensor, memory):
-        return
+    plain = tensor_plan.plain
+    if plain is not None:
+        start = plain.target.offset * plain.target_dtype.itemsize
+        if ops.copy_bytes(memory(plain.parameter), start, tensor):
+            return
     source = tensor.detach()
     if any(copy.source is not None for copy in tensor_plan.copies) and not source.is_contiguous():
         source = source.contiguous()
     for copy in tensor_plan.copies:
-        target = torch.empty(0, dtype=copy.target_dtype, device=memory(copy.parameter).device)
-        view = target.set_(memory(copy.parameter), copy.target.offset, copy.target.size, copy.target.stride)
+        storage = memory(copy.parameter)
+        empty = torch.empty(0, dtype=copy.target_dtype, device=storage.device)
+        view = empty.set_(storage, copy.target.offset, copy.target.size, copy.target.stride)
         if copy.source is None:
             view.fill_(copy.value)
         else:
             base = source if copy.source_dtype == source.dtype else source.view(copy.source_dtype)
             offset = base.storage_offset() + copy.source.offset
-            copy_into(view, base.as_strided(copy.source.size, copy.source.stride, offset))
-
-
-_DIRECT_BYTES = 1 << 20
-"""Plain memory up to this size is moved by one core: for an expert's matrix, waking the others and
-waiting for them costs more than the copy."""
-
-
-def _moved(copy: StridedCopy, tensor: torch.Tensor, memory: Callable[[str], torch.UntypedStorage]) -> bool:
-    """Whether a weight that goes as it is was moved to its place, bytes by bytes and without a tensor there.
-
-    That takes a few microseconds less than a copy, and is nearly all that many small experts cost.
-    """
-    if type(tensor) not in _PLAIN_CLASSES or not tensor.is_cpu or not tensor.is_contiguous():
-        return False
-    nbytes, source = tensor.nbytes, tensor.data_ptr()
-    if nbytes > _DIRECT_BYTES or not source or tensor.is_conj() or tensor.is_neg():
-        return False
-    target, start = memory(copy.parameter), copy.target.offset * copy.target_dtype.itemsize
-    address = target.data_ptr()
-    if target.device.type != "cpu" or not address or start + nbytes > target.nbytes():
-        return False
-    ctypes.memmove(address + start, source, nbytes)
-    return True
-
-
-_PLAIN_CLASSES = (torch.Tensor, torch.nn.Parameter)
-"""Whose memory is theirs alone to explain."""
-
-
-def copy_into(target: torch.Tensor, source: torch.Tensor) -> None:
-    """``target.copy_(source)``, on this core where that is quicker."""
-    plain = target.dtype == source.dtype and target.is_contiguous() and source.is_contiguous()
-    nbytes = target.numel() * target.element_size()
-    on_cpu = target.device.type == "cpu" and source.device.type == "cpu"
-    there = plain and on_cpu and target.data_ptr() and source.data_ptr()  # a storage may have been emptied
-    if there and nbytes <= _DIRECT_BYTES and not source.is_conj() and not source.is_neg():
-        ctypes.memmove(target.data_ptr(), source.data_ptr(), nbytes)
-    else:
-        target.copy_(source)
+            ops.copy(view, base.as_strided(copy.source.size, copy.source.stride, offset))

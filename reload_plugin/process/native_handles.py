@@ -17,6 +17,7 @@ import torch
 
 from .. import vllm_api
 from ..device.hashing import Hash
+from ..device.ops import ops_for
 from ..device.shared_setting import SharedSetting
 from ..record.module_state import owns_native, reachable, values_of
 
@@ -98,13 +99,13 @@ def watching_native(
     """Notes what native handles are made of while this thread makes them.
 
     Args:
-        device: where layers are processed; only a CPU has such constructors. None watches nothing.
+        device: where layers are processed. None, or a device without such handles, watches nothing.
         handles: receives every handle that is made.
         hashed: whether its arguments are hashed.
 
     """
     watch = NativeWatch(handles, hashed)
-    if device is None or device.type != "cpu":
+    if device is None or not ops_for(device).has_native_handles:
         yield watch
         return
     watches = _of_thread.__dict__.setdefault("watches", [])
@@ -120,8 +121,8 @@ def handle_in(tensor: torch.Tensor) -> int | None:
     """The native handle that a tensor may hold: vLLM keeps one as a number in a tensor, so that compiled code
     does not inline it.
     """
-    may_hold = tensor.dtype == torch.int64 and tensor.numel() == 1 and tensor.device.type == "cpu"
-    return int(tensor) if may_hold else None
+    is_number = tensor.dtype == torch.int64 and tensor.numel() == 1
+    return int(tensor) if is_number and ops_for(tensor.device).has_native_handles else None
 
 
 def release_native_memory(values: Iterable[object], handles: Handles) -> bool:

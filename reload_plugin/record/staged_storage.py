@@ -8,7 +8,8 @@ from typing import Protocol
 
 import torch
 
-from ..device.host_memory import SMALL, HostPool, MemoryGauge
+from ..device.host_memory import HostPool, MemoryGauge
+from ..device.ops import ops_for
 from ..tensors import storage_id, wraps_others
 from .coverage import Coverage
 from .model_record import TensorRecord
@@ -132,10 +133,10 @@ class StagedStorage:
         if self.is_final and self.final is not None:
             if not self.aliases_served:
                 self._move_to(self.final)
-        elif pool is not None and self.storage.device.type == "cpu" and self.nbytes >= SMALL:
-            self._move_to(pool.take(self.nbytes))
         else:
-            self.storage.resize_(self.nbytes)
+            memory = ops_for(self.storage.device).allocate(self.storage, self.nbytes, pool)
+            if memory is not self.storage:
+                self._move_to(memory)
         if not initialise:
             return
         if os.environ.get(POISON):

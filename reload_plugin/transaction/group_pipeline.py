@@ -10,6 +10,7 @@ from torch import nn
 from .. import vllm_api
 from ..commit.strategies import CommitLog, CommitStrategy
 from ..device.host_memory import growth, keep_within
+from ..device.ops import ops_for
 from ..device.output_reuse import ReusableOutputs, reusing_served_outputs
 from ..load.admission import Admission
 from ..load.completeness import Completeness
@@ -347,7 +348,7 @@ class ProcessingWatch:
             watch = self.ends_with.enter_context
             self.ends_with.callback(setattr, self, "_begun", None)
             native = watch(watching_native(device, handles, hashes))
-            outputs = watch(reusing_served_outputs(reuses_outputs and device.type == "cpu"))
+            outputs = watch(reusing_served_outputs(reuses_outputs and ops_for(device).reuses_outputs))
             native.paused = True
             self._begun = native, outputs
         return self._begun

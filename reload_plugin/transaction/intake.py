@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..device.ops import ops_for
 from ..interrupts import call_between
 from ..load.admission import Admission
 from ..load.completeness import Completeness
@@ -74,6 +75,7 @@ class Intake:
         self._memory, self._known, self._pipeline, self._clock = memory, known, pipeline, clock
         self._overflow, self._inspect = overflow, inspect
         self._replaying = False
+        self._ops = ops_for(state.record.target_device)
         # Destinations in staging are for weights that nobody wants to see or to put aside on the way.
         by_hand = inspect is not None or (overflow is not None and not known.planned)
         self.destinations = StagingDestinations(completeness, memory, by_hand)
@@ -141,7 +143,7 @@ class Intake:
         self._trace.current = name
         if not self.destinations.took(name, tensor):
             without = self._completeness.without_overwritten_slots(name, tensor_plan)
-            copy_by_plan(without, tensor, self._memory)
+            copy_by_plan(without, tensor, self._memory, self._ops)
         self._completeness.note_copied(name, tensor_plan)
         return True
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from ..device.available_memory import available
+from ..device.ops import ops_for
 from ..errors import SERVES_OLD, ReloadError
 from ..options import POLICIES, Policy, ReloadOptions
 from ..plan.checkpoint_plan import Plan
@@ -50,7 +50,7 @@ def policy_for_iterator(model: nn.Module, state: EngineState, chosen: ReloadOpti
     if chosen.whole_model or ranks_of(state.record) > 1:
         return POLICIES["host"]
     needed = sum(group.nbytes for group in state.record.groups)
-    crowded = available(state.record.target_device) < needed + needed // 4
+    crowded = ops_for(state.record.target_device).free_bytes() < needed + needed // 4
     return POLICIES["spill" if crowded and has_rollback_source(model, state) else "host"]
 
 

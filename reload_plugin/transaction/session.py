@@ -21,6 +21,7 @@ from torch import nn
 
 from ..commit.strategies import StrategyName
 from ..device.gc_pause import full_gc_paused, gc_paused
+from ..device.ops import ops_for
 from ..errors import SERVES_OLD, LateLoaderError, SessionError
 from ..interrupts import call_out, deliver, held
 from ..load.completeness import Completeness
@@ -233,8 +234,8 @@ class ReloadSession:
         What processing leaves in cycles is collected when memory runs short, see ``device.host_memory``;
         memory of a device is not watched there.
         """
-        on_cpu = self._parts.record.target_device.type == "cpu"
-        return gc_paused() if on_cpu and self._parts.all_by_copy_plan else full_gc_paused()
+        may_pause = ops_for(self._parts.record.target_device).pauses_gc
+        return gc_paused() if may_pause and self._parts.all_by_copy_plan else full_gc_paused()
 
     # -- end ---------------------------------------------------------------------------------------
 

@@ -21,6 +21,7 @@ from torch import nn
 
 from .. import vllm_api
 from ..checkpoint import Source, open_folder
+from ..device.ops import ops_for
 from ..errors import SERVES_OLD, SHOWN, SessionError, SourceError
 from ..record.model_record import record_of
 from ..transaction.engine_state import state_of
@@ -119,8 +120,7 @@ class FilesTransfer:
         """
         try:
             self.receive_weights(self.parse_update_info(update_info))
-            if torch.accelerator.is_available():
-                torch.accelerator.synchronize()  # the weights may be copied on another stream
+            ops_for(_device_of(self.model)).fence()  # the weights may be copied on another stream
         except BaseException as error:
             _abandon(self.model)
             if isinstance(error, SourceError):
@@ -150,6 +150,13 @@ def _order(source: Source, names: Sequence[str] | None) -> Sequence[str] | None:
         more = f", and {len(absent) - SHOWN} more" if len(absent) > SHOWN else ""
         raise SourceError(f"{source.description} does not hold {', '.join(absent[:SHOWN])}{more}.")
     return names
+
+
+def _device_of(model: nn.Module) -> torch.device:
+    """The device that serves the model."""
+    if (record := record_of(model)) is not None:
+        return record.target_device
+    return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
 
 
 def _abandon(model: nn.Module) -> None:

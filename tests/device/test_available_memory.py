@@ -3,7 +3,6 @@
 from pathlib import Path
 
 import pytest
-import torch
 
 from reload_plugin.device.available_memory import UNLIMITED, available
 
@@ -56,9 +55,9 @@ def test_available_memory_is_the_least_that_any_control_group_leaves(case: str, 
     for name, text in (MEMINFO | files).items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text)
-    assert available(torch.device("cpu"), tmp_path) == left
+    assert available(tmp_path) == left
 
 
 def test_available_memory_without_any_of_these_files_is_not_limited(tmp_path: Path) -> None:
-    assert available(torch.device("cpu"), tmp_path) == UNLIMITED
-    assert 0 < available(torch.device("cpu")) < UNLIMITED
+    assert available(tmp_path) == UNLIMITED
+    assert 0 < available() < UNLIMITED

@@ -11,7 +11,8 @@ import torch
 
 from reload_plugin.checkpoint.io.readahead import SHARED, WORTH_SHARING, Batch, PageCache, Piece, runs_of
 from reload_plugin.device import openmp as team
-from reload_plugin.device.hashing import _PIECE, _WORTH_SHARING, Hash
+from reload_plugin.device.hashing import Hash
+from reload_plugin.device.value_hashes import _PIECE, _WORTH_SHARING
 from reload_plugin.errors import SourceError
 
 WHOLE = WORTH_SHARING + 3 * SHARED + 5

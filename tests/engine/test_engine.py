@@ -23,6 +23,7 @@ from reload_plugin.checkpoint.formats import safetensors_files
 from reload_plugin.checkpoint.io import read_batches
 from reload_plugin.commit.strategies import StagedCommit
 from reload_plugin.device import host_memory as memory
+from reload_plugin.device.cpu import CpuOps
 from reload_plugin.process import native_handles as native
 from reload_plugin.record import staged_storage
 from reload_plugin.record.model_record import record_of
@@ -725,17 +726,15 @@ def test_a_full_spill_disk_is_named_and_changes_nothing(
 def test_auto_takes_the_policy_that_there_is_memory_for_and_the_report_says_which(
     on_a: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from reload_plugin.transaction import reload
-
     def chosen() -> str:
         return reload_plugin.status(on_a.model)[0].report.old_generation
 
     needed = sum(group.nbytes for group in record_of(on_a.model).groups)
-    for destinations, policy in ((2 * needed, "host"), (needed, "spill")):
+    for free, policy in ((2 * needed, "host"), (needed, "spill")):
         on_a.reload(on_a.folders["A"])  # whatever was served before, what is served now is in files
         on_a.reload(on_a.folders["A"])
         assert chosen() == "reread", "both are in files, so memory does not matter"
-        monkeypatch.setattr(reload, "available", lambda _, destinations=destinations: destinations)
+        monkeypatch.setattr(CpuOps, "free_bytes", lambda _, free=free: free)
         on_a.push(iter(on_a.weights("B")))
         assert chosen() == policy
         on_a.assert_is("B")

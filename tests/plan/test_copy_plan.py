@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from reload_plugin.device.ops import ops_for
 from reload_plugin.plan.copy_plan import CopyPlan, TensorPlan, copy_by_plan
 from reload_plugin.plan.mismatches import Mismatches
 from reload_plugin.plan.tracer import LoadTrace
@@ -16,6 +17,7 @@ from reload_plugin.record.staged_storage import StagedStorage
 from reload_plugin.record.tensor_layout import Constant, Geometry, TensorFormat
 
 TRY = settings(deadline=None, database=None, max_examples=100)
+OPS = ops_for(torch.device("cpu"))
 UNTOUCHED = 7.0
 """What staging holds before anything is loaded."""
 
@@ -73,7 +75,7 @@ def copied(
     parameters: dict[str, torch.Tensor], tensor_plan: TensorPlan, weight: torch.Tensor
 ) -> dict[str, bytes]:
     memory = Memory(**parameters)
-    copy_by_plan(tensor_plan, weight, memory.of)
+    copy_by_plan(tensor_plan, weight, memory.of, OPS)
     return memory.contents()
 
 
@@ -222,14 +224,14 @@ def test_weights_of_every_size_arrive(numel: int) -> None:
     parameters = {"p": torch.empty(numel)}
     tensor_plan, _ = learn(Memory(**parameters), copy_all, torch.empty(numel))
     memory, weight = Memory(**parameters), random((numel,))
-    copy_by_plan(tensor_plan, weight, memory.of)
+    copy_by_plan(tensor_plan, weight, memory.of, OPS)
     assert torch.equal(memory.views["p"], weight)
 
 
 def test_a_scalar_arrives() -> None:
     tensor_plan, _ = learn(Memory(p=torch.empty(())), copy_all, torch.empty(()))
     memory = Memory(p=torch.empty(()))
-    copy_by_plan(tensor_plan, torch.tensor(2.5), memory.of)
+    copy_by_plan(tensor_plan, torch.tensor(2.5), memory.of, OPS)
     assert memory.views["p"].item() == 2.5
 
 
@@ -317,7 +319,7 @@ def test_what_is_computed_has_no_copies(loader: Loader) -> None:
     assert tensor_plan.copies is None
     assert CopyPlan(None, trace.loaded.tensor_plans).computed == 1
     with pytest.raises(AssertionError, match="loader"):
-        copy_by_plan(tensor_plan, random((4,)), Memory(p=torch.empty(4)).of)
+        copy_by_plan(tensor_plan, random((4,)), Memory(p=torch.empty(4)).of, OPS)
 
 
 def passing_over(views: dict[str, torch.Tensor], weight: torch.Tensor) -> None:
@@ -329,7 +331,7 @@ def test_what_the_loader_passes_over_has_an_empty_tensor_plan() -> None:
     tensor_plan, trace = learn(memory, passing_over, random((4,)))
     assert tensor_plan.copies == ()
     assert CopyPlan(None, trace.loaded.tensor_plans).computed == 0
-    copy_by_plan(tensor_plan, random((4,)), memory.of)
+    copy_by_plan(tensor_plan, random((4,)), memory.of, OPS)
     assert not memory.storages["p"].materialised
 
 

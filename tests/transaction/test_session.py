@@ -22,9 +22,9 @@ from vllm.model_executor.utils import replace_parameter, set_weight_attrs
 
 from reload_plugin import ReloadSession, record_for_reloading, reload_weights, restore_for_reloading, vllm_api
 from reload_plugin.checkpoint import TensorInfo
-from reload_plugin.commit import group_commit as commit
 from reload_plugin.commit.group_commit import Commit
 from reload_plugin.device import output_reuse as results
+from reload_plugin.device.cpu import CpuOps
 from reload_plugin.device.host_memory import MemoryGauge
 from reload_plugin.errors import (
     DuplicateWeightsError,
@@ -1156,8 +1156,8 @@ def test_a_tensor_that_is_made_unseen_has_not_the_values_of_one_that_is_gone() -
 def test_streaming_packs_into_what_is_served(monkeypatch: pytest.MonkeyPatch) -> None:
     """No copy is left to do, and none of the other policies may do that."""
     copied: list[int] = []
-    copy_into = commit.copy_into
-    monkeypatch.setattr(commit, "copy_into", lambda to, new: copied.append(new.nbytes) or copy_into(to, new))
+    copy = CpuOps.copy
+    monkeypatch.setattr(CpuOps, "copy", lambda ops, to, new: copied.append(new.nbytes) or copy(ops, to, new))
     for policy, expected in (("staged", True), ("streaming", False)):
         model = start(Model, Shrinking)
         copied.clear()

@@ -1,0 +1,73 @@
+"""Operations of every device that is not the CPU, by what torch offers for all of them."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+
+from .available_memory import available
+from .host_memory import HostPool
+from .value_hashes import contiguous_parts, device_sums
+
+
+class AcceleratorOps:
+    """See ``DeviceOps``. Copies are queued on the current stream, as torch queues them.
+
+    Args:
+        device: with its index, or without one for the current device of its type.
+
+    """
+
+    reads_files = False
+    reuses_outputs = False
+    has_native_handles = False
+    pauses_gc = False  # nothing watches whether this device's memory runs short
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
+    def allocate(
+        self,
+        placeholder: torch.UntypedStorage,
+        nbytes: int,
+        pool: HostPool | None,  # noqa: ARG002 - host memory is of no use here
+    ) -> torch.UntypedStorage:
+        """The placeholder, with memory from torch's caching allocator."""
+        placeholder.resize_(nbytes)
+        return placeholder
+
+    def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
+        """Torch's copy, queued on the current stream where it can be."""
+        target.copy_(source)
+
+    def copy_bytes(
+        self,
+        target: torch.UntypedStorage,  # noqa: ARG002 - there is no shortcut
+        start: int,  # noqa: ARG002
+        source: torch.Tensor,  # noqa: ARG002
+    ) -> bool:
+        """No shortcut: the address means nothing to the host."""
+        return False
+
+    def fence(self) -> None:
+        """Synchronize the device. Tensors on meta have no values, so nothing is queued for them."""
+        if self.device.type == "meta":
+            return
+        current = torch.accelerator.current_accelerator()
+        if current is not None and current.type == self.device.type:
+            torch.accelerator.synchronize(self.device)
+        else:
+            torch.get_device_module(self.device).synchronize()
+
+    def free_bytes(self) -> int:
+        """What the device says is free; what the host has left, for one whose module does not say."""
+        with contextlib.suppress(RuntimeError, AttributeError):
+            return int(torch.get_device_module(self.device).mem_get_info(self.device)[0])
+        return available()
+
+    def hash_values(self, tensor: torch.Tensor) -> Iterator[bytes | list[memoryview]]:
+        """Sums that the device makes of each contiguous part; only these come to the host."""
+        for part in contiguous_parts(tensor.detach()):
+            yield device_sums(part).cpu().numpy().tobytes()
