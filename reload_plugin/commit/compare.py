@@ -22,33 +22,33 @@ from ..tensors import storage_id, wraps_others
 from .group_commit import Commit, _same_layout
 
 
-def plan_commit(stage: StagedGroup) -> Commit:
+def plan_commit(staged: StagedGroup) -> Commit:
     """Compare a group's served state with its result; the group must show its served state."""
-    assert stage.result is not None, "a commit needs the result of processing"
-    commit = Commit(stage.group.name)
-    graft = _Comparison(stage.served, stage.result, commit, stage.overwritten)
-    for (holder, served), (_, result) in zip(stage.served.contents, stage.result.contents, strict=True):
-        graft.contents(stage.group.name, holder, served, result)
-    commit.native = _still_reachable(stage)
+    assert staged.result is not None, "a commit needs the result of processing"
+    commit = Commit(staged.group.name)
+    comparison = _Comparison(staged.served, staged.result, commit, staged.overwritten)
+    for (holder, served), (_, result) in zip(staged.served.contents, staged.result.contents, strict=True):
+        comparison.contents(staged.group.name, holder, served, result)
+    commit.native = _still_reachable(staged)
     return commit
 
 
-def _still_reachable(stage: StagedGroup) -> list[torch.Tensor]:
+def _still_reachable(staged: StagedGroup) -> list[torch.Tensor]:
     """What native code was given and the result still holds: a cold start would keep it alive too."""
-    assert stage.result is not None
-    if not stage.captured:
+    assert staged.result is not None
+    if not staged.captured:
         return []
-    sought = {storage_id(tensor) for tensor in stage.captured}
+    sought = {storage_id(tensor) for tensor in staged.captured}
     held: set[int | None] = set()
     # Of all values together: helpers hold one another, and a large config.
     seen: set[int] = set()
-    for _, contents in stage.result.contents:
+    for _, contents in staged.result.contents:
         for value in contents.values():
             if sought <= held:  # nearly always soon: it is the layer's own scales that are captured
                 break
             tensors = (found for found in reachable(value, seen) if isinstance(found, torch.Tensor))
-            held |= {storage_id(stage.result.data_of(tensor)) for tensor in tensors}
-    return [tensor for tensor in stage.captured if storage_id(tensor) in held]
+            held |= {storage_id(staged.result.data_of(tensor)) for tensor in tensors}
+    return [tensor for tensor in staged.captured if storage_id(tensor) in held]
 
 
 class _Comparison:
@@ -75,7 +75,7 @@ class _Comparison:
             value = new if old is ABSENT else self.value(f"{path}.{key[1]}", old, new)
             if value is not old:
                 self._commit.writes.append((holder, key, value))
-        for key in served.gone_from(result):
+        for key in served.keys_missing_in(result):
             self._commit.writes.append((holder, key, ABSENT))
 
     def value(self, path: str, old: object, new: object) -> object:
@@ -108,7 +108,7 @@ class _Comparison:
             self.contents(path, old, read(old), read(new))
             return old
         if owns_native(old):
-            self._commit.trades.append((old, new))
+            self._commit.exchanges.append((old, new))
             return old
         if isinstance(old, nn.Module) or _is_plain_object(old):
             self.contents(path, old, read(old), read(new))
@@ -129,11 +129,11 @@ class _Comparison:
             self._commit.copies.append((target, source))
         else:
             self._commit.moves.append((old, source, path))
-        self._look(old, new)
+        self._compare_attributes(old, new)
         self._alive.append(new)
         return old
 
-    def _look(self, old: torch.Tensor, new: torch.Tensor) -> None:
+    def _compare_attributes(self, old: torch.Tensor, new: torch.Tensor) -> None:
         state = self._result.tensors.get(id(new))
         cls = type(new) if state is None else state.cls
         attributes = dict(new.__dict__ if state is None else state.attributes)
@@ -147,7 +147,7 @@ class _Comparison:
             kept = old.__dict__
             differs = merged.keys() != kept.keys() or any(merged[k] is not kept[k] for k in merged)
             if cls is not type(old) or differs:
-                self._commit.looks.append((old, cls, merged))
+                self._commit.tensor_attributes.append((old, cls, merged))
 
     def _wrapper(self, path: str, old: Any, new: Any) -> object:
         if old is new:

@@ -49,7 +49,7 @@ class CommitLog:
             if commit.begun:
                 self.groups.add(commit.name)
         self._native[commit.name] = commit.native
-        for _, replaced in commit.trades:
+        for _, replaced in commit.exchanges:
             forget_handles(replaced, self._handles)
 
 
@@ -123,7 +123,7 @@ class StagedCommit(CommitStrategy):
         beside = commit.nbytes_beside(group)
         self._gauge.add(beside)
         for storage in self._release(group, commit.kept_storages(applied=False)):
-            storage.let_go()
+            storage.drop_references()
         held = sum(storage.nbytes for storage in group.storages if storage.materialised)
         self._admission.results += beside + held
         self.prepared_bytes += group.group.nbytes
@@ -141,7 +141,7 @@ class StreamingCommit(CommitStrategy):
         commit = plan_commit(group)
         self._log.apply(commit)
         for storage in self._release(group, commit.kept_storages(applied=True)):
-            storage.let_go()
+            storage.drop_references()
         group.drop()
         commit.forget()
 

@@ -42,21 +42,21 @@ class Completeness:
         self._copied_names: set[str] = set()
         self._settled = 0
         """How many of the landings had their coverage noted."""
-        self._stages: dict[str, StagedGroup] = {}
-        self._stage_of: dict[int, StagedGroup] = {}
+        self._staged_groups: dict[str, StagedGroup] = {}
+        self._group_of_storage: dict[int, StagedGroup] = {}
         self._storages: dict[str, tuple[StagedStorage, StagedGroup]] = {}
         self._last_written: dict[int, StagedGroup] = {}
 
-    def admit(self, stage: StagedGroup) -> None:
+    def admit(self, staged: StagedGroup) -> None:
         """Keep the book of one more group, which was just put into load format."""
-        self._stages[stage.group.name] = stage
-        for storage in stage.storages:
-            self._storages[storage.primary.name] = (storage, stage)
-            self._stage_of[storage.key] = stage
+        self._staged_groups[staged.group.name] = staged
+        for storage in staged.storages:
+            self._storages[storage.primary.name] = (storage, staged)
+            self._group_of_storage[storage.key] = staged
 
     def renewed(self, storage: StagedStorage) -> None:
         """A storage has new memory: find it by that from now on."""
-        self._stage_of[storage.key] = self._storages[storage.primary.name][1]
+        self._group_of_storage[storage.key] = self._storages[storage.primary.name][1]
 
     def storage_of(self, parameter: str) -> StagedStorage:
         return self._storages[parameter][0]
@@ -112,15 +112,15 @@ class Completeness:
         assert self.copy_plan is not None, "only routes tell where weights go"
         touched: dict[str, StagedGroup] = {}
         for parameter, names in direct_read.parameters.items():
-            stage = self._storages[parameter][1]
-            if (waiting := self._waiting.get(stage.group.name)) is not None:
+            staged = self._storages[parameter][1]
+            if (waiting := self._waiting.get(staged.group.name)) is not None:
                 waiting.difference_update(names)
-                touched[stage.group.name] = stage
-        arrived = [stage for group, stage in touched.items() if not self._waiting[group]]
-        return [stage for stage in arrived if self._is_trusted(stage)]
+                touched[staged.group.name] = staged
+        arrived = [staged for group, staged in touched.items() if not self._waiting[group]]
+        return [staged for staged in arrived if self._is_trusted(staged)]
 
     @property
-    def took_loader(self) -> bool:
+    def has_unplanned_weights(self) -> bool:
         """Whether the model's loader took a weight and no route said so: then there is something to learn."""
         foreseen = self.copy_plan.of if self.copy_plan is not None else {}
         arrived = self.loaded.tensor_plans
@@ -151,7 +151,7 @@ class Completeness:
         copy_plan = self.loaded.tensor_plans
         return sum(copy_plan[name].copies is None for name in copy_plan.keys() - self._copied_names)
 
-    def took_by_name(self, parameter: str) -> bool:
+    def was_complete_by_name(self, parameter: str) -> bool:
         """Whether a parameter's layer was complete by the names of its weights, as at the last reload."""
         found = self._storages.get(parameter)
         return found is not None and found[0].closed and not found[0].coverage.touched
@@ -161,7 +161,7 @@ class Completeness:
     def complete_after(self, name: str, recent: set[int]) -> list[StagedGroup]:
         """Groups that have everything now that ``name`` came and the storages ``recent`` were written."""
         arrived = [group for group in self._groups_of.get(name, ()) if self._arrived(group, name)]
-        complete = [stage for group in arrived if self._is_trusted(stage := self._stages[group])]
+        complete = [staged for group in arrived if self._is_trusted(staged := self._staged_groups[group])]
         return complete + self._covered_before(recent) if recent else complete
 
     def _arrived(self, group: str, name: str) -> bool:
@@ -169,11 +169,11 @@ class Completeness:
         self._waiting[group].discard(name)
         return not self._waiting[group]
 
-    def _is_trusted(self, stage: StagedGroup) -> bool:
+    def _is_trusted(self, staged: StagedGroup) -> bool:
         """Whether having all its weights by name means that a group is complete: when they are those that
         were planned, came by routes of the same shapes, or are seen to cover everything.
         """
-        return self._planned or is_covered(stage) or self._uncopied_of[stage.group.name] == 0
+        return self._planned or is_covered(staged) or self._uncopied_of[staged.group.name] == 0
 
     def _covered_before(self, recent: set[int]) -> list[StagedGroup]:
         """Groups nobody knows the weights of, which are covered and were left for another group.
@@ -181,15 +181,15 @@ class Completeness:
         Left, because a fused layer may get one more weight after its last element (compressed-tensors
         sends ``weight_shape`` once for each part); where that has been seen the group waits for the end.
         """
-        now = {id(stage): stage for key in recent if (stage := self._stage_of.get(key))}
-        left = [stage for key, stage in self._last_written.items() if key not in now]
+        now = {id(staged): staged for key in recent if (staged := self._group_of_storage.get(key))}
+        left = [staged for key, staged in self._last_written.items() if key not in now]
         self._last_written = now
         return [
-            stage
-            for stage in left
-            if stage.group.name not in self._waiting
-            and is_covered(stage)
-            and not any(storage.coverage.overlaps for storage in stage.storages)
+            staged
+            for staged in left
+            if staged.group.name not in self._waiting
+            and is_covered(staged)
+            and not any(storage.coverage.overlaps for storage in staged.storages)
         ]
 
     # -- the account ------------------------------------------------------------------------------
@@ -234,7 +234,7 @@ class Completeness:
             yield from ((name, copy.parameter) for copy in tensor_plan.copies or ())
 
 
-def is_covered(stage: StagedGroup) -> bool:
+def is_covered(staged: StagedGroup) -> bool:
     """Whether every element of every parameter of a group has been written."""
-    parameters = [storage for storage in stage.storages if storage.primary.is_parameter]
+    parameters = [storage for storage in staged.storages if storage.primary.is_parameter]
     return bool(parameters) and all(storage.coverage.complete for storage in parameters)

@@ -150,7 +150,7 @@ def _describe(item: object) -> str:
     return f"a {type(item).__name__}"
 
 
-class Router(Protocol):
+class PlanLoader(Protocol):
     """Loads weights without the model's loader."""
 
     def copy_by_plan(self, name: str, tensor: torch.Tensor) -> bool:
@@ -164,7 +164,7 @@ class Router(Protocol):
 
 
 def load_by_copy_plan(
-    load_weights: Callable[[Any], Any], feed: WeightStream, trace: LoadTrace, router: Router
+    load_weights: Callable[[Any], Any], stream: WeightStream, trace: LoadTrace, loader: PlanLoader
 ) -> None:
     """Load by known routes; only weights without one go through the model's loader, one at a time.
 
@@ -172,18 +172,18 @@ def load_by_copy_plan(
     """
     while True:
         try:
-            item = feed.fetch_item()
+            item = stream.fetch_item()
         except StopIteration:
             return
         if isinstance(item, DirectRead):
-            router.take_direct_read(item)
+            loader.take_direct_read(item)
             continue
         name, tensor = item
         del item
         if tensor is None:
             continue
-        if not router.copy_by_plan(name, tensor):
+        if not loader.copy_by_plan(name, tensor):
             with trace:
                 load_all(load_weights, WeightStream([(name, tensor)], trace, lambda: None), trace)
         del tensor  # a layer that is complete now gives its memory back
-        router.close_complete()
+        loader.close_complete()

@@ -38,7 +38,7 @@ class Changes:
         self._changes.discard(change)
 
     @contextlib.contextmanager
-    def held_off(self) -> Iterator[bool]:
+    def blocked(self) -> Iterator[bool]:
         """For the time of the block no reload begins. Yields whether all that is served is in its place."""
         with self._reading:
             yield all(change.show_served_if_idle() for change in list(self._changes))

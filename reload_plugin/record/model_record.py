@@ -112,9 +112,9 @@ class LayerRecord:
     """Its quant method creates weights on meta and is processed while the weights stream in."""
     late: bool = False
     """The tail of PWAL changes it once more, so its result is taken only after the tail."""
-    passed_over: bool = False
+    needs_no_processing: bool = False
     """PWAL has nothing to call for it."""
-    grown: bool = False
+    has_added_parameters: bool = False
     """A loader gave it a parameter that its constructor had not made."""
 
     @property
@@ -165,9 +165,9 @@ class Group:
         return any(layer.effect for layer in self.layers)
 
     @functools.cached_property
-    def passed_over(self) -> bool:
+    def needs_no_processing(self) -> bool:
         """Whether processing neither does anything to its layers nor has anything to call for them."""
-        return self.plain and all(layer.passed_over for layer in self.layers)
+        return self.plain and all(layer.needs_no_processing for layer in self.layers)
 
     @functools.cached_property
     def plain(self) -> bool:
@@ -194,10 +194,10 @@ class ModelRecord:
     """Who has the served weights out of their places at the moment."""
 
     @functools.cached_property
-    def grown_groups(self) -> frozenset[str]:
+    def groups_with_added_parameters(self) -> frozenset[str]:
         """Names of groups for which a loader made a parameter that the constructor had not made."""
-        grown = (group for group in self.groups if any(layer.grown for layer in group.layers))
-        return frozenset(group.name for group in grown)
+        added = (group for group in self.groups if any(layer.has_added_parameters for layer in group.layers))
+        return frozenset(group.name for group in added)
 
     @property
     def world_size(self) -> int:

@@ -23,7 +23,7 @@ class EnterOptions:
     by_copy_plan: bool = False
     noting: bool = False
     from_served: bool = False
-    straight: bool = False
+    write_to_served: bool = False
     alias_served: bool = False
 
 
@@ -72,7 +72,7 @@ class ModelView:
                 options.by_copy_plan,
                 options.noting,
                 options.from_served,
-                options.straight,
+                options.write_to_served,
                 options.alias_served,
             )
         return True

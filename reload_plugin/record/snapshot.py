@@ -106,7 +106,7 @@ class Snapshot(Mapping[Key, Any]):
                 if ((old := ours.get(name, ABSENT)) is not new or id(new) in besides) and _counts(kind, name):
                     yield (_kind_of_key(kind), name), old, new
 
-    def gone_from(self, after: Snapshot) -> Iterator[Key]:
+    def keys_missing_in(self, after: Snapshot) -> Iterator[Key]:
         """Keys that ``after``, of a holder like this one's, does not hold."""
         for kind, ours, theirs in zip(self.kinds, self.tables, after.tables, strict=True):
             if ours is theirs or ours.keys() <= theirs.keys():
@@ -114,7 +114,7 @@ class Snapshot(Mapping[Key, Any]):
             missing = (name for name in ours if name not in theirs)
             yield from ((_kind_of_key(kind), name) for name in missing if _counts(kind, name))
 
-    def put_on(self, holder: Any, now: Snapshot) -> None:
+    def apply_to(self, holder: Any, now: Snapshot) -> None:
         """Make ``holder``, which holds what ``now`` says, hold exactly this, in the same order."""
         for kind, ours, theirs in zip(self.kinds, self.tables, now.tables, strict=True):
             if _same_objects(ours, theirs):
@@ -313,7 +313,7 @@ def put_back(holder: object, before: Snapshot, now: Snapshot | None = None) -> N
     """Make ``holder`` hold exactly what it held ``before``, in the same order. ``now``: what it holds."""
     now = read(holder) if now is None else now
     if not now.is_same_as(before):
-        before.put_on(holder, now)
+        before.apply_to(holder, now)
 
 
 def equal(a: object, b: object) -> bool:

@@ -76,7 +76,7 @@ class StagedGroup:
         self._device = target_device
         self._shared = shared
         self._objects: dict[int, torch.Tensor] = {}
-        self._shelf: GroupState | None = None
+        self._hidden_state: GroupState | None = None
         self._entered: list[tuple[object, Snapshot]] = []
         self.served = GroupState([], {})
         self.result: GroupState | None = None
@@ -98,7 +98,7 @@ class StagedGroup:
         by_copy_plan: bool = False,
         noting: bool = False,
         from_served: bool = False,
-        straight: bool = False,
+        write_to_served: bool = False,
         alias_served: bool = False,
     ) -> None:
         """Put the group's layers into load format, without memory. Undone by ``served.show()``.
@@ -107,7 +107,7 @@ class StagedGroup:
             by_copy_plan: no loader will run, so what loaders leave behind beside values stays as it is.
             noting: ``loader_left_traces`` will be asked.
             from_served: values start as the ones that are served, where they have the load format.
-            straight: weights may be written to where they are served, before the group is whole.
+            write_to_served: weights may be written to where they are served, before the group is whole.
             alias_served: and no loader will look at the tensors, so those that are written to where they are
                 served stay as they are, if processing passes the group over.
 
@@ -120,7 +120,7 @@ class StagedGroup:
             if is_wrapper(record):
                 self._objects[id(record)] = _copy_of_wrapper(record)
         staged = [record for record in records if not is_wrapper(record)]
-        alias_served &= self.group.passed_over
+        alias_served &= self.group.needs_no_processing
         self._make_storages(staged, from_served, alias_served)
         if alias_served and not self._objects and all(storage.aliases_served for storage in self.storages):
             return  # all is as it is served: there is nothing to put back, or to compare
@@ -129,12 +129,14 @@ class StagedGroup:
             if not storage.aliases_served:
                 for record in storage.records:
                     self._resolve(record, storage)
-        if straight and not any(layer.deferred or layer.late or layer.online for layer in self.group.layers):
-            self._find_final(holders)
-        self._put_on(holders, places, by_copy_plan)
+        if write_to_served and not any(
+            layer.deferred or layer.late or layer.online for layer in self.group.layers
+        ):
+            self._use_served_memory(holders)
+        self._show_load_format(holders, places, by_copy_plan)
         self._entered = [(held, read(held)) for _, held in holders] if noting else []
 
-    def _put_on(
+    def _show_load_format(
         self,
         holders: list[tuple[HolderRecord, object]],
         places: list[tuple[object, Key, TensorRecord]],
@@ -159,19 +161,19 @@ class StagedGroup:
                 if isinstance(value, torch.Tensor):
                     yield f"{self.group.name}.{key[1]}", value
 
-    def _find_final(self, holders: list[tuple[HolderRecord, object]]) -> None:
+    def _use_served_memory(self, holders: list[tuple[HolderRecord, object]]) -> None:
         """Let weights be written to where they are served, where that is what loaders are to write to."""
         replaced = {id(holder.constructed.get(key)) for holder, _ in holders for key in holder.undo}
         for storage in self.storages:
             if not storage.aliases_served and not any(id(record) in replaced for record in storage.records):
-                storage.find_final()
+                storage.use_served_memory()
 
     def loader_left_traces(self) -> bool:
         """Whether a loader changed more than values: attributes of a layer or of a parameter.
 
         Then loading again without it would not give the same. Asked after loading, before processing.
         """
-        state = self._shelf if self._shelf is not None else self.capture()
+        state = self._hidden_state if self._hidden_state is not None else self.capture()
         states = zip(self._alive_holders(), self._entered, self.served.contents, state.contents, strict=True)
         for (holder, _), (_, entered), (_, served), (_, now) in states:
             for key in entered.keys() | now.keys():
@@ -192,7 +194,7 @@ class StagedGroup:
 
     def new_parameters(self) -> Iterator[torch.Tensor]:
         """The data of parameters that the layers have after loading and not in load format."""
-        state = self._shelf if self._shelf is not None else self.capture()
+        state = self._hidden_state if self._hidden_state is not None else self.capture()
         for _, contents in state.contents:
             for (kind, _), value in contents.items():
                 if kind == "_parameters" and value is not None and id(value) not in state.tensors:
@@ -282,15 +284,15 @@ class StagedGroup:
 
     def replaceable(self) -> list[torch.Tensor]:
         """Served tensors that the load format does not show: processing reads none of them."""
-        shown = self.final_storages()
+        shown = self.written_served_storages()
         made = [value.data for value in self.made_by_processing() if isinstance(value, torch.Tensor)]
         restaged = [state.data for state in self.served.tensors.values()]
         found = {storage_id(tensor): tensor for tensor in (*made, *restaged)}
         return [tensor for key, tensor in found.items() if key not in shown]
 
-    def final_storages(self) -> set[int]:
+    def written_served_storages(self) -> set[int]:
         """Identities of served memory that weights were written to."""
-        return {storage.key for storage in self.storages if storage.is_final}
+        return {storage.key for storage in self.storages if storage.is_served_memory}
 
     # -- moving between states --------------------------------------------------------------------
 
@@ -299,7 +301,7 @@ class StagedGroup:
         tensor = self._objects.get(id(record))
         if tensor is None:
             return None
-        return tensor.data if self._shelf is None else self._shelf.data_of(tensor)
+        return tensor.data if self._hidden_state is None else self._hidden_state.data_of(tensor)
 
     def capture(self) -> GroupState:
         """The state the group is in now."""
@@ -308,22 +310,22 @@ class StagedGroup:
 
     def hide(self) -> None:
         """Show the served state; ``unhide`` goes on where this left off."""
-        self._shelf = self.capture()
-        self.served.show(self._shelf)
+        self._hidden_state = self.capture()
+        self.served.show(self._hidden_state)
         for storage in self.storages:
-            storage.set_aside = self._shelf.tensors
+            storage.hidden_states = self._hidden_state.tensors
 
     def unhide(self) -> None:
         """Show the load format again."""
-        assert self._shelf is not None, "only a hidden group can be shown again"
-        self._shelf.show()
-        self._shelf = None
+        assert self._hidden_state is not None, "only a hidden group can be shown again"
+        self._hidden_state.show()
+        self._hidden_state = None
         for storage in self.storages:
-            storage.set_aside = None
+            storage.hidden_states = None
 
     @property
     def hidden(self) -> bool:
-        return self._shelf is not None
+        return self._hidden_state is not None
 
     def take_result(self) -> None:
         """Keep the present state as the result of processing and show the served one."""
@@ -336,7 +338,7 @@ class StagedGroup:
             if storage.key not in keep:
                 storage.release()
 
-    def let_go(self, keep: set[int]) -> list[StagedStorage]:
+    def remove_staging(self, keep: set[int]) -> list[StagedStorage]:
         """Take out all staging but the storages whose identity is in ``keep``: the result needs no others."""
         gone = [storage for storage in self.storages if storage.key not in keep]
         keys = {storage.key for storage in gone}
@@ -349,7 +351,7 @@ class StagedGroup:
 
     def drop(self) -> None:
         """Forget everything that is not served."""
-        self.result = self._shelf = None
+        self.result = self._hidden_state = None
         self._objects = {}
         self.storages = []
         self.captured = []

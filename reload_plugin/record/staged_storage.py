@@ -56,12 +56,12 @@ class StagedStorage:
         """Its values start as the ones that are served."""
         self.served: dict[int, torch.Tensor] = {}
         self.objects: dict[int, torch.Tensor] = {}
-        self.set_aside: Mapping[int, DataHolder] | None = None
+        self.hidden_states: Mapping[int, DataHolder] | None = None
         """While the live objects show what is served: object (by identity) -> its state in load format, which
         new memory goes to then."""
-        self.final: torch.UntypedStorage | None = None
+        self.served_memory: torch.UntypedStorage | None = None
         """Served memory that weights may be written to as it is: they stay there."""
-        self.is_final = False
+        self.is_served_memory = False
         """Its memory is ``final``, and what was served there is gone."""
         self.aliases_served = aliases_served and self._alias_served(device)
         """Its memory is ``final`` from the beginning: the served tensors are those that are loaded."""
@@ -80,11 +80,11 @@ class StagedStorage:
             for key, tensor in tensors
             if tensor is not None and tensor.device == device and not wraps_others(type(tensor))
         }
-        self.find_final()
-        if self.final is None:
+        self.use_served_memory()
+        if self.served_memory is None:
             self.served = {}
             return False
-        self.storage, self.views = self.final, dict(self.served)
+        self.storage, self.views = self.served_memory, dict(self.served)
         return True
 
     def _begin(self, device: torch.device) -> None:
@@ -127,11 +127,11 @@ class StagedStorage:
         if self.materialised:
             return
         self.materialised = True
-        self.is_final = self.aliases_served or (pool is not None and self.final is not None)
-        self._hold(0 if self.is_final else self.nbytes)
-        if self.is_final and self.final is not None:
+        self.is_served_memory = self.aliases_served or (pool is not None and self.served_memory is not None)
+        self._hold(0 if self.is_served_memory else self.nbytes)
+        if self.is_served_memory and self.served_memory is not None:
             if not self.aliases_served:
-                self._move_to(self.final)
+                self._move_to(self.served_memory)
         elif pool is not None and self.storage.device.type == "cpu" and self.nbytes >= SMALL:
             self._move_to(pool.take(self.nbytes))
         else:
@@ -155,10 +155,10 @@ class StagedStorage:
             view = self._view(record.format, self.storage.device)
             self.views[id(record)] = view
             tensor = self.objects[id(record)]
-            holder: DataHolder = tensor if self.set_aside is None else self.set_aside[id(tensor)]
+            holder: DataHolder = tensor if self.hidden_states is None else self.hidden_states[id(tensor)]
             holder.data = view
 
-    def let_go(self) -> None:
+    def drop_references(self) -> None:
         """Refer to the memory no longer; a pool has its block back once nothing else does either."""
         self._forget()
         self.views.clear()
@@ -168,7 +168,7 @@ class StagedStorage:
     def release(self) -> None:
         """Give the memory back, also under views that a loader still holds."""
         self._forget()
-        own = not self.is_final and not self.aliases_served
+        own = not self.is_served_memory and not self.aliases_served
         if own and self.storage.resizable():  # not once numpy has it: then with its views
             self.storage.resize_(0)
 
@@ -181,13 +181,13 @@ class StagedStorage:
         self._gauge.add(nbytes - self._held)
         self._held = nbytes
 
-    def find_final(self) -> None:
+    def use_served_memory(self) -> None:
         """Let weights be written to where these tensors are served, if they have the load format there."""
         served = [(record.format, self.served.get(id(record))) for record in self.records]
         if all(tensor is not None and _has_format(tensor, fmt) for fmt, tensor in served):
             places = {storage_id(tensor): tensor for _, tensor in served if tensor is not None}
             if len(places) == 1:
-                self.final = next(iter(places.values())).untyped_storage()
+                self.served_memory = next(iter(places.values())).untyped_storage()
 
     def _initialise(self, record: TensorRecord, unwritten: bool) -> None:
         view, initial = self.views[id(record)], record.format.initial

@@ -48,7 +48,7 @@ def copy_kernel_format(
     if state.vote is not None:
         state.vote(None)
     nbytes, names = sum(tensor.nbytes for tensor in staged.values()), list(staged)
-    with state.record.changes.held_off(), torch.inference_mode(False), torch.no_grad():
+    with state.record.changes.blocked(), torch.inference_mode(False), torch.no_grad():
         _copy_all(staged, served)
         state.commit(chosen.weight_version, source, whole=False)
     state.replace_rollback_source(None)

@@ -37,7 +37,7 @@ def base_of(model: nn.Module, state: EngineState) -> Source | None:
     return None if base is None or isinstance(base, DummyWeights) else base
 
 
-def laid_over(
+def overlay_update(
     model: nn.Module, state: EngineState, base: Source, top: Source
 ) -> tuple[Overlay, frozenset[str] | None]:
     """``base`` with the weights of ``top``, all of which the model has a use for, and the groups they change;
@@ -87,7 +87,7 @@ def groups_to_load(record: ModelRecord, plan: Plan, changed: frozenset[str]) -> 
     names_of = plan.names_of_group
     if plan.copy_plan is None or not changed <= names_of.keys():
         return None
-    found = changed | _tail(record)
+    found = changed | _processed_last(record)
     while True:
         names = frozenset().union(*(names_of.get(group, frozenset()) for group in found))
         sharing = {group for group, theirs in names_of.items() if not theirs.isdisjoint(names)}
@@ -97,7 +97,7 @@ def groups_to_load(record: ModelRecord, plan: Plan, changed: frozenset[str]) -> 
         found = more
 
 
-def _tail(record: ModelRecord) -> frozenset[str]:
+def _processed_last(record: ModelRecord) -> frozenset[str]:
     """Groups that vLLM processes after all others."""
     return frozenset(group.name for group in record.groups if group.deferred or group.late)
 
@@ -109,13 +109,13 @@ def _processed_with(record: ModelRecord, groups: frozenset[str]) -> frozenset[st
     pairs = [
         (group_of[layer], group_of[outer])
         for layer in group_of
-        for outer in _around(layer)
+        for outer in _enclosing_modules(layer)
         if outer in group_of
     ]
     return frozenset(one for pair in pairs for one in pair if not groups.isdisjoint(pair))
 
 
-def _around(layer: str) -> Iterator[str]:
+def _enclosing_modules(layer: str) -> Iterator[str]:
     """The names of the modules that a layer lies in, but for the model itself."""
     while "." in layer:
         layer = layer.rpartition(".")[0]
@@ -139,17 +139,17 @@ def update_in_place(
             "This model's loader keeps weights back or puts several together, so it is not known which "
             f"layers some of them change, and the others cannot be read again. {SERVES_OLD} Send all weights."
         )
-    tail = _tail(state.record)
+    last = _processed_last(state.record)
     unfit = _changed_by_processing(state.record, touched)
     if not unfit:
-        known = KnownCheckpoint(groups=touched | tail)
+        known = KnownCheckpoint(groups=touched | last)
         with session_for(model, state, top.description, "staged", known, from_served=True) as rehearsal:
             unfit = rehearsal.rehearse()
     if unfit:
         _refuse(state, top, unfit)
     known = known_checkpoint(model, state)
     chosen = KnownCheckpoint(
-        plan.names_of_group, False, plan.copy_plan, known.was_written, known.start_shapes, touched | tail
+        plan.names_of_group, False, plan.copy_plan, known.was_written, known.start_shapes, touched | last
     )
     with session_for(model, state, top.description, "staged", chosen, from_served=True) as session:
         session.agree = state.vote
@@ -215,7 +215,7 @@ def _refuse(state: EngineState, top: Source, unfit: Iterable[str]) -> None:
     )
 
 
-def absorbed(served: Overlay, folder: str | None = None) -> Source:
+def merge_updates(served: Overlay, folder: str | None = None) -> Source:
     """The same weights in fewer layers: what was kept of the update before the last takes the last one's too.
 
     Args:

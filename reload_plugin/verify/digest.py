@@ -38,7 +38,7 @@ def digest_of(record: ModelRecord, handles: Handles, forget: bool = True) -> str
         something cannot be hashed, which is logged: the new weights are served by then.
 
     """
-    book = _DigestBuilder(handles)
+    builder = _DigestBuilder(handles)
     try:
         for layer in record.layers:
             if not layer.has_keys:
@@ -46,8 +46,8 @@ def digest_of(record: ModelRecord, handles: Handles, forget: bool = True) -> str
             alive = [(holder, held) for holder in layer.holders if (held := holder.ref()) is not None]
             own = {id(held) for _, held in alive}
             for holder, held in alive:
-                book.add_holder(f"{layer.name}.{holder.path}", holder, held, own)
-        return book.close(forget)
+                builder.add_holder(f"{layer.name}.{holder.path}", holder, held, own)
+        return builder.close(forget)
     except Exception as error:  # noqa: BLE001 - tensors of any kind; no digest is worth a failed reload
         logger.warning("What is served has no digest: %s: %s", type(error).__name__, error)
         return None

@@ -144,14 +144,14 @@ def _recording_processing(original: Callable[..., None]) -> Callable[..., None]:
         from ..checkpoint.config import start_config
         from ..process.native_handles import watching_native
         from ..record.model_record import record_of
-        from ..record.recorder import TailWatch, finish_record, look
+        from ..record.recorder import TailWatch, finish_record, observe
         from ..transaction.engine_state import begin_state
 
         record = record_of(model) if isinstance(model, nn.Module) else None
         if record is None or record.complete:
             original(model, model_config, target_device)
             return
-        loaded = look(record)
+        loaded = observe(record)
         handles: dict[int, bytes | None] = {}
         with TailWatch(model, record) as watch, watching_native(target_device, handles):
             original(model, model_config, target_device)

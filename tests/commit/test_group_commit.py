@@ -32,14 +32,14 @@ class Pair(NamedTuple):
 
 def plan(served: object, twin: object, captured: tuple[torch.Tensor, ...] = ()) -> Commit:
     """The commit that makes ``served`` hold the values of ``twin``, which stands for its result."""
-    stage = types.SimpleNamespace(
+    staged = types.SimpleNamespace(
         group=types.SimpleNamespace(name="layer"),
         served=GroupState([(served, read(served))], {}),
         result=GroupState([(served, read(twin))], {}),
         captured=list(captured),
         overwritten=set(),
     )
-    return plan_commit(stage)
+    return plan_commit(staged)
 
 
 def commit(served: object, twin: object) -> Commit:
@@ -126,14 +126,14 @@ def test_one_object_with_two_states_gets_the_values_of_the_later_one() -> None:
     layer, result = Helper(weight=weight), TensorState.of(weight)
     weight.data = torch.zeros(3)
     address = weight.data_ptr()
-    stage = types.SimpleNamespace(
+    staged = types.SimpleNamespace(
         group=types.SimpleNamespace(name="layer"),
         served=GroupState([(layer, read(layer))], {id(weight): TensorState.of(weight)}),
         result=GroupState([(layer, read(layer))], {id(weight): result}),
         captured=[],
         overwritten=set(),
     )
-    plan_commit(stage).apply()
+    plan_commit(staged).apply()
     assert layer.weight is weight
     assert weight.data_ptr() == address
     assert torch.equal(weight, torch.ones(3))
@@ -159,7 +159,7 @@ def test_a_changed_layout_moves_the_memory_and_keeps_the_object(twin: torch.Tens
 def test_a_tensor_that_nobody_changed_costs_nothing() -> None:
     weight = old()
     planned = plan(Helper(weight=weight), Helper(weight=weight))
-    assert [planned.copies, planned.moves, planned.writes, planned.looks] == [[], [], [], []]
+    assert [planned.copies, planned.moves, planned.writes, planned.tensor_attributes] == [[], [], [], []]
 
 
 def test_the_class_and_the_attributes_of_a_tensor_follow_the_result() -> None:

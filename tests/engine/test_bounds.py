@@ -43,7 +43,7 @@ class Meter:
     def note(self, storage: staged_storage.StagedStorage) -> None:
         """One more was allocated."""
         self._alive.add(storage)
-        staged = [found for found in self._alive if not found.is_final]
+        staged = [found for found in self._alive if not found.is_served_memory]
         waiting = [found.storage.nbytes() for found in staged if not found.closed]
         self.open = max(self.open, sum(waiting))
         self.layers = max(self.layers, sum(nbytes > 0 for nbytes in waiting))
@@ -163,13 +163,13 @@ def test_no_garbage_is_searched_for_while_a_folder_is_read(
     policy: str, engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     searched: list[bool] = []
-    process = group_pipeline.process_stage
+    process = group_pipeline.process_group
 
     def noting(*args: object) -> None:
         searched.append(gc.isenabled())
         process(*args)
 
-    monkeypatch.setattr(group_pipeline, "process_stage", noting)
+    monkeypatch.setattr(group_pipeline, "process_group", noting)
     options = {"weights_path": str(engine.folders["B"]), "policy": policy}
     engine.llm.collective_rpc("reload_weights", kwargs=options)
     assert searched
@@ -189,7 +189,7 @@ def test_what_processing_leaves_where_it_is_needs_no_staging(
 
     def noting(storage: staged_storage.StagedStorage, *args: object, **kwargs: object) -> None:
         allocate(storage, *args, **kwargs)
-        staged[storage.primary.name] = not storage.is_final
+        staged[storage.primary.name] = not storage.is_served_memory
 
     monkeypatch.setattr(staged_storage.StagedStorage, "materialise", noting)
     options = {"weights_path": str(engine.folders["B"]), "policy": policy}

@@ -313,9 +313,9 @@ def test_so_it_does_when_the_constructors_values_cannot_be_written(monkeypatch: 
     monkeypatch.setattr(StagedStorage, "_initialise", failing_to)
     with planned(model, {"linear.weight": B["linear.weight"]}) as session:
         session.load_last([("linear.weight", B["linear.weight"])])
-        (stage,) = [stage for stage in session.parts.view.groups if stage.group.name == "norm"]
+        (staged,) = [staged for staged in session.parts.view.groups if staged.group.name == "norm"]
         with session.loading(), pytest.raises(RuntimeError, match="no such kernel"):
-            session.parts.pipeline._close(stage)
+            session.parts.pipeline._close(staged)
         assert session.touched_groups == {"linear", "norm"}
 
 
@@ -324,9 +324,9 @@ def test_served_memory_is_never_given_back() -> None:
     before = values(model)
     with planned(model, B) as session:
         with session.loading():
-            (stage,) = [stage for stage in session.parts.view.groups if stage.group.name == "norm"]
-            assert all(storage.aliases_served for storage in stage.storages)
-            stage.release(set())
+            (staged,) = [staged for staged in session.parts.view.groups if staged.group.name == "norm"]
+            assert all(storage.aliases_served for storage in staged.storages)
+            staged.release(set())
         session.abort()
     assert values(model) == before
 

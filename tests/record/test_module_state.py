@@ -310,7 +310,7 @@ def test_what_differs_is_found_with_what_was_asked_for_and_what_is_gone(
             assert {key for key, _, _ in found} == wanted
             assert len(found) == len(wanted)
             assert all(old is before.get(key, ABSENT) and new is after[key] for key, old, new in found)
-        gone = list(before.gone_from(after))
+        gone = list(before.keys_missing_in(after))
         assert set(gone) == before.keys() - after.keys()
         assert len(gone) == len(set(gone))
 

@@ -595,17 +595,17 @@ def test_small_layers_are_looked_at_together(
 def test_what_a_group_serves_is_known_before_while_and_after_it_is_staged(make: Make) -> None:
     model = cold(make, A)
     for group in record_of(model).groups:
-        stage = StagedGroup(group, CPU, frozenset(), MemoryGauge())
+        staged = StagedGroup(group, CPU, frozenset(), MemoryGauge())
 
-        def served(stage: StagedGroup = stage) -> set[int | None]:
-            return {storage_id(tensor) for _, tensor in stage.served_tensors()}
+        def served(staged: StagedGroup = staged) -> set[int | None]:
+            return {storage_id(tensor) for _, tensor in staged.served_tensors()}
 
         before = served()
-        stage.enter()
-        staged = {storage.key for storage in stage.storages}
-        assert served() - staged == before
-        stage.served.show()
-        stage.drop()
+        staged.enter()
+        keys = {storage.key for storage in staged.storages}
+        assert served() - keys == before
+        staged.served.show()
+        staged.drop()
         assert served() == before
         held = group.layers[0].ref().parameters(recurse=False)
         assert {storage_id(parameter) for parameter in held} <= before
@@ -1299,7 +1299,7 @@ def straight(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     def noting(storage: staged_storage.StagedStorage, *args: Any, **kwargs: Any) -> None:
         materialise(storage, *args, **kwargs)
-        found.extend([storage.primary.name] if storage.is_final else [])
+        found.extend([storage.primary.name] if storage.is_served_memory else [])
 
     monkeypatch.setattr(staged_storage.StagedStorage, "materialise", noting)
     return found
