@@ -15,9 +15,10 @@ import torch
 from torch import nn
 from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-defined]
 
+from ..record.group_state import GroupState
 from ..record.module_state import cell_content, has_attributes, is_foreign, owns_native, reachable
 from ..record.snapshot import ABSENT, Snapshot, equal, read
-from ..record.staged_group import GroupState, StagedGroup
+from ..record.staged_group import StagedGroup
 from ..tensors import storage_id, wraps_others
 from .group_commit import Commit, _same_layout
 

@@ -34,7 +34,7 @@ def process_group(
         record: of the model.
         original: vLLM's own processing.
         watch: the watch over native handles, paused.
-        outputs: takes results where they may be written to where they are served; then a failure may leave the
+        outputs: offers served buffers to packing kernels as their outputs; then a failure may leave the
             group's served values half written, and ``staged.overwritten`` is not empty.
 
     """

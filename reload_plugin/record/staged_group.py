@@ -9,59 +9,17 @@ device but no memory until somebody touches them.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
 
 from ..device.host_memory import MemoryGauge
-from ..errors import UnsupportedError
 from ..tensors import storage_id, wraps_others
+from .group_state import GroupState, TensorState
+from .load_format import alive_holders, copy_of_wrapper, is_wrapper, load_format_places, staged_storages
 from .model_record import Group, HolderRecord, TensorRecord
-from .snapshot import ABSENT, Key, Snapshot, equal, put_back, read, same, tables_of, write
+from .snapshot import ABSENT, Key, Snapshot, equal, read, same, write
 from .staged_storage import StagedStorage
-
-
-@dataclass(eq=False)
-class TensorState:
-    """What one tensor object is made of; the object itself stays the same."""
-
-    tensor: torch.Tensor
-    data: torch.Tensor
-    cls: type[torch.Tensor]
-    attributes: dict[str, Any]
-
-    @staticmethod
-    def of(tensor: torch.Tensor) -> TensorState:
-        return TensorState(tensor, tensor.data, type(tensor), dict(tensor.__dict__))
-
-    def show(self) -> None:
-        """Make the object this again."""
-        self.tensor.data = self.data
-        self.tensor.__class__ = self.cls
-        self.tensor.__dict__ = dict(self.attributes)
-
-
-@dataclass(eq=False)
-class GroupState:
-    """A whole state of a group: what its holders hold and what its tensors are made of."""
-
-    contents: list[tuple[object, Snapshot]]
-    tensors: dict[int, TensorState]
-
-    def show(self, now: GroupState | None = None) -> None:
-        """Put it on the live objects; they are as ``now`` says, if that was just taken of the same group."""
-        held = [None] * len(self.contents) if now is None else [contents for _, contents in now.contents]
-        for (holder, contents), present in zip(self.contents, held, strict=True):
-            put_back(holder, contents, present)
-        for state in self.tensors.values():
-            state.show()
-
-    def data_of(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The data ``tensor`` has in this state (its present data if this state says nothing)."""
-        state = self.tensors.get(id(tensor))
-        return tensor.data if state is None else state.data
 
 
 class StagedGroup:
@@ -112,16 +70,18 @@ class StagedGroup:
                 served stay as they are, if processing passes the group over.
 
         """
-        holders = self._alive_holders()
+        holders = alive_holders(self.group)
         self.served = GroupState([], {})
-        places = self._places(holders)
+        places = load_format_places(holders, self._shared)
         records = list({id(record): record for _, _, record in places}.values())
         for record in records:
             if is_wrapper(record):
-                self._objects[id(record)] = _copy_of_wrapper(record)
+                self._objects[id(record)] = copy_of_wrapper(record)
         staged = [record for record in records if not is_wrapper(record)]
         alias_served &= self.group.needs_no_processing
-        self._make_storages(staged, from_served, alias_served)
+        self.storages = staged_storages(
+            staged, self._device, self._gauge, from_served=from_served, aliases_served=alias_served
+        )
         if alias_served and not self._objects and all(storage.aliases_served for storage in self.storages):
             return  # all is as it is served: there is nothing to put back, or to compare
         self.served.contents = [(held, read(held)) for _, held in holders]
@@ -153,7 +113,7 @@ class StagedGroup:
 
     def served_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Path and data of what the group serves, also when it is over and all of that is shown."""
-        contents = self.served.contents or [(held, read(held)) for _, held in self._alive_holders()]
+        contents = self.served.contents or [(held, read(held)) for _, held in alive_holders(self.group)]
         for state in self.served.tensors.values():
             yield self.group.name, state.data
         for _, held in contents:
@@ -174,7 +134,9 @@ class StagedGroup:
         Then loading again without it would not give the same. Asked after loading, before processing.
         """
         state = self._hidden_state if self._hidden_state is not None else self.capture()
-        states = zip(self._alive_holders(), self._entered, self.served.contents, state.contents, strict=True)
+        states = zip(
+            alive_holders(self.group), self._entered, self.served.contents, state.contents, strict=True
+        )
         for (holder, _), (_, entered), (_, served), (_, now) in states:
             for key in entered.keys() | now.keys():
                 value = now.get(key, ABSENT)
@@ -200,43 +162,6 @@ class StagedGroup:
                 if kind == "_parameters" and value is not None and id(value) not in state.tensors:
                     yield state.data_of(value)
 
-    def _alive_holders(self) -> list[tuple[HolderRecord, object]]:
-        found = []
-        for layer in self.group.layers:
-            if layer.ref() is None:
-                continue
-            for holder in layer.holders:
-                held = holder.ref()
-                if held is not None:
-                    found.append((holder, held))
-        return found
-
-    def _places(self, holders: list[tuple[HolderRecord, object]]) -> list[tuple[object, Key, TensorRecord]]:
-        """Where load-format tensors go: where PWAL changed them, and where they still are."""
-        places = []
-        for holder, held in holders:
-            tables = tables_of(held) if holder.constructed else {}
-            for key, record in holder.constructed.items():
-                if key in holder.undo:
-                    places.append((held, key, record))
-                    continue
-                kind, name = key
-                tensor = record.ref()
-                in_place = tensor is not None and tables[kind].get(name) is tensor
-                if in_place and id(record) not in self._shared:
-                    places.append((held, key, record))
-        return places
-
-    def _make_storages(self, records: list[TensorRecord], from_served: bool, aliases_served: bool) -> None:
-        by_storage: dict[tuple[int, torch.device], list[TensorRecord]] = {}
-        for record in records:
-            device = self._device if record.format.device.type == "meta" else record.format.device
-            by_storage.setdefault((record.storage, device), []).append(record)
-        self.storages = [
-            StagedStorage(found, device, self._gauge, from_served=from_served, aliases_served=aliases_served)
-            for (_, device), found in by_storage.items()
-        ]
-
     def _resolve(self, record: TensorRecord, storage: StagedStorage) -> None:
         """Find or make the object of a load-format tensor and give it its placeholder."""
         view, fmt = storage.views[id(record)], record.format
@@ -258,7 +183,7 @@ class StagedGroup:
         """(record, served parameter, load-format tensor) of all that is a parameter in both formats. The
         group has to be hidden.
         """
-        for holder, held in self._alive_holders():
+        for holder, held in alive_holders(self.group):
             if not isinstance(held, nn.Module):
                 continue
             for (kind, name), record in holder.constructed.items():
@@ -279,7 +204,7 @@ class StagedGroup:
 
     def made_by_processing(self) -> list[object]:
         """Served values that the load format does not show: processing makes them anew."""
-        holders = zip(self._alive_holders(), self.served.contents, strict=True)
+        holders = zip(alive_holders(self.group), self.served.contents, strict=True)
         return [contents.get(key) for (holder, _), (_, contents) in holders for key in holder.undo]
 
     def replaceable(self) -> list[torch.Tensor]:
@@ -367,22 +292,3 @@ class StagedGroup:
     @property
     def touched(self) -> bool:
         return any(storage.coverage.touched for storage in self.storages)
-
-
-def is_wrapper(record: TensorRecord) -> bool:
-    """Whether a record describes a tensor subclass that wraps other tensors (torchao)."""
-    return wraps_others(record.format.cls)
-
-
-def _copy_of_wrapper(record: TensorRecord) -> torch.Tensor:
-    tensor = record.ref()
-    if tensor is None:
-        raise UnsupportedError(
-            f"{record.name} is a {record.format.cls.__name__} that no longer exists, and its load format "
-            "cannot be rebuilt from a description. The engine serves what it served before."
-        )
-    copy = tensor.detach().clone()
-    if isinstance(tensor, nn.Parameter):
-        copy = nn.Parameter(copy, requires_grad=tensor.requires_grad)
-    copy.__dict__.update(record.format.attributes)
-    return copy

@@ -14,9 +14,9 @@ from torch import nn
 from reload_plugin.commit.compare import plan_commit
 from reload_plugin.commit.group_commit import Commit
 from reload_plugin.process.native_handles import release_native_memory
+from reload_plugin.record.group_state import GroupState, TensorState
 from reload_plugin.record.module_state import tensors_in
 from reload_plugin.record.snapshot import read
-from reload_plugin.record.staged_group import GroupState, TensorState
 from reload_plugin.tensors import storage_id
 
 
