@@ -1,7 +1,7 @@
 """What makes a group's served values equal to the result of processing.
 
-The served values and their new twins are walked side by side. Tensors are copied into the ones already
-there; objects that own native resources trade their contents with their new twin; plain values are replaced.
+Served and new values are walked in parallel. New tensors are copied into the served ones, objects that own
+native resources exchange their contents with the new object, plain values are replaced.
 """
 
 from __future__ import annotations
@@ -24,7 +24,9 @@ from .group_commit import Commit, _same_layout
 
 
 def plan_commit(staged: StagedGroup) -> Commit:
-    """Compare a group's served state with its result; the group must show its served state."""
+    """Compare a group's served state with its result. The group has to show its served state; nothing is
+    written.
+    """
     assert staged.result is not None, "a commit needs the result of processing"
     commit = Commit(staged.group.name)
     comparison = _Comparison(staged.served, staged.result, commit, staged.overwritten)
@@ -35,17 +37,17 @@ def plan_commit(staged: StagedGroup) -> Commit:
 
 
 def _still_reachable(staged: StagedGroup) -> list[torch.Tensor]:
-    """What native code was given and the result still holds: a cold start would keep it alive too."""
+    """Tensors that native handles point into and that the result holds, as it would after a cold start."""
     assert staged.result is not None
     if not staged.captured:
         return []
     sought = {storage_id(tensor) for tensor in staged.captured}
     held: set[int | None] = set()
-    # Of all values together: helpers hold one another, and a large config.
+    # One set for all values: helpers hold one another, and a large config.
     seen: set[int] = set()
     for _, contents in staged.result.contents:
         for value in contents.values():
-            if sought <= held:  # nearly always soon: it is the layer's own scales that are captured
+            if sought <= held:  # usually early: the layer's own scales are captured
                 break
             tensors = (found for found in reachable(value, seen) if isinstance(found, torch.Tensor))
             held |= {storage_id(staged.result.data_of(tensor)) for tensor in tensors}
@@ -53,7 +55,7 @@ def _still_reachable(staged: StagedGroup) -> list[torch.Tensor]:
 
 
 class _Comparison:
-    """Walks served values and their new twins in parallel and notes what makes them equal."""
+    """Walks served and new values in parallel and collects the changes that make them equal."""
 
     def __init__(
         self, served: GroupState, result: GroupState, commit: Commit, overwritten: Collection[int] = ()
@@ -63,7 +65,7 @@ class _Comparison:
         self._result = result
         self._commit = commit
         self._restaged = served.tensors.keys()
-        """Tensors (by identity) that may have other values, though the object is the same."""
+        """Tensors (by identity) whose values may differ although the object is the same."""
         self._done: dict[tuple[int, int], object] = {}
         self._sources: dict[int, int] = {}
         self._alive: list[object] = []
@@ -80,7 +82,7 @@ class _Comparison:
             self._commit.writes.append((holder, key, ABSENT))
 
     def value(self, path: str, old: object, new: object) -> object:
-        """What to hold in place of ``old``: ``old`` itself wherever it can be made equal to ``new``."""
+        """The value to hold instead of ``old``: ``old`` itself if it can be made equal to ``new``."""
         if isinstance(old, torch.Tensor) and isinstance(new, torch.Tensor):
             return self._tensor(path, old, new)
         if old is new:
@@ -123,7 +125,7 @@ class _Comparison:
             return new
         target, source = self._served.data_of(old), self._result.data_of(new)
         if storage_id(source) in self._overwritten and not _same_memory(target, source):
-            source = source.clone()  # it lies where something else is served, whose own value goes there
+            source = source.clone()  # its memory serves another tensor, which the commit overwrites
         if _same_memory(target, source):
             pass
         elif _same_layout(target, source):
@@ -206,7 +208,7 @@ class _Comparison:
 
 
 def _is_plain_object(value: object) -> bool:
-    """An object whose whole state is its attributes, and not shared infrastructure."""
+    """Whether a value is an object whose whole state is its attributes, and not shared infrastructure."""
     if is_foreign(type(value)) or isinstance(value, type):
         return False
     return has_attributes(value)

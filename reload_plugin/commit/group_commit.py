@@ -16,15 +16,15 @@ from ..tensors import storage_id
 
 @dataclass(eq=False)
 class Commit:
-    """Everything that makes one group's new values the served ones. Owns the new tensors."""
+    """All changes that make one group's new values the served ones. Owns the new tensors."""
 
     name: str
     copies: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)
     """(served, new), same shape, stride and dtype."""
     moves: list[tuple[torch.Tensor, torch.Tensor, str]] = field(default_factory=list)
-    """(served, new, path) whose layout changed: the object stays, the address cannot."""
+    """(served, new, path) whose layout changed: the object is kept, the address is not."""
     exchanges: list[tuple[object, object]] = field(default_factory=list)
-    """(served, new) owners of native resources."""
+    """(served, new) owners of native resources, whose contents are exchanged."""
     writes: list[tuple[object, Key, object]] = field(default_factory=list)
     tensor_attributes: list[tuple[torch.Tensor, type, dict[str, Any]]] = field(default_factory=list)
     """(served tensor, class, attributes) where processing changed them."""
@@ -32,12 +32,14 @@ class Commit:
     """(closure cell of a served function, new content)."""
 
     begun: bool = False
-    """Whether anything served may have changed already."""
+    """Whether served values may have changed already."""
     native: list[torch.Tensor] = field(default_factory=list)
-    """New memory that native handles point into; it has to live as long as they do."""
+    """New memory that native handles point into; it has to live as long as the handles."""
 
     def kept_storages(self, applied: bool) -> set[int]:
-        """Storages that this commit, or what it put in place, still reads."""
+        """Identities of the storages that the commit (before it is applied) or the served values (after)
+        read.
+        """
         values = [value for _, _, value in self.writes] + [value for _, value in self.cells]
         values += [attributes for _, _, attributes in self.tensor_attributes]
         held = [new for _, new, _ in self.moves] + self.native
@@ -58,14 +60,14 @@ class Commit:
         return all(torch.equal(_bits(served), _bits(new)) for served, new in self.copies)
 
     def forget(self) -> None:
-        """Let go of the new tensors, once they are applied."""
+        """Drop the new tensors after they were applied."""
         lists = (self.copies, self.moves, self.exchanges, self.writes, self.tensor_attributes, self.cells)
         for held in lists:
             held.clear()
         self.native = []
 
     def apply(self) -> None:
-        """Serve the new values. Touches only memory that is already there."""
+        """Serve the new values. Writes only to memory that exists already."""
         self.begun = True
         with torch.inference_mode(False), torch.no_grad():
             for served, new in self.copies:
@@ -99,9 +101,9 @@ def _bits(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _exchange_contents(served: object, new: object) -> None:
-    """Exchange what two objects hold, keeping each one's tensor objects where they are.
+    """Exchange what two objects hold; each keeps its own tensor objects.
 
-    Afterwards ``new`` owns the old native resource and releases it when it goes away.
+    Afterwards ``new`` owns the old native resource and releases it when it is freed.
     """
     ours, theirs = read(served), read(new)
     gone = ((key, ours.get(key), ABSENT) for key in ours.keys_missing_in(theirs))

@@ -26,16 +26,19 @@ def process_group(
 ) -> None:
     """Process a loaded group; afterwards its layers are in kernel format with the new values.
 
-    Layers of online methods are first processed the way they are while a cold start streams the
-    weights in, and then once more with everything else, as a cold start does.
+    Layers of online quantization are processed twice, as in a cold start: once as at the end of their
+    weights, and once with all layers.
 
     Args:
         staged: the group.
         record: of the model.
         original: vLLM's own processing.
-        watch: the watch over native handles, paused.
+        watch: records native handles; paused before and after.
         outputs: offers served buffers to packing kernels as their outputs; then a failure may leave the
             group's served values half written, and ``staged.overwritten`` is not empty.
+
+    Raises:
+        ProcessingError: ``process_weights_after_loading`` raised.
 
     """
     staged.materialise()
@@ -67,9 +70,13 @@ def process_group(
 
 
 def process_tail(model: nn.Module, record: ModelRecord, original: ProcessWeights) -> None:
-    """The end of vLLM's processing that concerns the model as a whole: its own hook, if it has one.
+    """Run the model's own hook, the last part of the tail of PWAL; nothing if the model has none.
 
-    Every layer must show its new values while this runs.
+    Every layer has to show its new values.
+
+    Raises:
+        ProcessingError: the hook raised.
+
     """
     try:
         vllm_api.process_layers(original, [], record.model_config, record.target_device, model)

@@ -12,7 +12,7 @@ from .snapshot import Snapshot, put_back
 
 @dataclass(eq=False)
 class TensorState:
-    """What one tensor object is made of; the object itself stays the same."""
+    """Data, class and attributes of one tensor object at one moment."""
 
     tensor: torch.Tensor
     data: torch.Tensor
@@ -24,7 +24,7 @@ class TensorState:
         return TensorState(tensor, tensor.data, type(tensor), dict(tensor.__dict__))
 
     def show(self) -> None:
-        """Make the object this again."""
+        """Put this state on the object."""
         self.tensor.data = self.data
         self.tensor.__class__ = self.cls
         self.tensor.__dict__ = dict(self.attributes)
@@ -32,13 +32,13 @@ class TensorState:
 
 @dataclass(eq=False)
 class GroupState:
-    """A whole state of a group: what its holders hold and what its tensors are made of."""
+    """What the holders of a group hold, and the state of each of its tensors."""
 
     contents: list[tuple[object, Snapshot]]
     tensors: dict[int, TensorState]
 
     def show(self, now: GroupState | None = None) -> None:
-        """Put it on the live objects; they are as ``now`` says, if that was just taken of the same group."""
+        """Put it on the live objects. ``now``: their present state, if it was captured just before."""
         held = [None] * len(self.contents) if now is None else [contents for _, contents in now.contents]
         for (holder, contents), present in zip(self.contents, held, strict=True):
             put_back(holder, contents, present)
@@ -46,6 +46,6 @@ class GroupState:
             state.show()
 
     def data_of(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The data ``tensor`` has in this state (its present data if this state says nothing)."""
+        """The data that ``tensor`` has in this state; its present data if this state does not contain it."""
         state = self.tensors.get(id(tensor))
         return tensor.data if state is None else state.data

@@ -29,7 +29,9 @@ def alive_holders(group: Group) -> list[tuple[HolderRecord, object]]:
 def load_format_places(
     holders: list[tuple[HolderRecord, object]], shared: frozenset[int]
 ) -> list[tuple[object, Key, TensorRecord]]:
-    """Where load-format tensors go: where PWAL changed them, and where they still are."""
+    """(holder, key, record) of each load-format tensor: those that PWAL replaced, and those still in place
+    unless other groups hold them as well (``shared``).
+    """
     places = []
     for holder, held in holders:
         tables = tables_of(held) if holder.constructed else {}

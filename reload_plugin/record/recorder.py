@@ -1,11 +1,11 @@
 """Recording a model while it starts.
 
-Three looks at a model give its record:
+Three observations of a model give its record:
 
 * *constructed*: right after ``initialize_model``; this is the load format,
 * *loaded and processed*: after vLLM's whole-model ``process_weights_after_loading`` (PWAL),
-* in between, when PWAL turns from quantization methods to attention layers and the model's own
-  hook (its *tail*), because what the tail changes in other layers has to be taken last.
+* in between, when the *tail* of PWAL begins. The tail is what vLLM processes last: attention layers and the
+  model's own hook. What it changes in other layers has to be captured after it.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def record_constructed(model: nn.Module, trace: ConstructionTrace | None, vllm_c
 
 
 class _Recorder:
-    """Numbers storages and describes tensors while one model is recorded."""
+    """Numbers the storages of one model and describes its tensors."""
 
     def __init__(self, trace: ConstructionTrace | None) -> None:
         self._trace = trace
@@ -135,7 +135,7 @@ def _reference(holder: object) -> Callable[[], object | None]:
 
 @dataclass(frozen=True, eq=False)
 class ObservedTensor:
-    """A tensor at the time of a look, without keeping it alive."""
+    """Identity and address of a tensor when it was observed. Does not keep the tensor alive."""
 
     ref: weakref.ref[torch.Tensor]
     address: int
@@ -163,7 +163,7 @@ def _observed(value: object) -> object:
 
 
 class TailWatch:
-    """While vLLM processes a model, looks at it once: when attention layers or the hook begin."""
+    """Observes a model once while vLLM processes it: when the tail of PWAL begins."""
 
     _NAME = "process_weights_after_loading"
 
@@ -207,8 +207,8 @@ def finish_record(
     Args:
         model: keeps the complete record in place of the one made at construction.
         record: the record made at construction.
-        loaded: a ``observe`` taken when the weights were loaded and PWAL was about to begin.
-        before_tail: a ``observe`` taken when PWAL's tail began, or None when it had none.
+        loaded: the answer of ``observe`` when the weights were loaded and PWAL was about to begin.
+        before_tail: the answer of ``observe`` when the tail of PWAL began; None without a tail.
         model_config: vLLM's config of this model (a draft model has its own).
         target_device: the device PWAL ran on.
 
@@ -223,7 +223,7 @@ def finish_record(
         if before_tail is not None and not layer.deferred and _changed(before_tail[index], after[index]):
             layer.late = True
         if layer.name == "":
-            layer.late = True  # what vLLM sets on the model itself comes with the tail
+            layer.late = True  # vLLM sets attributes of the model itself in the tail
         holder.constructed = {
             key: value for key, value in holder.constructed.items() if isinstance(value, TensorRecord)
         }
@@ -247,7 +247,7 @@ def finish_record(
 
 
 def _has_initial_values(record: TensorRecord) -> bool:
-    """Whether PWAL left a tensor, and its values, as the constructor made them."""
+    """Whether a tensor still has the constructor's shape and values after PWAL."""
     tensor, initial = record.ref(), record.format.initial
     same_shape = isinstance(initial, Values) and tensor is not None and tensor.shape == initial.tensor.shape
     return same_shape and torch.equal(tensor, initial.tensor)  # type: ignore[arg-type, union-attr]
@@ -266,7 +266,7 @@ def _difference(constructed: Contents, after: Contents) -> Contents:
 
 
 def _has_added_parameters(constructed: Contents, loaded: Contents) -> bool:
-    """Whether a parameter is there that was none when the layer was constructed."""
+    """Whether the loaded layer has a parameter that the constructed layer had not."""
     return any(
         key[0] == "_parameters"
         and isinstance(value, ObservedTensor)
@@ -276,7 +276,7 @@ def _has_added_parameters(constructed: Contents, loaded: Contents) -> bool:
 
 
 def _settled(undo: Contents, loaded: Contents, after: Contents) -> frozenset[Key]:
-    """Changed keys that had their final, plain value before processing began."""
+    """Changed keys whose value, not a tensor, was already final when PWAL began: the loader set it."""
     return frozenset(
         key
         for key in undo

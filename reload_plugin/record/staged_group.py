@@ -2,8 +2,8 @@
 
 A staged group holds up to three states of the same objects: *served* (what the engine answers with),
 *load format* (what loaders write into) and *result* (what processing made of it). Showing one of
-them puts it on the live objects; nothing is copied. Placeholders have the load format's shape and
-device but no memory until somebody touches them.
+them puts it on the live objects; nothing is copied. Load-format tensors begin as placeholders: they have the
+load format's shape and device, and no memory until the first write.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ class StagedGroup:
         self.result: GroupState | None = None
         self.processed = False
         self.overwritten: set[int] = set()
-        """Storages of served tensors that processing was given for its results."""
+        """Identities of served storages that processing may have written its results to."""
         self.captured: list[torch.Tensor] = []
-        """Tensors that native code was given while the group was processed."""
+        """Tensors that native handles point into since the group was processed; see ``NativeWatch``."""
 
     @property
     def layers(self) -> list[tuple[str, nn.Module]]:
@@ -62,12 +62,12 @@ class StagedGroup:
         """Put the group's layers into load format, without memory. Undone by ``served.show()``.
 
         Args:
-            by_copy_plan: no loader will run, so what loaders leave behind beside values stays as it is.
-            noting: ``loader_left_traces`` will be asked.
+            by_copy_plan: no loader will run, so attributes that only loaders change keep their served values.
+            noting: keep what ``loader_left_traces`` compares with.
             from_served: values start as the ones that are served, where they have the load format.
-            write_to_served: weights may be written to where they are served, before the group is whole.
-            alias_served: and no loader will look at the tensors, so those that are written to where they are
-                served stay as they are, if processing passes the group over.
+            write_to_served: weights may be written to served memory before the group is complete.
+            alias_served: no loader will read the tensors, so in a group that needs no processing the served
+                tensors themselves are loaded.
 
         """
         holders = alive_holders(self.group)
@@ -83,7 +83,7 @@ class StagedGroup:
             staged, self._device, self._gauge, from_served=from_served, aliases_served=alias_served
         )
         if alias_served and not self._objects and all(storage.aliases_served for storage in self.storages):
-            return  # all is as it is served: there is nothing to put back, or to compare
+            return  # nothing on the live model changes, so there is nothing to restore or compare
         self.served.contents = [(held, read(held)) for _, held in holders]
         for storage in self.storages:
             if not storage.aliases_served:
@@ -102,7 +102,7 @@ class StagedGroup:
         places: list[tuple[object, Key, TensorRecord]],
         by_copy_plan: bool,
     ) -> None:
-        """Have the holders hold what they hold in load format."""
+        """Put the load-format values and tensors on the holders."""
         for holder, held in holders:
             for key, before in holder.undo.items():
                 if not isinstance(before, TensorRecord) and not (by_copy_plan and key in holder.by_loader):
@@ -112,7 +112,7 @@ class StagedGroup:
                 write(held, key, tensor)
 
     def served_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Path and data of what the group serves, also when it is over and all of that is shown."""
+        """Path and data of each served tensor, before ``enter``, while staged and after ``drop``."""
         contents = self.served.contents or [(held, read(held)) for _, held in alive_holders(self.group)]
         for state in self.served.tensors.values():
             yield self.group.name, state.data
@@ -122,7 +122,7 @@ class StagedGroup:
                     yield f"{self.group.name}.{key[1]}", value
 
     def _use_served_memory(self, holders: list[tuple[HolderRecord, object]]) -> None:
-        """Let weights be written to where they are served, where that is what loaders are to write to."""
+        """Use served memory for the storages whose tensors PWAL does not replace."""
         replaced = {id(holder.constructed.get(key)) for holder, _ in holders for key in holder.undo}
         for storage in self.storages:
             if not storage.aliases_served and not any(id(record) in replaced for record in storage.records):
@@ -131,7 +131,7 @@ class StagedGroup:
     def loader_left_traces(self) -> bool:
         """Whether a loader changed more than values: attributes of a layer or of a parameter.
 
-        Then loading again without it would not give the same. Asked after loading, before processing.
+        A copy plan alone would not reproduce that. Valid after loading and before processing.
         """
         state = self._hidden_state if self._hidden_state is not None else self.capture()
         states = zip(
@@ -155,7 +155,7 @@ class StagedGroup:
         return False
 
     def new_parameters(self) -> Iterator[torch.Tensor]:
-        """The data of parameters that the layers have after loading and not in load format."""
+        """The data of parameters that a loader registered: the load format does not have them."""
         state = self._hidden_state if self._hidden_state is not None else self.capture()
         for _, contents in state.contents:
             for (kind, _), value in contents.items():
@@ -163,7 +163,7 @@ class StagedGroup:
                     yield state.data_of(value)
 
     def _resolve(self, record: TensorRecord, storage: StagedStorage) -> None:
-        """Find or make the object of a load-format tensor and give it its placeholder."""
+        """Find or make the object of a load-format tensor and give it its placeholder's data."""
         view, fmt = storage.views[id(record)], record.format
         tensor = record.ref()
         if tensor is not None and tensor.device == view.device and not wraps_others(type(tensor)):
@@ -180,8 +180,8 @@ class StagedGroup:
         self._objects[id(record)] = storage.objects[id(record)] = tensor
 
     def load_targets(self) -> Iterator[tuple[TensorRecord, torch.Tensor, torch.Tensor]]:
-        """(record, served parameter, load-format tensor) of all that is a parameter in both formats. The
-        group has to be hidden.
+        """(record, served parameter, load-format tensor) for each parameter of both formats. The group has to
+        be hidden.
         """
         for holder, held in alive_holders(self.group):
             if not isinstance(held, nn.Module):
@@ -203,12 +203,12 @@ class StagedGroup:
                 attributes[name] = value
 
     def made_by_processing(self) -> list[object]:
-        """Served values that the load format does not show: processing makes them anew."""
+        """Served values that PWAL made; processing makes new ones."""
         holders = zip(alive_holders(self.group), self.served.contents, strict=True)
         return [contents.get(key) for (holder, _), (_, contents) in holders for key in holder.undo]
 
     def replaceable(self) -> list[torch.Tensor]:
-        """Served tensors that the load format does not show: processing reads none of them."""
+        """Served tensors that processing does not read, so that it may write results to them."""
         shown = self.written_served_storages()
         made = [value.data for value in self.made_by_processing() if isinstance(value, torch.Tensor)]
         restaged = [state.data for state in self.served.tensors.values()]
@@ -216,32 +216,32 @@ class StagedGroup:
         return [tensor for key, tensor in found.items() if key not in shown]
 
     def written_served_storages(self) -> set[int]:
-        """Identities of served memory that weights were written to."""
+        """Identities of the served storages that weights were loaded into."""
         return {storage.key for storage in self.storages if storage.is_served_memory}
 
     # -- moving between states --------------------------------------------------------------------
 
     def loaded_data(self, record: TensorRecord) -> torch.Tensor | None:
-        """What a load-format tensor consists of after loading, also while the group is hidden."""
+        """The data of a load-format tensor, also while the group is hidden; None for an unknown record."""
         tensor = self._objects.get(id(record))
         if tensor is None:
             return None
         return tensor.data if self._hidden_state is None else self._hidden_state.data_of(tensor)
 
     def capture(self) -> GroupState:
-        """The state the group is in now."""
+        """The state that the live objects have now."""
         contents = [(held, read(held, before)) for held, before in self.served.contents]
         return GroupState(contents, {id(t): TensorState.of(t) for t in self._objects.values()})
 
     def hide(self) -> None:
-        """Show the served state; ``unhide`` goes on where this left off."""
+        """Show the served state. Inverse: ``unhide``."""
         self._hidden_state = self.capture()
         self.served.show(self._hidden_state)
         for storage in self.storages:
             storage.hidden_states = self._hidden_state.tensors
 
     def unhide(self) -> None:
-        """Show the load format again."""
+        """Show the state again that ``hide`` replaced."""
         assert self._hidden_state is not None, "only a hidden group can be shown again"
         self._hidden_state.show()
         self._hidden_state = None
@@ -253,18 +253,20 @@ class StagedGroup:
         return self._hidden_state is not None
 
     def take_result(self) -> None:
-        """Keep the present state as the result of processing and show the served one."""
+        """Capture the present state as the result of processing and show the served one."""
         self.result = self.capture()
         self.served.show(self.result)
 
     def release(self, keep: set[int]) -> None:
-        """Give back all staging but the storages whose identity is in ``keep``."""
+        """Free all staging except the storages whose identity is in ``keep``."""
         for storage in self.storages:
             if storage.key not in keep:
                 storage.release()
 
     def remove_staging(self, keep: set[int]) -> list[StagedStorage]:
-        """Take out all staging but the storages whose identity is in ``keep``: the result needs no others."""
+        """Remove and return all staging except the storages whose identity is in ``keep``, which the result
+        needs. The caller owns what is returned.
+        """
         gone = [storage for storage in self.storages if storage.key not in keep]
         keys = {storage.key for storage in gone}
         self.storages = [storage for storage in self.storages if storage.key in keep]
@@ -275,7 +277,7 @@ class StagedGroup:
         return gone
 
     def drop(self) -> None:
-        """Forget everything that is not served."""
+        """Drop all state that is not served."""
         self.result = self._hidden_state = None
         self._objects = {}
         self.storages = []
