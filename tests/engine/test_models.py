@@ -326,7 +326,7 @@ def test_a_partial_update_changes_what_a_loader_fills_from_it(head: bool, tmp_pa
         assert values(model) == expected
         reload_weights(model, iter(read_tensors(folders["A"]).items()))  # nobody can read them again
         before = values(model)
-        with pytest.raises(PartialUpdateError, match="keeps weights back or puts several together"):
+        with pytest.raises(PartialUpdateError, match="delays weights or combines several"):
             reload_weights(model, iter(sent.items()), partial=True)
         assert values(model) == before
 
