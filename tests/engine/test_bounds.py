@@ -159,7 +159,7 @@ def test_without_the_budget_these_streams_do_hold_more(engine: Engine, meter: Me
 
 
 @pytest.mark.parametrize("policy", ["auto", "host"])
-def test_no_garbage_is_searched_for_while_a_folder_is_read(
+def test_garbage_collection_is_paused_while_a_folder_is_read(
     policy: str, engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     searched: list[bool] = []
@@ -179,11 +179,11 @@ def test_no_garbage_is_searched_for_while_a_folder_is_read(
 
 
 @pytest.mark.parametrize(("policy", "straight"), [("auto", True), ("streaming", True), ("host", False)])
-def test_what_processing_leaves_where_it_is_needs_no_staging(
+def test_layers_without_processing_need_no_staging(
     policy: str, straight: bool, engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Embeddings and norms are read to where they are served; attention and experts are packed."""
-    oracle.reload_from_folder(engine.llm, engine.folders["A"])  # so that there is a way back in files
+    oracle.reload_from_folder(engine.llm, engine.folders["A"])  # so that the rollback source is in files
     staged: dict[str, bool] = {}
     allocate = staged_storage.StagedStorage.materialise
 
