@@ -12,11 +12,11 @@
     │   ├── DuplicateWeightsError
     │   ├── MisshapenWeightsError  wrong shape, a cast that would lose everything, not a tensor
     │   └── NonFiniteWeightsError  NaN or infinite values, where the caller asked for a check
-    ├── PartialUpdateError         the weights beside the ones sent cannot be kept; lists what to send
-    │   └── EntangledError         processing the layers sent changes others as well
-    ├── LateLoaderError            the model's loader came back to a layer that was complete already
-    │   ├── LateReadError          for what had been loaded there, which is not there any more
-    │   └── LateWriteError         to write there, or to a served tensor
+    ├── PartialUpdateError         the weights that were not sent cannot be kept; lists what to send
+    │   └── CrossGroupEffectError  processing the layers sent changes others as well
+    ├── LateLoaderError            the model's loader used a layer again after it was complete
+    │   ├── LateReadError          it read loaded values, which were processed already
+    │   └── LateWriteError         it wrote there, or to a served tensor
     ├── ProcessingError            process_weights_after_loading raised on the new weights
     ├── KernelFormatError          weights in kernel format that do not match it exactly
     ├── RanksDisagreeError         another rank failed or did not answer, so no rank committed
@@ -28,15 +28,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-SERVES_OLD = "The engine serves what it served before."
-"""What a message says of the served weights after a failure that changed nothing."""
-
 SHOWN = 8
-"""Offenders spelled out in a message; the attributes always hold all of them."""
+"""Offenders listed in a message; the attributes hold all of them."""
 
 
 SERVES_OLD = "The engine serves what it served before."
-"""What most errors say of the served weights."""
+"""Ends a message after a failure that left the served weights unchanged."""
 
 
 class ReloadError(RuntimeError):
@@ -44,7 +41,7 @@ class ReloadError(RuntimeError):
 
 
 class UnsupportedError(ReloadError):
-    """The installed vLLM, or something in this model, is outside what we can reload correctly."""
+    """The installed vLLM, or a part of this model, cannot be reloaded correctly by this package."""
 
 
 class NotRecordedError(ReloadError):
@@ -56,15 +53,15 @@ class SourceError(ReloadError):
 
 
 class LateLoaderError(ReloadError):
-    """The model's loader came back to a layer that was complete already; ``whole_model=True`` lets it."""
+    """The model's loader used a layer again after it was complete; ``whole_model=True`` allows that."""
 
 
 class LateWriteError(LateLoaderError):
-    """It wrote there, or to a served tensor."""
+    """The loader wrote to a complete layer or to a served tensor."""
 
 
 class LateReadError(LateLoaderError):
-    """It looked there for what had been loaded. The next reload keeps that layer open to the end."""
+    """The loader read loaded values of a complete layer. The next reload processes that layer at the end."""
 
 
 class ProcessingError(ReloadError):
@@ -79,7 +76,7 @@ class RanksDisagreeError(ReloadError):
     """Another rank failed or did not answer in time, so no rank committed.
 
     Attributes:
-        reasons: rank -> what it said, or that it said nothing.
+        reasons: rank -> its error, or that it did not answer.
 
     """
 
@@ -92,7 +89,7 @@ class RanksDisagreeError(ReloadError):
 
 
 class SessionError(ReloadError):
-    """A call that the present state of the reload session does not allow."""
+    """A call that the state of the reload session does not allow."""
 
 
 class EngineBrokenError(SessionError):
@@ -104,8 +101,8 @@ class WeightsError(ReloadError):
 
     Attributes:
         missing: parameter (or part of one) -> why it counts as missing.
-        unexpected: checkpoint name -> what the model's loader said of it.
-        duplicate: checkpoint name -> how often it came.
+        unexpected: checkpoint name -> the reason of the model's loader.
+        duplicate: checkpoint name -> that it was sent more than once.
         misshapen: checkpoint name -> expected and received shape or dtype.
         nonfinite: checkpoint name -> how many values are NaN or infinite.
 
@@ -137,15 +134,15 @@ class MissingWeightsError(WeightsError):
 
 
 class UnexpectedWeightsError(WeightsError):
-    """Weights that the model has no place for."""
+    """Weights that the model does not use."""
 
 
 class DuplicateWeightsError(WeightsError):
-    """Weights that came more than once under the same name."""
+    """Weights that were sent more than once under the same name."""
 
 
 class MisshapenWeightsError(WeightsError):
-    """Weights whose shape or type does not fit the place they go to."""
+    """Weights whose shape or dtype does not fit their parameter."""
 
 
 class NonFiniteWeightsError(WeightsError):
@@ -153,7 +150,7 @@ class NonFiniteWeightsError(WeightsError):
 
 
 class PartialUpdateError(ReloadError):
-    """A partial update would lose weights that were not sent. Nothing was touched.
+    """A partial update would lose weights that were not sent. Nothing was changed.
 
     Attributes:
         companions: checkpoint names to send as well, in the order of the layers.
@@ -169,7 +166,7 @@ class PartialUpdateError(ReloadError):
 
 
 class CrossGroupEffectError(PartialUpdateError):
-    """Processing the layers of a partial update changed others as well. Those were put back."""
+    """Processing the layers of a partial update changed other layers, which were restored."""
 
 
 _KINDS: dict[str, type[WeightsError]] = {

@@ -1,8 +1,8 @@
-"""Ctrl-C during a reload: it waits for a moment at which nothing is half done.
+"""Ctrl-C during a reload: KeyboardInterrupt is deferred until the model is in a consistent state.
 
-Most of a reload puts objects from one state into another; an exception between two of those lines would leave
-some in each. So SIGINT is only noted while our own code runs. It is raised where the caller's code runs (an
-iterator that may wait for a trainer), between two weights, and at the end.
+Most of a reload moves objects from one state into another; an exception in between would leave a mixture. So
+while our own code runs SIGINT is only noted. It is delivered where the caller's code runs (an iterator that
+may wait for a trainer), between two weights, and at the end.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import types
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
-try:  # what is below ``signal``'s functions, which make enums of all answers: too dear for each weight
+try:  # ``signal``'s functions convert every answer to an enum, too slow for each weight
     import _signal as fast  # type: ignore[import-not-found]
 except ImportError:
     fast = signal
@@ -25,7 +25,7 @@ Handler = Callable[[int, types.FrameType | None], object]
 
 
 class _Held:
-    """A signal handler that notes what it is told, and whom to tell later."""
+    """A signal handler that notes signals for the original handler."""
 
     def __init__(self, original: Handler) -> None:
         self.original = original
@@ -35,7 +35,7 @@ class _Held:
         self._noted.append((number, frame))
 
     def deliver(self) -> None:
-        """Tell the original handler what was noted; it usually raises KeyboardInterrupt."""
+        """Call the original handler if a signal was noted; it usually raises KeyboardInterrupt."""
         if self._noted:
             noted, self._noted = self._noted[0], []
             self.original(*noted)
@@ -43,7 +43,7 @@ class _Held:
 
 @contextlib.contextmanager
 def held() -> Iterator[None]:
-    """Ctrl-C waits until the block is over, or until ``deliver`` or ``let_through`` inside it.
+    """Defer Ctrl-C to the end of the block, or to ``deliver`` or ``let_through`` inside it.
 
     Signals reach the main thread only; in others, and where SIGINT is ignored, this does nothing.
     """
@@ -62,7 +62,7 @@ def held() -> Iterator[None]:
 
 @contextlib.contextmanager
 def let_through() -> Iterator[None]:
-    """Around code of the caller's, inside ``held``: Ctrl-C works there as it does outside."""
+    """Around the caller's code inside ``held``: Ctrl-C reaches the original handler at once."""
     ours = _handler()
     if not isinstance(ours, _Held):
         yield
@@ -75,11 +75,11 @@ def let_through() -> Iterator[None]:
         finally:
             fast.signal(signal.SIGINT, ours)
     finally:
-        fast.signal(signal.SIGINT, ours)  # again: Ctrl-C may have come before the one above was done
+        fast.signal(signal.SIGINT, ours)  # again: a signal may have interrupted the line above
 
 
 def call_out(call: Callable[[Argument], T], argument: Argument) -> T:
-    """The same around one call. Plain code, because it is done for each weight."""
+    """``let_through`` around one call. Not a context manager, because it runs for each weight."""
     ours = _handler()
     if not isinstance(ours, _Held):
         return call(argument)
@@ -95,25 +95,25 @@ def call_out(call: Callable[[Argument], T], argument: Argument) -> T:
 
 
 def deliver() -> None:
-    """A moment at which nothing is half done: raise what was noted so far."""
+    """Deliver a noted signal. Call only where the model is in a consistent state."""
     ours = _handler()
     if isinstance(ours, _Held):
         ours.deliver()
 
 
 def call_between(call: Callable[[Argument], T], argument: Argument) -> T:
-    """Run code of our own that is reached when nothing is half done: what was noted is raised first."""
+    """Deliver a noted signal, then call our own code with Ctrl-C deferred."""
     deliver()
     return call(argument)
 
 
 def call_held(call: Callable[[Argument], T], argument: Argument) -> T:
-    """Run code of our own on the way back, inside ``held``: Ctrl-C goes on waiting."""
+    """Call our own code during a rollback: Ctrl-C stays deferred."""
     return call(argument)
 
 
 def _handler() -> Handler | None:
-    """What handles SIGINT in this thread, if it can be called."""
+    """The SIGINT handler of the main thread; None in other threads and where it is not a function."""
     if threading.current_thread() is not threading.main_thread():
         return None
     handler: Any = fast.getsignal(signal.SIGINT)

@@ -1,4 +1,4 @@
-"""How a caller wants a reload done: the policy, what is checked, what is kept."""
+"""Options of a reload: the policy, what is checked, what is kept."""
 
 from __future__ import annotations
 
@@ -12,31 +12,33 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from .errors import ReloadError
 
 ReloadPolicy = Literal["auto", "host", "spill", "reread", "streaming"]
-"""What a failure costs, and what the rollback source costs; see ``POLICIES``."""
+"""Name of a policy; see ``POLICIES``."""
 
 
 @dataclass(frozen=True)
 class Policy:
-    """How a reload is committed, and where the old weights are until the new ones are whole."""
+    """How a reload is committed, and what the rollback source is until then."""
 
     name: ReloadPolicy
     strategy: Literal["staged", "streaming"]
     """Name of the commit strategy; see ``commit.strategies``."""
     rollback: Literal["host", "spill", "reread", "none"]
-    """``host``: the old weights stay where they are served; the new ones are prepared beside them, in memory
-    of the device that serves. ``reread``: their own source is read again. ``spill``: the same, and the new
-    weights go to a file first. ``none``: nowhere; after a failure the engine refuses to serve."""
+    """``host``: the served weights stay unchanged until the commit; the results are prepared beside them, in
+    memory of the device that serves. ``reread``: the old source is read again. ``spill``: the same, and the
+    new weights are written to a file first. ``none``: no rollback source; after a failure the engine refuses
+    to serve.
+    """
     extra_memory: str
-    """At the peak. One layer means its staging and a fixed budget of 128 MiB."""
+    """Peak extra memory. ``one layer`` means its staging and a fixed budget of 128 MiB."""
 
     @property
     def needs_rollback_source(self) -> bool:
-        """Whether the source of the served weights has to be there."""
+        """Whether the source of the served weights has to be readable."""
         return self.rollback in ("spill", "reread")
 
     @property
     def undoes(self) -> bool:
-        """Whether a failure leaves the old weights."""
+        """Whether the engine serves the old weights after a failure."""
         return self.rollback != "none"
 
 
@@ -54,8 +56,8 @@ files; else ``host`` if there is memory for it, else ``spill``."""
 
 
 Wanted = bool | Literal["later"]
-"""True hashes in the reload, for its report; ``later`` leaves all to who asks for the status but what native
-handles are made of; False hashes nothing.
+"""True computes the digest in the reload, for its report. ``later`` computes it on the first ``status`` call;
+the reload hashes only the arguments of native handles. False hashes nothing.
 """
 
 
@@ -84,7 +86,7 @@ def options(**given: object) -> ReloadOptions:
     """Checked options.
 
     Raises:
-        ReloadError: an option that does not exist, or a value it cannot have.
+        ReloadError: an option does not exist or has a value that is not allowed.
 
     """
     try:
@@ -92,6 +94,6 @@ def options(**given: object) -> ReloadOptions:
     except ValidationError as error:
         wrong = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
         raise ReloadError(
-            f"These options of a reload cannot be: {wrong}. Options are {', '.join(sorted(OPTION_NAMES))}; "
+            f"These options are not valid: {wrong}. Options are {', '.join(sorted(OPTION_NAMES))}; "
             f"policies are {', '.join(get_args(ReloadPolicy))}. The engine serves what it served before."
         ) from error

@@ -104,7 +104,7 @@ def test_the_text_is_capped_and_the_attributes_are_complete(count: int) -> None:
     assert len(text) < 1000
 
 
-def test_the_text_says_where_from_first_and_what_is_served_last() -> None:
+def test_the_text_begins_with_the_source_and_ends_with_what_is_served() -> None:
     lines = str(weights_error("a source", "So what.", missing=offenders(1))).splitlines()
     assert "a source" in lines[0]
     assert lines[-1] == "So what."

@@ -64,7 +64,7 @@ def test_the_callers_code_finds_its_own_handler(handler: object) -> None:
         assert call_between(signal.getsignal, signal.SIGINT) is not handler
 
 
-def test_code_of_ours_on_the_way_back_is_never_interrupted() -> None:
+def test_our_own_code_during_a_rollback_is_never_interrupted() -> None:
     with held():
         ctrl_c()
         assert call_held(ctrl_c, None) == "went on"

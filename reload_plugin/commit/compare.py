@@ -1,7 +1,7 @@
 """What makes a group's served values equal to the result of processing.
 
-The served values and their new twins are walked side by side. Tensors are copied into the ones already
-there; objects that own native resources trade their contents with their new twin; plain values are replaced.
+Served and new values are walked in parallel. New tensors are copied into the served ones, objects that own
+native resources exchange their contents with the new object, plain values are replaced.
 """
 
 from __future__ import annotations
@@ -15,44 +15,47 @@ import torch
 from torch import nn
 from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-defined]
 
+from ..record.group_state import GroupState
 from ..record.module_state import cell_content, has_attributes, is_foreign, owns_native, reachable
 from ..record.snapshot import ABSENT, Snapshot, equal, read
-from ..record.staged_group import GroupState, StagedGroup
+from ..record.staged_group import StagedGroup
 from ..tensors import storage_id, wraps_others
 from .group_commit import Commit, _same_layout
 
 
-def plan_commit(stage: StagedGroup) -> Commit:
-    """Compare a group's served state with its result; the group must show its served state."""
-    assert stage.result is not None, "a commit needs the result of processing"
-    commit = Commit(stage.group.name)
-    graft = _Comparison(stage.served, stage.result, commit, stage.overwritten)
-    for (holder, served), (_, result) in zip(stage.served.contents, stage.result.contents, strict=True):
-        graft.contents(stage.group.name, holder, served, result)
-    commit.native = _still_reachable(stage)
+def plan_commit(staged: StagedGroup) -> Commit:
+    """Compare a group's served state with its result. The group has to show its served state; nothing is
+    written.
+    """
+    assert staged.result is not None, "a commit needs the result of processing"
+    commit = Commit(staged.group.name)
+    comparison = _Comparison(staged.served, staged.result, commit, staged.overwritten)
+    for (holder, served), (_, result) in zip(staged.served.contents, staged.result.contents, strict=True):
+        comparison.contents(staged.group.name, holder, served, result)
+    commit.native = _still_reachable(staged)
     return commit
 
 
-def _still_reachable(stage: StagedGroup) -> list[torch.Tensor]:
-    """What native code was given and the result still holds: a cold start would keep it alive too."""
-    assert stage.result is not None
-    if not stage.captured:
+def _still_reachable(staged: StagedGroup) -> list[torch.Tensor]:
+    """Tensors that native handles point into and that the result holds, as it would after a cold start."""
+    assert staged.result is not None
+    if not staged.captured:
         return []
-    sought = {storage_id(tensor) for tensor in stage.captured}
+    sought = {storage_id(tensor) for tensor in staged.captured}
     held: set[int | None] = set()
-    # Of all values together: helpers hold one another, and a large config.
+    # One set for all values: helpers hold one another, and a large config.
     seen: set[int] = set()
-    for _, contents in stage.result.contents:
+    for _, contents in staged.result.contents:
         for value in contents.values():
-            if sought <= held:  # nearly always soon: it is the layer's own scales that are captured
+            if sought <= held:  # usually early: the layer's own scales are captured
                 break
             tensors = (found for found in reachable(value, seen) if isinstance(found, torch.Tensor))
-            held |= {storage_id(stage.result.data_of(tensor)) for tensor in tensors}
-    return [tensor for tensor in stage.captured if storage_id(tensor) in held]
+            held |= {storage_id(staged.result.data_of(tensor)) for tensor in tensors}
+    return [tensor for tensor in staged.captured if storage_id(tensor) in held]
 
 
 class _Comparison:
-    """Walks served values and their new twins in parallel and notes what makes them equal."""
+    """Walks served and new values in parallel and collects the changes that make them equal."""
 
     def __init__(
         self, served: GroupState, result: GroupState, commit: Commit, overwritten: Collection[int] = ()
@@ -62,7 +65,7 @@ class _Comparison:
         self._result = result
         self._commit = commit
         self._restaged = served.tensors.keys()
-        """Tensors (by identity) that may have other values, though the object is the same."""
+        """Tensors (by identity) whose values may differ although the object is the same."""
         self._done: dict[tuple[int, int], object] = {}
         self._sources: dict[int, int] = {}
         self._alive: list[object] = []
@@ -75,11 +78,11 @@ class _Comparison:
             value = new if old is ABSENT else self.value(f"{path}.{key[1]}", old, new)
             if value is not old:
                 self._commit.writes.append((holder, key, value))
-        for key in served.gone_from(result):
+        for key in served.keys_missing_in(result):
             self._commit.writes.append((holder, key, ABSENT))
 
     def value(self, path: str, old: object, new: object) -> object:
-        """What to hold in place of ``old``: ``old`` itself wherever it can be made equal to ``new``."""
+        """The value to hold instead of ``old``: ``old`` itself if it can be made equal to ``new``."""
         if isinstance(old, torch.Tensor) and isinstance(new, torch.Tensor):
             return self._tensor(path, old, new)
         if old is new:
@@ -108,7 +111,7 @@ class _Comparison:
             self.contents(path, old, read(old), read(new))
             return old
         if owns_native(old):
-            self._commit.trades.append((old, new))
+            self._commit.exchanges.append((old, new))
             return old
         if isinstance(old, nn.Module) or _is_plain_object(old):
             self.contents(path, old, read(old), read(new))
@@ -122,18 +125,18 @@ class _Comparison:
             return new
         target, source = self._served.data_of(old), self._result.data_of(new)
         if storage_id(source) in self._overwritten and not _same_memory(target, source):
-            source = source.clone()  # it lies where something else is served, whose own value goes there
+            source = source.clone()  # its memory serves another tensor, which the commit overwrites
         if _same_memory(target, source):
             pass
         elif _same_layout(target, source):
             self._commit.copies.append((target, source))
         else:
             self._commit.moves.append((old, source, path))
-        self._look(old, new)
+        self._compare_attributes(old, new)
         self._alive.append(new)
         return old
 
-    def _look(self, old: torch.Tensor, new: torch.Tensor) -> None:
+    def _compare_attributes(self, old: torch.Tensor, new: torch.Tensor) -> None:
         state = self._result.tensors.get(id(new))
         cls = type(new) if state is None else state.cls
         attributes = dict(new.__dict__ if state is None else state.attributes)
@@ -147,7 +150,7 @@ class _Comparison:
             kept = old.__dict__
             differs = merged.keys() != kept.keys() or any(merged[k] is not kept[k] for k in merged)
             if cls is not type(old) or differs:
-                self._commit.looks.append((old, cls, merged))
+                self._commit.tensor_attributes.append((old, cls, merged))
 
     def _wrapper(self, path: str, old: Any, new: Any) -> object:
         if old is new:
@@ -205,7 +208,7 @@ class _Comparison:
 
 
 def _is_plain_object(value: object) -> bool:
-    """An object whose whole state is its attributes, and not shared infrastructure."""
+    """Whether a value is an object whose whole state is its attributes, and not shared infrastructure."""
     if is_foreign(type(value)) or isinstance(value, type):
         return False
     return has_attributes(value)

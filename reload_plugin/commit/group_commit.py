@@ -16,68 +16,71 @@ from ..tensors import storage_id
 
 @dataclass(eq=False)
 class Commit:
-    """Everything that makes one group's new values the served ones. Owns the new tensors."""
+    """All changes that make one group's new values the served ones. Owns the new tensors."""
 
     name: str
     copies: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)
     """(served, new), same shape, stride and dtype."""
     moves: list[tuple[torch.Tensor, torch.Tensor, str]] = field(default_factory=list)
-    """(served, new, path) whose layout changed: the object stays, the address cannot."""
-    trades: list[tuple[object, object]] = field(default_factory=list)
-    """(served, new) owners of native resources."""
+    """(served, new, path) whose layout changed: the object is kept, the address is not."""
+    exchanges: list[tuple[object, object]] = field(default_factory=list)
+    """(served, new) owners of native resources, whose contents are exchanged."""
     writes: list[tuple[object, Key, object]] = field(default_factory=list)
-    looks: list[tuple[torch.Tensor, type, dict[str, Any]]] = field(default_factory=list)
+    tensor_attributes: list[tuple[torch.Tensor, type, dict[str, Any]]] = field(default_factory=list)
     """(served tensor, class, attributes) where processing changed them."""
     cells: list[tuple[Any, object]] = field(default_factory=list)
     """(closure cell of a served function, new content)."""
 
     begun: bool = False
-    """Whether anything served may have changed already."""
+    """Whether served values may have changed already."""
     native: list[torch.Tensor] = field(default_factory=list)
-    """New memory that native handles point into; it has to live as long as they do."""
+    """New memory that native handles point into; it has to live as long as the handles."""
 
     def kept_storages(self, applied: bool) -> set[int]:
-        """Storages that this commit, or what it put in place, still reads."""
+        """Identities of the storages that the commit (before it is applied) or the served values (after)
+        read.
+        """
         values = [value for _, _, value in self.writes] + [value for _, value in self.cells]
-        values += [attributes for _, _, attributes in self.looks]
+        values += [attributes for _, _, attributes in self.tensor_attributes]
         held = [new for _, new, _ in self.moves] + self.native
         held += [tensor for value in values for tensor in tensors_in(value)]
         held += [] if applied else [new for _, new in self.copies]
-        held += [] if applied else [t for _, new in self.trades for t in tensors_in(new)]
+        held += [] if applied else [t for _, new in self.exchanges for t in tensors_in(new)]
         return {key for tensor in held if (key := storage_id(tensor))}
 
-    def nbytes_beside(self, stage: StagedGroup) -> int:
+    def nbytes_beside(self, staged: StagedGroup) -> int:
         """Bytes of new tensors that are not in the group's staging."""
-        staged = {storage.key for storage in stage.storages}
-        return sum(new.nbytes for _, new in self.copies if storage_id(new) not in staged)
+        keys = {storage.key for storage in staged.storages}
+        return sum(new.nbytes for _, new in self.copies if storage_id(new) not in keys)
 
     def changes_nothing(self) -> bool:
         """Whether the served values are the new ones already, bit for bit."""
-        if self.moves or self.trades or self.writes or self.looks or self.cells:
+        if self.moves or self.exchanges or self.writes or self.tensor_attributes or self.cells:
             return False
         return all(torch.equal(_bits(served), _bits(new)) for served, new in self.copies)
 
     def forget(self) -> None:
-        """Let go of the new tensors, once they are applied."""
-        for held in (self.copies, self.moves, self.trades, self.writes, self.looks, self.cells):
+        """Drop the new tensors after they were applied."""
+        lists = (self.copies, self.moves, self.exchanges, self.writes, self.tensor_attributes, self.cells)
+        for held in lists:
             held.clear()
         self.native = []
 
     def apply(self) -> None:
-        """Serve the new values. Touches only memory that is already there."""
+        """Serve the new values. Writes only to memory that exists already."""
         self.begun = True
         with torch.inference_mode(False), torch.no_grad():
             for served, new in self.copies:
                 ops_for(served.device).copy(served, new)
             for served, new, _ in self.moves:
                 served.data = new
-            for holder, other in self.trades:
-                _trade(holder, other)
+            for holder, other in self.exchanges:
+                _exchange_contents(holder, other)
             for holder, key, value in self.writes:
                 write(holder, key, value)
             for cell, value in self.cells:
                 cell.cell_contents = value
-            for tensor, cls, attributes in self.looks:
+            for tensor, cls, attributes in self.tensor_attributes:
                 tensor.__class__ = cls
                 tensor.__dict__ = attributes
 
@@ -97,13 +100,13 @@ def _bits(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.contiguous().view(torch.uint8) if tensor.dim() else tensor.reshape(1).view(torch.uint8)
 
 
-def _trade(served: object, new: object) -> None:
-    """Exchange what two objects hold, keeping each one's tensor objects where they are.
+def _exchange_contents(served: object, new: object) -> None:
+    """Exchange what two objects hold; each keeps its own tensor objects.
 
-    Afterwards ``new`` owns the old native resource and releases it when it goes away.
+    Afterwards ``new`` owns the old native resource and releases it when it is freed.
     """
     ours, theirs = read(served), read(new)
-    gone = ((key, ours.get(key), ABSENT) for key in ours.gone_from(theirs))
+    gone = ((key, ours.get(key), ABSENT) for key in ours.keys_missing_in(theirs))
     changes = [*ours.changes_to(theirs, frozenset()), *gone]
     for key, a, b in changes:
         if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor) and _same_layout(a, b):

@@ -1,6 +1,6 @@
 """When the new values of a group become the served ones.
 
-A strategy is chosen once for a reload, by its name in ``STRATEGIES``; nobody else compares names.
+A reload chooses its strategy once, by name in ``STRATEGIES``; no other code compares names.
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ StrategyName = Literal["staged", "streaming"]
 
 
 class CommitLog:
-    """What was committed so far, and the one place where a commit is applied.
+    """Applies commits, and records what was committed.
 
     Args:
-        handles: native handles that are known, of the model.
+        handles: known native handles of the model.
         native: group name -> memory that the group's native handles point into, of the model.
 
     """
 
     def __init__(self, handles: Handles, native: dict[str, list[torch.Tensor]]) -> None:
         self.groups: set[str] = set()
-        """Names of groups whose served values were touched, or may have been."""
+        """Names of groups whose served values changed or may have changed."""
         self.moved: list[str] = []
-        """Paths of tensors whose layout changed, so that their address could not be kept."""
+        """Paths of tensors whose address changed because their layout did."""
         self._handles = handles
         self._native = native
 
@@ -49,30 +49,29 @@ class CommitLog:
             if commit.begun:
                 self.groups.add(commit.name)
         self._native[commit.name] = commit.native
-        for _, replaced in commit.trades:
+        for _, replaced in commit.exchanges:
             forget_handles(replaced, self._handles)
 
 
 class CommitStrategy(abc.ABC):
-    """Decides what becomes of a group's result.
+    """Decides when a group's result is committed.
 
     Args:
         log: applies commits.
         gauge: bytes of staging.
-        admission: bytes that results hold.
-        release: takes from a group the staging whose identity is not among those given; returns what a pool
-            may have again.
+        admission: counts the bytes that results hold.
+        release: removes from a group the staging whose identity is not in a set; returns the storages that a
+            pool may reuse.
 
     """
 
     name: ClassVar[StrategyName]
-    """As in the report."""
+    """``policy`` in the report."""
     commits_each_group: ClassVar[bool]
-    """Whether a group is served when it is done, before the others are. Its served memory may be overwritten
-    from its first weight on then, and its native memory released before it is processed."""
+    """Whether a group is committed as soon as it is processed. Then loading may overwrite its served memory
+    from its first weight on, and its native memory may be released before it is processed."""
     waiting_bytes: ClassVar[int]
-    """Bytes of staging, beyond the largest group, that groups may hold while they wait for the rest of
-    theirs."""
+    """Bytes of staging, beyond the largest group, that incomplete groups may hold."""
 
     def __init__(
         self,
@@ -88,31 +87,32 @@ class CommitStrategy(abc.ABC):
         self.waiting: list[tuple[StagedGroup, Commit]] = []
         """Results that wait for the commit."""
         self.prepared_bytes = 0
-        """Load-format bytes of the groups that wait for the commit, about what their new values take."""
+        """Load-format bytes of the groups that wait for the commit: an estimate of the bytes of their
+        results.
+        """
 
     @abc.abstractmethod
     def keep(self, group: StagedGroup) -> None:
-        """Take the result of a group that shows what it serves."""
+        """Plan the commit of a processed group, which has to show what it serves; apply it or keep it."""
 
     def commit_all(self) -> None:
-        """Serve all results that wait. Touches only memory that is there already."""
+        """Apply all waiting commits. Writes only to memory that exists already."""
         for _, commit in self.waiting:
             self._log.apply(commit)
 
     def release_all(self) -> None:
-        """After the commit: give staging back. Only when all are committed, because results may be views of
-        one another's memory (``W_UV`` of ``kv_b_proj``'s weight).
-        """
+        """Free staging after ``commit_all``."""
+        # Not earlier: a result may be a view of another group's memory (``W_UV`` of ``kv_b_proj``'s weight).
         for group, commit in self.waiting:
             group.release(commit.kept_storages(applied=True))
 
     def forget(self) -> None:
-        """Let go of results that were not committed."""
+        """Drop results that were not committed."""
         self.waiting = []
 
 
 class StagedCommit(CommitStrategy):
-    """Every result waits until all are there: one kernel-format copy of the model beside the served one."""
+    """Commits all groups at the end. Takes one kernel-format copy of the model beside the served one."""
 
     name = "staged"
     commits_each_group = False
@@ -123,7 +123,7 @@ class StagedCommit(CommitStrategy):
         beside = commit.nbytes_beside(group)
         self._gauge.add(beside)
         for storage in self._release(group, commit.kept_storages(applied=False)):
-            storage.let_go()
+            storage.drop_references()
         held = sum(storage.nbytes for storage in group.storages if storage.materialised)
         self._admission.results += beside + held
         self.prepared_bytes += group.group.nbytes
@@ -131,7 +131,7 @@ class StagedCommit(CommitStrategy):
 
 
 class StreamingCommit(CommitStrategy):
-    """Every group is committed when it is done. A failure afterwards needs a rollback source."""
+    """Commits each group when it is processed. A failure after the first commit needs a rollback source."""
 
     name = "streaming"
     commits_each_group = True
@@ -141,7 +141,7 @@ class StreamingCommit(CommitStrategy):
         commit = plan_commit(group)
         self._log.apply(commit)
         for storage in self._release(group, commit.kept_storages(applied=True)):
-            storage.let_go()
+            storage.drop_references()
         group.drop()
         commit.forget()
 

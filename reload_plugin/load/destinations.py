@@ -40,7 +40,7 @@ class StagingMemory:
         if storage.closed:
             raise self._trace.late(parameter)
         if not storage.materialised:
-            if storage.final is not None:
+            if storage.served_memory is not None:
                 self._touching(storage)
             storage.materialise(pool=self._pool)
             self._completeness.renewed(storage)

@@ -1,4 +1,4 @@
-"""Weights put aside on disk while staging is full; they come back in the order in which layers need them."""
+"""Spills weights to disk while staging is full, and reads them back layer by layer."""
 
 from __future__ import annotations
 
@@ -13,18 +13,20 @@ Order = Callable[[Sequence[TensorInfo]], Sequence[str]]
 """The names of some weights, those of one layer next to each other."""
 
 OPEN_BUDGET = 64 << 20
-"""Bytes of staging, beyond the largest layer, that layers may hold while they wait for the rest of theirs."""
+"""Bytes of staging, beyond the largest layer, that incomplete layers may hold."""
 OPEN_STREAMING = 32 << 20
-"""The same where layers are committed one by one: the heap that is packed into needs its part as well. Small
-layers without processing (norms) make one group, which waits for the last of them; so this is not nothing."""
+"""The same where layers are committed one by one: smaller, because packing takes heap memory as well. Not
+zero, because small layers without processing (norms) are one group, which is incomplete until the last of
+them.
+"""
 
 
 class Overflow:
-    """Spills what comes while too many layers are incomplete (a shuffled stream does that).
+    """Spills weights that arrive while too many layers are incomplete, as in a shuffled stream.
 
     Args:
         folder: where the spill file is made, when it is needed; None for the default.
-        order: how to sort what was put aside.
+        order: sorts the spilled weights by layer.
 
     """
 
@@ -35,14 +37,14 @@ class Overflow:
 
     @property
     def nbytes(self) -> int:
-        """Bytes put aside so far."""
+        """Bytes spilled so far."""
         return 0 if self._file is None else self._file.nbytes
 
     def __contains__(self, name: str) -> bool:
         return self._file is not None and name in self._file
 
     def add(self, name: str, tensor: torch.Tensor) -> None:
-        """Put a weight aside; its memory is the caller's again afterwards.
+        """Spill a weight. The caller may reuse its memory afterwards.
 
         Raises:
             SourceError: the disk is full.
@@ -53,13 +55,19 @@ class Overflow:
         self._file.add(name, tensor)
 
     def replay(self, destinations: Destinations, begun: Callable[[str], bool]) -> Stream:
-        """What was put aside, layer by layer; first what layers that have ``begun`` (by name) wait for."""
+        """The spilled weights, layer by layer; first those of layers that have other weights already.
+
+        Args:
+            destinations: where tensors are read to.
+            begun: whether a weight belongs to a layer that has other weights already.
+
+        """
         if self._file is not None:
             names = sorted(self._order(self._file.infos()), key=begun, reverse=True)
             yield from self._file.read(names, HostPool(), destinations)
 
     def close(self) -> None:
-        """Give the disk space back."""
+        """Free the disk space."""
         if self._file is not None:
             self._file.close()
             self._file = None

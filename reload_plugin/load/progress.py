@@ -1,4 +1,4 @@
-"""A bar for a person who watches a reload from disk; nothing in logs."""
+"""A progress bar on a terminal for a reload from disk; writes nothing to logs."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from ..checkpoint import DirectRead, Source, Stream
 logger = logging.getLogger("vllm.reload_plugin")
 
 STEPS = 200
-"""A bar of known length is drawn anew at most so often."""
+"""A bar of known length is redrawn at most so often."""
 STEP = 16 << 20
-"""Bytes between two drawings where the length is not known."""
+"""Bytes between two redraws where the length is not known."""
 
 
 def with_progress(
     weights: Stream, source: Source, wanted: bool | None, names: Collection[str] | None = None
 ) -> Stream:
-    """The same stream, with a bar on stderr that counts its bytes as they are asked for.
+    """The same stream, with a bar on stderr that counts the bytes read.
 
     Args:
         weights: what ``source.read`` gave; closed together with what is returned.
         source: its listing gives the length of the bar, its description the text beside it.
-        wanted: whether there is a bar; None for one on rank 0 if stderr is a terminal. Without a bar the
-            stream itself is returned, so that a reload nobody watches costs nothing.
+        wanted: whether to show a bar; None for only on rank 0 and only if stderr is a terminal. Without a bar
+            the stream itself is returned, which costs nothing.
         names: what is read of the source; None for all.
 
     """
@@ -43,14 +43,14 @@ def with_progress(
 
 
 class _Counted:
-    """Hands a stream on without holding any of it, and tells the bar in steps. Ends when its stream ends."""
+    """Passes a stream on, keeps none of its tensors, and updates the bar in steps."""
 
     def __init__(self, weights: Stream, bar: Any) -> None:
         self._weights = weights
         self._bar: Any = bar
         self._step = (bar.total or STEP * STEPS) // STEPS
         self._new = 0
-        """Bytes that the bar does not know of yet."""
+        """Bytes since the last redraw."""
 
     def __iter__(self) -> Iterator[Any]:
         return self
@@ -61,14 +61,14 @@ class _Counted:
         except BaseException:
             self._end()
             raise
-        # A stand-in for several tensors, or a pair.
+        # A direct read stands for several tensors; everything else is a (name, tensor) pair.
         self._new += item.nbytes if isinstance(item, DirectRead) else item[1].nbytes
         if self._new > self._step:
             self._draw()
         return item
 
     def close(self) -> None:
-        """Close the stream, and the bar as far as it got."""
+        """Close the stream and the bar."""
         try:
             self._weights.close()
         finally:
@@ -93,7 +93,7 @@ class _Counted:
 
 
 def _is_watched() -> bool:
-    """Whether somebody looks at the stderr of this process, and it is the one to speak for all ranks."""
+    """Whether stderr is a terminal and this is rank 0."""
     try:
         terminal = sys.stderr is not None and sys.stderr.isatty()
     except (OSError, ValueError, AttributeError):  # closed, or something that only writes
@@ -108,7 +108,7 @@ def _rank() -> int:
 
 
 def _bar(source: Source, names: Collection[str] | None) -> Any:
-    """A bar of tqdm's, which vLLM's own loaders draw with; without its thread."""
+    """A bar of tqdm, which vLLM's own loaders use, without its monitor thread."""
     tqdm: Any = importlib.import_module("tqdm").tqdm  # it comes without types
     without_thread: Any = type("Bar", (tqdm,), {"monitor_interval": 0})
     infos = source.infos()

@@ -1,4 +1,4 @@
-"""The weights on their way into the model: checked one by one, loaded by its loader or by the copy plan."""
+"""The stream of weights: each is checked, then loaded by the copy plan or by the model's loader."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ Fetching = Callable[[Callable[[Iterator[Any]], Any], Iterator[Any]], Any]
 
 
 class WeightStream:
-    """The caller's weights, checked one by one, on their way into the model's loader.
+    """The caller's weights, each checked before the model's loader gets it.
 
-    ``between`` runs whenever the loader asks for the next weight, the only moment at which no loader is
-    half done with one. No tensor of the caller is kept past that moment.
+    ``between`` runs when the loader asks for the next weight: no loader is then in the middle of a write. No
+    tensor of the caller's is kept longer than that.
     """
 
     def __init__(
@@ -48,15 +48,15 @@ class WeightStream:
         self._trace = trace
         self._between = between
         self._aside = aside
-        """Says of a weight that it was dealt with and is not to be loaded now."""
+        """Returns whether it has dealt with a weight (spilled it), so that the weight is not loaded now."""
         self._fetching = fetching
         self._used_late = used_late
-        """Says of a weight that the loader may look at it when it has come back for the next one. It gets a
-        copy then: its caller may overwrite the memory.
+        """Returns whether the loader may read a weight after it has asked for the next one. The loader then
+        gets a copy, because the caller may overwrite its memory.
         """
         self.exhausted = False
         self.waited = 0.0
-        """Seconds in which the source had the word: files were read, or the caller's iterator ran."""
+        """Seconds spent in the source: reading files, or in the caller's iterator."""
 
     @functools.cached_property
     def _callers_device(self) -> torch.device | None:
@@ -88,11 +88,17 @@ class WeightStream:
             ) from error
 
     def fetch(self) -> tuple[str, torch.Tensor | None]:
-        """The next pair as the caller sent it, or its name and None when it is not to be loaded."""
+        """The next (name, tensor) pair, or (name, None) when it must not be loaded.
+
+        Raises:
+            StopIteration: there are no more weights.
+            SourceError: the caller's iterator raised, or gave something else than a pair.
+
+        """
         return self._pair(self._fetch())
 
     def fetch_item(self) -> DirectRead | tuple[str, torch.Tensor | None]:
-        """The same, where tensors may also be read to where they go."""
+        """Like ``fetch``, and also gives direct reads: tensors that were read into place already."""
         item = self._fetch()
         return item if isinstance(item, DirectRead) else self._pair(item)
 
@@ -151,28 +157,28 @@ def _describe(item: object) -> str:
 
 
 class PlanLoader(Protocol):
-    """Loads weights by a copy plan, without the model's loader."""
+    """Loads weights without the model's loader."""
 
     def copy_by_plan(self, name: str, tensor: torch.Tensor) -> bool:
-        """Load a weight by its tensor plan; False if it has none that fits."""
+        """Copy a weight by the copy plan. Returns False, and writes nothing, if the plan does not fit it."""
 
     def take_direct_read(self, direct_read: DirectRead) -> None:
-        """Account for weights that were read from files straight into staging."""
+        """Account for weights that were read into place already."""
 
     def close_complete(self) -> None:
-        """After a weight: process the layers that are complete."""
+        """Process the layers that the last weight completed."""
 
 
 def load_by_copy_plan(
-    load_weights: Callable[[Any], Any], feed: WeightStream, trace: LoadTrace, loader: PlanLoader
+    load_weights: Callable[[Any], Any], stream: WeightStream, trace: LoadTrace, loader: PlanLoader
 ) -> None:
-    """Load by a copy plan; only weights without a tensor plan go through the model's loader, one at a time.
+    """Load by the copy plan; weights without a fitting plan go through the model's loader, one at a time.
 
-    Runs outside the trace.
+    Must be called outside the trace, which it enters for the loader only.
     """
     while True:
         try:
-            item = feed.fetch_item()
+            item = stream.fetch_item()
         except StopIteration:
             return
         if isinstance(item, DirectRead):
@@ -185,5 +191,5 @@ def load_by_copy_plan(
         if not loader.copy_by_plan(name, tensor):
             with trace:
                 load_all(load_weights, WeightStream([(name, tensor)], trace, lambda: None), trace)
-        del tensor  # a layer that is complete now gives its memory back
+        del tensor  # so that its memory is free before a complete layer is processed
         loader.close_complete()

@@ -1,8 +1,8 @@
-"""Native handles: what they were made of, since nobody can look into them afterwards.
+"""Native handles: the arguments they were made from, because their contents cannot be read.
 
-oneDNN's matmul handlers own a packed copy of the weights that no tensor shows. Their constructors are
-watched while layers are processed: the memory that a handle goes on reading has to live as long as it
-does, and a digest of what it was made of stands for what it holds.
+oneDNN's matmul handlers own a packed copy of the weights that no tensor shows. Their constructors are watched
+while layers are processed. Memory that a handle points into is kept alive as long as the handle, and the
+digest of the constructor's arguments is used as the digest of the handle.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from ..device.shared_setting import SharedSetting
 from ..record.module_state import owns_native, reachable, values_of
 
 Handles = dict[int, bytes | None]
-"""Handle -> digest of all that its constructor was given; None where that was not hashed."""
+"""Handle -> digest of its constructor's arguments; None where they were not hashed."""
 
 
 @dataclass(eq=False)
 class NativeWatch:
-    """What the watch over native handles notes.
+    """The handles that a watch has seen.
 
     Args:
         handles: receives every handle that is made.
@@ -38,13 +38,16 @@ class NativeWatch:
     handles: Handles
     hashed: bool = True
     captured: list[torch.Tensor] = field(default_factory=list)
-    """The tensors that new handles point into: oneDNN's int8 handler keeps the address of the weight scales
-    it was made with."""
+    """The tensors that new handles point into: oneDNN's int8 handler keeps the address of its weight
+    scales.
+    """
     paused: bool = False
-    """Whether handles that are made now are nobody's business."""
+    """Whether handles that are made now are ignored."""
 
     def made(self, name: str, handle: int, given: tuple[Any, ...], kept: tuple[Any, ...]) -> None:
-        """A constructor made a handle of what it was ``given``, and goes on reading what is ``kept``."""
+        """A constructor made ``handle`` from the arguments ``given``; the handle points into those in
+        ``kept``.
+        """
         self.captured.extend(value.detach() for value in kept if isinstance(value, torch.Tensor))
         try:
             self.handles[handle] = _digest_of(given) if self.hashed else None
@@ -54,7 +57,9 @@ class NativeWatch:
 
 
 _of_thread = threading.local()
-"""``watches``: those of this thread, the innermost last. Reloads of two threads make handles of their own."""
+"""``watches``: the watches of this thread, the innermost last, so that two threads do not mix their
+handles.
+"""
 
 
 def _wrap_constructors() -> Callable[[], object]:
@@ -79,7 +84,7 @@ def _noting(
 ) -> Callable[..., Any]:
     def noting(*args: Any, **kwargs: Any) -> Any:
         watches: list[NativeWatch] = getattr(_of_thread, "watches", [])
-        handle = constructor(*args, **kwargs)  # raises where a processor cannot do it, and vLLM goes on
+        handle = constructor(*args, **kwargs)  # raises on an unsupported processor; vLLM catches that
         if watches and not watches[-1].paused:
             given = (*args, *kwargs.values())
             kept = given if positions is None or kwargs else tuple(args[position] for position in positions)
@@ -96,7 +101,7 @@ _wrapped = SharedSetting(_wrap_constructors)
 def watching_native(
     device: torch.device | None, handles: Handles, hashed: bool = True
 ) -> Iterator[NativeWatch]:
-    """Notes what native handles are made of while this thread makes them.
+    """Records the native handles that this thread makes inside the block, and what they are made from.
 
     Args:
         device: where layers are processed. None, or a device without such handles, watches nothing.
@@ -126,14 +131,14 @@ def handle_in(tensor: torch.Tensor) -> int | None:
 
 
 def release_native_memory(values: Iterable[object], handles: Handles) -> bool:
-    """Release the native memory that served values own, to make room for what takes its place.
+    """Release the native memory that served values own, before new native memory is allocated.
 
-    An owner and its tensors stay the objects they are, with a null handle, until a new twin trades contents
-    with them. Whoever computes with one before that ends the process.
+    The owners and their tensors stay the same objects and hold null handles until the commit. A forward pass
+    before the commit dereferences NULL, which ends the process: the caller must prevent it.
 
     Args:
-        values: as they are served.
-        handles: those that are known; owners of others keep them.
+        values: served values.
+        handles: the known handles; those that are released are removed. Owners of unknown handles keep them.
 
     Returns:
         Whether anything was released.
@@ -141,7 +146,7 @@ def release_native_memory(values: Iterable[object], handles: Handles) -> bool:
     """
     seen: set[int] = set()
     owners = [found for value in values for found in reachable(value, seen) if owns_native(found)]
-    return sum(_empty(owner, handles) for owner in owners) > 0  # every one, not the first alone
+    return sum(_empty(owner, handles) for owner in owners) > 0  # not any(), which stops at the first
 
 
 def _empty(owner: Any, handles: Handles) -> bool:
@@ -152,19 +157,19 @@ def _empty(owner: Any, handles: Handles) -> bool:
     for tensor, handle in held:
         tensor.zero_()
         handles.pop(handle, None)
-    heir = object.__new__(type(owner))  # its class knows how to release what it holds, and does so now
-    heir.__dict__ = contents
+    old = object.__new__(type(owner))  # freed when this returns: its __del__ releases the handles
+    old.__dict__ = contents
     return True
 
 
 def forget_handles(owner: object, handles: Handles) -> None:
-    """An owner of native handles is about to release them: what was made of them is of no use any more."""
+    """Remove the handles of an owner that is about to release them."""
     for _, handle in _handles_of(owner):
         handles.pop(handle, None)
 
 
 def _handles_of(owner: object) -> list[tuple[torch.Tensor, int]]:
-    """The tensors in which an owner may hold native handles, and those; null is none."""
+    """(tensor, handle) for each tensor of an owner that may hold a handle; null handles are left out."""
     tensors = (value for value in values_of(owner) if isinstance(value, torch.Tensor))
     return [(tensor, handle) for tensor in tensors if (handle := handle_in(tensor))]
 

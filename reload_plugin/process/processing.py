@@ -17,59 +17,66 @@ ProcessWeights = Callable[..., None]
 """vLLM's ``process_weights_after_loading(model, model_config, target_device)``, unpatched."""
 
 
-def process_stage(
-    stage: StagedGroup,
+def process_group(
+    staged: StagedGroup,
     record: ModelRecord,
     original: ProcessWeights,
-    noted: NativeWatch,
-    places: ReusableOutputs,
+    watch: NativeWatch,
+    outputs: ReusableOutputs,
 ) -> None:
     """Process a loaded group; afterwards its layers are in kernel format with the new values.
 
-    Layers of online methods are first processed the way they are while a cold start streams the
-    weights in, and then once more with everything else, as a cold start does.
+    Layers of online quantization are processed twice, as in a cold start: once as at the end of their
+    weights, and once with all layers.
 
     Args:
-        stage: the group.
+        staged: the group.
         record: of the model.
         original: vLLM's own processing.
-        noted: the watch over native handles, paused.
-        places: takes results where they may be written to where they are served; then a failure may leave the
-            group's served values half written, and ``stage.overwritten`` is not empty.
+        watch: records native handles; paused before and after.
+        outputs: offers served buffers to packing kernels as their outputs; then a failure may leave the
+            group's served values half written, and ``staged.overwritten`` is not empty.
+
+    Raises:
+        ProcessingError: ``process_weights_after_loading`` raised.
 
     """
-    stage.materialise()
-    if stage.group.passed_over:
-        stage.overwritten = stage.final_storages()
-        stage.processed = True
+    staged.materialise()
+    if staged.group.needs_no_processing:
+        staged.overwritten = staged.written_served_storages()
+        staged.processed = True
         return
-    noted.captured = []
-    noted.paused = not stage.group.effect
+    watch.captured = []
+    watch.paused = not staged.group.effect
     try:
-        with places.offered(stage.replaceable) as stage.overwritten:
-            for layer in stage.group.layers:
+        with outputs.offered(staged.replaceable) as staged.overwritten:
+            for layer in staged.group.layers:
                 module = layer.ref()
                 if module is not None and layer.online:
                     vllm_api.process_online(module)
-            vllm_api.process_layers(original, stage.layers, record.model_config, record.target_device)
+            vllm_api.process_layers(original, staged.layers, record.model_config, record.target_device)
     except ReloadError:
         raise
     except Exception as error:
         raise ProcessingError(
-            f"Processing {stage.group.name or 'the model'} raised {type(error).__name__}: {error}. "
+            f"Processing {staged.group.name or 'the model'} raised {type(error).__name__}: {error}. "
             "The engine serves what it served before."
         ) from error
     finally:
-        noted.paused = True
-        stage.overwritten = stage.overwritten | stage.final_storages()
-        stage.captured = noted.captured
-    stage.processed = True
+        watch.paused = True
+        staged.overwritten = staged.overwritten | staged.written_served_storages()
+        staged.captured = watch.captured
+    staged.processed = True
 
 
 def process_tail(model: nn.Module, record: ModelRecord, original: ProcessWeights) -> None:
-    """The end of vLLM's processing that concerns the model as a whole: its own hook, if it has one.
+    """Run the model's own hook, the last part of the tail of PWAL; nothing if the model has none.
 
-    Every layer must show its new values while this runs.
+    Every layer has to show its new values.
+
+    Raises:
+        ProcessingError: the hook raised.
+
     """
     try:
         vllm_api.process_layers(original, [], record.model_config, record.target_device, model)

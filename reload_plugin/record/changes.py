@@ -1,7 +1,7 @@
-"""Who has the served weights of a model out of their places at the moment.
+"""The reloads of one model that are under way.
 
-Whoever reads what is served (a digest) asks them whether it is all there, and keeps others from beginning
-meanwhile.
+A reader of the served weights (a digest) asks whether all of them are on the live model, and blocks new
+reloads while it reads.
 """
 
 from __future__ import annotations
@@ -14,10 +14,12 @@ from typing import Protocol
 
 
 class Change(Protocol):
-    """A reload, while the served weights may not be in their places."""
+    """A reload during which the live model may show the load format instead of the served weights."""
 
     def show_served_if_idle(self) -> bool:
-        """Whether all that is served is in its place, and stays there until the reload goes on."""
+        """Show the served weights if no call of the reload is running. Returns whether they are shown; they
+        stay shown until the next call of the reload.
+        """
 
 
 class Changes:
@@ -25,21 +27,23 @@ class Changes:
 
     def __init__(self) -> None:
         self._reading = threading.RLock()
-        """Held while what is served is read: no reload begins meanwhile."""
+        """Held while served weights are read, so that no reload begins meanwhile."""
         self._changes: weakref.WeakSet[Change] = weakref.WeakSet()
 
     def begin(self, change: Change) -> None:
-        """Called before anything that is served may be elsewhere, until ``end``."""
+        """Register a reload before it changes the live model. Blocks while served weights are read."""
         with self._reading:
             self._changes.add(change)
 
     def end(self, change: Change) -> None:
-        """What is served is in its places again. Harmless where ``begin`` was not called."""
+        """Remove a reload whose served weights are on the live model again. Without ``begin`` does
+        nothing.
+        """
         self._changes.discard(change)
 
     @contextlib.contextmanager
-    def held_off(self) -> Iterator[bool]:
-        """For the time of the block no reload begins. Yields whether all that is served is in its place."""
+    def blocked(self) -> Iterator[bool]:
+        """No reload begins inside the block. Yields whether the live model shows all that it serves."""
         with self._reading:
             yield all(change.show_served_if_idle() for change in list(self._changes))
 

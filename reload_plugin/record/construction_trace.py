@@ -29,8 +29,10 @@ class ConstructionTrace(TorchDispatchMode):
         super().__init__()
         self.initial: dict[int, Initial] = {}
         self._noted: list[StorageWeakRef] = []
-        """As long as somebody refers to them, even weakly, no other storage gets the identity of one that is
-        gone: ``torch.tensor(1.0)``, which no mode sees being made, would have the values of that one."""
+        """Weak references keep the identity of a freed storage reserved. Without them a new storage could get
+        that identity and, if no mode saw it being made (``torch.tensor(1.0)``), the initial values noted for
+        it.
+        """
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None

@@ -52,8 +52,8 @@ def _spread(size: int, stride: int, base: Geometry, starts: list[int], extents: 
         dim = next((d for d, s in enumerate(base.stride) if s == stride and base.size[d] > 1), None)
         if dim is None or extents[dim] != 1:
             return False
-        destinations = base.size[dim] - starts[dim]
-        if size <= destinations:
+        remaining = base.size[dim] - starts[dim]
+        if size <= remaining:
             extents[dim] = size
             return True
         if starts[dim] or size % base.size[dim]:
@@ -72,7 +72,7 @@ class Coverage:
         self.boxes: dict[Box, None] = {}
         self.volume = 0
         self.overlaps = False
-        """Something was written whole a second time, or into what was complete."""
+        """A box was written twice, or anything was written after the tensor was complete."""
         self._mask: torch.Tensor | None = None
         self._complete = base.numel == 0
         self._checked_at = -1
@@ -126,7 +126,9 @@ class Coverage:
         self.volume += view.numel
 
     def _uncovered(self) -> Box | None:
-        """A box nobody wrote, by compressing the coordinates to the edges of the written boxes."""
+        """A box that was not written, found on the grid of the edges of all written boxes; None if
+        complete.
+        """
         if self._mask is not None:
             return self._uncovered_in_mask()
         edges = [

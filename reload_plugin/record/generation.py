@@ -1,4 +1,4 @@
-"""Which weights a model serves, and since when."""
+"""The generation: which weights a model serves, and since when."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ class Generation:
     """The caller's name for these weights."""
     source: str = "the engine's start"
     digest: str | None = None
-    """Of what the kernels read, once somebody asked; see ``verify.digest``."""
+    """Of all that the kernels read; None until it was computed. See ``verify.digest``."""
     since: float = field(default_factory=time.time)
     """Unix time (s) of the commit."""
 
     def with_digest(self, digest: str | None) -> Generation:
-        """The same weights, whose digest was made."""
+        """The same generation with its computed digest."""
         return replace(self, digest=digest)
 
     def without_digest(self) -> Generation:
-        """The same generation, of whose weights nothing is known any more."""
+        """The same generation with an unknown digest, because the served weights may have been written to."""
         return replace(self, digest=None)

@@ -8,15 +8,15 @@ from collections.abc import Iterable, Iterator, Sequence
 from .model_record import Group, LayerRecord, ModelRecord, TensorRecord
 
 SMALL_GROUP = 64 << 10
-"""Bytes up to which a layer is joined with other small ones."""
+"""A layer of at most so many bytes is joined with other small layers."""
 
 
 JOINED_GROUP = 1 << 20
-"""Bytes from which on a group of small layers is closed."""
+"""A group of small layers takes no more layers once it has more bytes than this."""
 
 
 def _group(layers: Sequence[LayerRecord]) -> list[Group]:
-    """Join layers that are only whole together; keep the model's order."""
+    """Groups of layers that share memory or a quantization method, in the model's order."""
     group_of: dict[object, Group] = {}
     ties_of: dict[Group, set[object]] = {}
     for layer, ties in zip(layers, _ties(layers), strict=True):
@@ -34,9 +34,8 @@ def _group(layers: Sequence[LayerRecord]) -> list[Group]:
 
 
 def _ties(layers: Sequence[LayerRecord]) -> list[set[object]]:
-    """For each layer what it has in common with others: storages of what a checkpoint may have, and a
-    quantization method that is a module of its own and processes one layer only, which keeps what comes of it
-    there.
+    """What each layer may share with others: the storages a checkpoint may fill, and a quantization method
+    that is a module of its own, processes this layer only and keeps the results of processing as its state.
     """
     loadable = {storage for layer in layers for storage in _loadable(layer)}
     modules = [layer.ref() for layer in layers]
@@ -50,8 +49,8 @@ def _ties(layers: Sequence[LayerRecord]) -> list[set[object]]:
 
 
 def _loadable(layer: LayerRecord) -> Iterator[int]:
-    """Storages of a layer's parameters, and of its buffers that are saved (a router's bias, say); others are
-    computed, like the table of a rotary embedding that all layers share.
+    """Storages of a layer's parameters and of its persistent buffers (a router's bias). Other buffers are
+    computed by the constructor, like the rotary table that all layers share.
     """
     yield from (t.storage for t in layer.tensors if t.is_parameter)
     for holder in layer.holders:
@@ -62,8 +61,9 @@ def _loadable(layer: LayerRecord) -> Iterator[int]:
 
 
 def _joined(groups: Iterable[Group]) -> Iterator[Group]:
-    """Small layers together, since a stage costs more than they do: those that processing leaves as they are
-    (norms), and attention that no checkpoint has anything of, which vLLM processes after all others anyway.
+    """Join small layers, because a group costs more time than their bytes: those that processing leaves as
+    they are (norms), and attention that no checkpoint has anything of, which vLLM processes after all others
+    anyway.
     """
     waiting: dict[bool, Group] = {}
     for group in groups:
@@ -85,7 +85,7 @@ def _is_bare(group: Group) -> bool:
 
 
 def shared_tensors(record: ModelRecord) -> frozenset[int]:
-    """Tensors (by record) that several groups hold and that are nobody's parameter: left alone."""
+    """Tensors (by identity of their record) that several groups hold. A reload leaves them as they are."""
     seen: set[int] = set()
     shared: set[int] = set()
     for group in record.groups:

@@ -1,7 +1,7 @@
 """The load format of a model, and what ``process_weights_after_loading`` (PWAL) does to it.
 
-The record keeps descriptions and differences. Tensors are held weakly: whatever vLLM lets go of is
-freed as before, and whatever somebody still holds is put back as the same object.
+The record keeps descriptions and differences. It holds tensors by weak references: a tensor that vLLM drops
+is freed as without the plugin, and a tensor that still exists is restored as the same object.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from .tensor_layout import (
 )
 
 _FEW_BYTES = 64
-"""Bytes of a tensor that count as nothing beside the tensor itself."""
+"""Up to so many bytes of values are smaller than the tensor object that describes them."""
 
 
 RECORD_ATTRIBUTE = "_reload_plugin_record"
@@ -55,9 +55,9 @@ class TensorRecord:
 
     @functools.cached_property
     def scalars(self) -> torch.Tensor | None:
-        """What the constructor left in a buffer of a few elements, laid out as in the load format: the scales
-        that attention has, and that few checkpoints bring. None for parameters, whose weights may be read
-        straight to where they are served.
+        """The constructor's values of a buffer of at most ``_FEW_BYTES``, in load-format layout: attention
+        scales, which few checkpoints contain. None for parameters, whose weights may be read directly into
+        served memory. The record owns the tensor.
         """
         initial = self.format.initial
         if self.is_parameter or not isinstance(initial, Values) or initial.tensor.nbytes > _FEW_BYTES:
@@ -66,13 +66,13 @@ class TensorRecord:
 
     @property
     def expected(self) -> bool:
-        """Whether a loader is expected to write every element: nobody else ever did."""
+        """Whether a loader has to write every element, because the constructor wrote none."""
         return self.is_parameter and isinstance(self.format.initial, Uninitialised)
 
     @property
     def is_table(self) -> bool:
-        """Whether it says where experts are. An engine that balances its load or gets more ranks writes to
-        such tables, and new weights go by what they say then.
+        """Whether this buffer maps experts to ranks or slots. An engine that rebalances experts or adds ranks
+        writes to such tables, and weights are loaded by what the table holds at the reload.
         """
         return not self.is_parameter and "expert" in self.name and not self.format.dtype.is_floating_point
 
@@ -93,7 +93,7 @@ class HolderRecord:
 
     @functools.cached_property
     def keys(self) -> list[Key]:
-        """All keys that were recorded, in an order of their own; to be asked when the record is complete."""
+        """All recorded keys, sorted. Cached: valid once the record is complete."""
         return sorted(self.constructed.keys() | self.undo.keys(), key=str)
 
 
@@ -107,15 +107,16 @@ class LayerRecord:
     tensors: list[TensorRecord]
     children: dict[str, weakref.ref[nn.Module]]
     deferred: bool
-    """Attention-like: vLLM processes it after all other layers."""
+    """An attention layer, which vLLM processes after all other layers: part of the tail of PWAL."""
     online: bool
     """Its quant method creates weights on meta and is processed while the weights stream in."""
     late: bool = False
-    """The tail of PWAL changes it once more, so its result is taken only after the tail."""
-    passed_over: bool = False
-    """PWAL has nothing to call for it."""
-    grown: bool = False
-    """A loader gave it a parameter that its constructor had not made."""
+    """The tail of PWAL (attention layers and the model's own hook, processed last) changes it as well, so its
+    result is captured after the tail."""
+    needs_no_processing: bool = False
+    """PWAL calls nothing for it."""
+    has_added_parameters: bool = False
+    """A loader registered a parameter that the constructor had not made."""
 
     @property
     def effect(self) -> bool:
@@ -124,15 +125,16 @@ class LayerRecord:
 
     @functools.cached_property
     def has_keys(self) -> bool:
-        """Whether any of its holders has keys; to be asked when the record is complete."""
+        """Whether any holder has keys. Cached: valid once the record is complete."""
         return any(holder.keys for holder in self.holders)
 
 
 @dataclass(eq=False)
 class Group:
-    """Layers that share load-format memory or what comes of it, so they are loaded and processed together.
+    """Layers that share load-format memory or results of processing, and so are loaded and processed
+    together.
 
-    What it says of them all is asked when they are known to be all.
+    The cached properties are valid once the grouping is complete.
     """
 
     layers: list[LayerRecord]
@@ -165,20 +167,20 @@ class Group:
         return any(layer.effect for layer in self.layers)
 
     @functools.cached_property
-    def passed_over(self) -> bool:
-        """Whether processing neither does anything to its layers nor has anything to call for them."""
-        return self.plain and all(layer.passed_over for layer in self.layers)
+    def needs_no_processing(self) -> bool:
+        """Whether PWAL changes nothing in its layers and calls nothing for them."""
+        return self.plain and all(layer.needs_no_processing for layer in self.layers)
 
     @functools.cached_property
     def plain(self) -> bool:
-        """Whether processing leaves its layers as they were loaded (embeddings, norms)."""
+        """Whether PWAL leaves its layers as they were loaded (embeddings, norms)."""
         return not any(layer.effect or layer.deferred or layer.online or layer.late for layer in self.layers)
 
 
 @dataclass(frozen=True, eq=False)
 class ModelRecord:
-    """Everything needed to put a model back into load format and process it again. Not written to after the
-    start; what a model serves and what was learnt since is in ``transaction.engine_state.EngineState``.
+    """Everything needed to put a model back into load format and process it again. Not changed after the
+    start: ``transaction.engine_state.EngineState`` has what the model serves and what later reloads learnt.
     """
 
     layers: list[LayerRecord]
@@ -189,15 +191,15 @@ class ModelRecord:
     group_of: dict[str, int] = field(default_factory=dict)
     """Load-format tensor -> number of its group in ``groups``, which keep the model's order."""
     complete: bool = False
-    """Whether the start is over, and what PWAL changes is recorded."""
+    """Whether the effect of PWAL is recorded, which ends the start."""
     changes: Changes = field(default_factory=Changes)
-    """Who has the served weights out of their places at the moment."""
+    """The reloads that are under way."""
 
     @functools.cached_property
-    def grown_groups(self) -> frozenset[str]:
+    def groups_with_added_parameters(self) -> frozenset[str]:
         """Names of groups for which a loader made a parameter that the constructor had not made."""
-        grown = (group for group in self.groups if any(layer.grown for layer in group.layers))
-        return frozenset(group.name for group in grown)
+        added = (group for group in self.groups if any(layer.has_added_parameters for layer in group.layers))
+        return frozenset(group.name for group in added)
 
     @property
     def world_size(self) -> int:

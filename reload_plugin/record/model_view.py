@@ -1,6 +1,6 @@
 """What the live model shows: the weights it serves, or the load format that is being filled.
 
-The only code that puts load-format tensors on live modules and takes them off again. ``show`` and ``hide``
+The only code that puts load-format tensors on live modules and removes them. ``show`` and ``hide``
 are inverses of one another and copy nothing.
 """
 
@@ -23,15 +23,15 @@ class EnterOptions:
     by_copy_plan: bool = False
     noting: bool = False
     from_served: bool = False
-    straight: bool = False
+    write_to_served: bool = False
     alias_served: bool = False
 
 
 class ModelView:
     """Shows one of two states of some groups of a model.
 
-    A group follows ``show`` and ``hide`` until ``release``: its result has been taken then, or nobody touched
-    it, and it shows what it serves for good.
+    A group follows ``show`` and ``hide`` until ``release``; afterwards it shows what it serves. Groups are
+    released when their result has been captured, or when nothing was written to them.
 
     Args:
         record: of the model.
@@ -72,13 +72,13 @@ class ModelView:
                 options.by_copy_plan,
                 options.noting,
                 options.from_served,
-                options.straight,
+                options.write_to_served,
                 options.alias_served,
             )
         return True
 
     def hide(self) -> None:
-        """Put the served state back on the live model; what was loaded is kept for the next ``show``."""
+        """Put the served state on the live model. What was loaded is kept for the next ``show``."""
         for group in self._following.values():
             if not group.hidden:
                 group.hide()
@@ -87,11 +87,11 @@ class ModelView:
         self.shown = False
 
     def release(self, group: StagedGroup) -> None:
-        """A group shows what it serves from now on, whatever the view shows."""
+        """Let a group show what it serves from now on; ``show`` and ``hide`` skip it."""
         self._following.pop(id(group), None)
 
     def drop(self) -> None:
-        """Forget all that is not served; the view has to be hidden."""
+        """Drop all state that is not served. The view has to be hidden."""
         for group in self.groups:
             group.drop()
         self.groups, self._following = [], {}
@@ -100,7 +100,7 @@ class ModelView:
 def staged_groups(
     record: ModelRecord, chosen: Container[str] | None, gauge: MemoryGauge
 ) -> list[StagedGroup]:
-    """The groups of a model that are to be reloaded, as they serve.
+    """A ``StagedGroup`` for each group to reload; the live model is unchanged.
 
     Args:
         record: of the model.

@@ -57,7 +57,7 @@ _HOLD_NOTHING = (
     torch.Size,
     weakref.ref,
 )
-"""Classes of values that are what they are and hold no others."""
+"""Classes of values that hold no other values."""
 
 
 _ATOMS = (*_HOLD_NOTHING, types.FunctionType, types.MethodType)
@@ -109,13 +109,18 @@ def tensors_in(value: object) -> Iterator[torch.Tensor]:
 
 @remembered
 def holds_nothing(cls: type) -> bool:
-    """Whether values of a class hold no others, and nothing that is not Python's."""
+    """Whether values of a class hold no other values and no native resource."""
     return issubclass(cls, _HOLD_NOTHING) and not hasattr(cls, "__del__")
 
 
 def reachable(value: object, seen: set[int] | None = None) -> Iterator[object]:
-    """A held value and all it holds; tensors as often as they are held, everything else once, but for plain
-    values, which do not matter.
+    """A held value and everything reachable from it. Tensors are yielded each time they are held, other
+    objects once, plain values never.
+
+    Args:
+        value: where to begin.
+        seen: identities of objects to skip; extended by those that are yielded.
+
     """
     seen = set() if seen is None else seen
     waiting = [value]
@@ -132,12 +137,12 @@ def reachable(value: object, seen: set[int] | None = None) -> Iterator[object]:
 
 
 def owns_native(value: object) -> bool:
-    """Whether an object releases something that is not Python's when it goes away."""
+    """Whether an object releases a native resource when it is freed: its class has ``__del__``."""
     return hasattr(type(value), "__del__")
 
 
 def cell_content(cell: types.CellType) -> object:
-    """What a closure cell holds, or ABSENT when it is empty still."""
+    """What a closure cell holds, or ABSENT when it is empty."""
     try:
         return cell.cell_contents
     except ValueError:
@@ -158,7 +163,7 @@ def _parts(value: Any) -> list[object]:
 
 
 def values_of(holder: Any) -> list[object]:
-    """What ``holder``, which is no module, holds now, without its keys."""
+    """The values that ``holder``, which is not a module, holds now."""
     if isinstance(holder, dict):
         return list(holder.values())
     if isinstance(holder, list):

@@ -1,4 +1,4 @@
-"""Wrappers that were put around layers after the start (LoRA), taken out for a while."""
+"""Remove wrappers that were put around layers after the start (LoRA), and put them back."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from torch import nn
 from .model_record import ModelRecord
 
 WrappedTree = list[tuple[nn.Module, dict[str, nn.Module | None]]]
-"""Modules and the children they had before wrappers were taken out from between them."""
+"""Modules, each with the children it had while the wrappers were in place."""
 
 
 def unwrap_tree(record: ModelRecord) -> WrappedTree:
-    """Take wrappers that were put around layers after the start (LoRA) out of the module tree.
+    """Remove wrappers that were put around layers after the start (LoRA) from the module tree.
 
-    Parameters have the names of the start then, which is what loaders look for. Undone by ``rewrap_tree``.
+    Parameters then have the names they had at the start, which loaders use. Inverse: ``rewrap_tree``.
     """
     before: WrappedTree = []
     for layer in record.layers:
@@ -32,7 +32,7 @@ def unwrap_tree(record: ModelRecord) -> WrappedTree:
 
 
 def rewrap_tree(tree: WrappedTree) -> None:
-    """Put back what ``unwrap_tree`` took out."""
+    """Put the wrappers back that ``unwrap_tree`` removed."""
     for parent, children in tree:
         parent._modules.clear()
         parent._modules.update(children)

@@ -1,4 +1,4 @@
-"""Which part of a model a rank holds: what routes of weights depend on beside the weights themselves."""
+"""Which part of a model a rank holds. The copy plan depends on it and on the listing of the weights."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from torch import nn
 from .model_record import LayerRecord, ModelRecord
 
 RANKS = ("rank", "world_size", "data_parallel_rank", "data_parallel_size")
-"""What counts in the parallel config of an engine."""
+"""Fields of the parallel config that determine the placement."""
 SHARDS = ("tp_rank", "tp_size", "ep_rank", "ep_size")
-"""What vLLM's loaders ask a layer, or its parallel config, to find their part of a weight."""
+"""Attributes of a layer or of its parallel config from which vLLM's loaders compute this rank's shard."""
 _OF_A_RANK = frozenset((*SHARDS, "moe_config", "expert_map_manager"))
-"""Attributes without which a layer, unless it has tables, is the same on every rank."""
+"""A layer without any of these, and without expert tables, is the same on every rank."""
 
 
 def placement(record: ModelRecord) -> object:
-    """A rank's place among the others, its shards, and which experts it holds and where.
+    """The rank's number, its shards, and which experts it holds and where.
 
-    Read from the model as it is now: tables of experts are exchanged, and written to, while an engine runs.
-    Two that are equal stand for the same place of every weight.
+    Read from the live model, because expert tables are replaced and written to while an engine runs. With
+    equal placements every weight is copied to the same regions.
     """
     parallel = getattr(record.vllm_config, "parallel_config", None)
     layers = (found for layer in record.layers if (found := _of_layer(layer)))
@@ -47,7 +47,7 @@ def _of_layer(layer: LayerRecord) -> tuple[object, ...]:
 
 
 def _tables(layer: LayerRecord, module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """Every table that says where experts are; the one that loaders ask is the manager's."""
+    """Every table that maps experts to ranks or slots. Loaders read the one of the expert map manager."""
     for key, buffer in module._buffers.items():
         if buffer is None or buffer.is_floating_point():
             continue

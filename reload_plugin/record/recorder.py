@@ -1,11 +1,11 @@
 """Recording a model while it starts.
 
-Three looks at a model give its record:
+Three observations of a model give its record:
 
 * *constructed*: right after ``initialize_model``; this is the load format,
 * *loaded and processed*: after vLLM's whole-model ``process_weights_after_loading`` (PWAL),
-* in between, when PWAL turns from quantization methods to attention layers and the model's own
-  hook (its *tail*), because what the tail changes in other layers has to be taken last.
+* in between, when the *tail* of PWAL begins. The tail is what vLLM processes last: attention layers and the
+  model's own hook. What it changes in other layers has to be captured after it.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def record_constructed(model: nn.Module, trace: ConstructionTrace | None, vllm_c
 
 
 class _Recorder:
-    """Numbers storages and describes tensors while one model is recorded."""
+    """Numbers the storages of one model and describes its tensors."""
 
     def __init__(self, trace: ConstructionTrace | None) -> None:
         self._trace = trace
@@ -134,34 +134,36 @@ def _reference(holder: object) -> Callable[[], object | None]:
 
 
 @dataclass(frozen=True, eq=False)
-class Seen:
-    """A tensor at the time of a look, without keeping it alive."""
+class ObservedTensor:
+    """Identity and address of a tensor when it was observed. Does not keep the tensor alive."""
 
     ref: weakref.ref[torch.Tensor]
     address: int
 
     def unchanged(self, other: object) -> bool:
-        return isinstance(other, Seen) and self.ref() is other.ref() and self.address == other.address
+        return (
+            isinstance(other, ObservedTensor) and self.ref() is other.ref() and self.address == other.address
+        )
 
 
-def look(record: ModelRecord) -> list[Contents]:
+def observe(record: ModelRecord) -> list[Contents]:
     """What every recorded holder holds now, in the record's order (tensors by identity)."""
     return [_contents(holder) for layer in record.layers for holder in layer.holders]
 
 
 def _contents(holder: HolderRecord) -> Contents:
     target = holder.ref()
-    return {} if target is None else {key: _seen(value) for key, value in read(target).items()}
+    return {} if target is None else {key: _observed(value) for key, value in read(target).items()}
 
 
-def _seen(value: object) -> object:
+def _observed(value: object) -> object:
     if not isinstance(value, torch.Tensor):
         return value
-    return Seen(weakref.ref(value), 0 if storage_id(value) is None else value.data_ptr())
+    return ObservedTensor(weakref.ref(value), 0 if storage_id(value) is None else value.data_ptr())
 
 
 class TailWatch:
-    """While vLLM processes a model, looks at it once: when attention layers or the hook begin."""
+    """Observes a model once while vLLM processes it: when the tail of PWAL begins."""
 
     _NAME = "process_weights_after_loading"
 
@@ -173,7 +175,7 @@ class TailWatch:
 
     def __enter__(self) -> TailWatch:
         for module in self._watched:
-            vllm_api.attach(module, self._NAME, self._looking(getattr(module, self._NAME)))
+            vllm_api.attach(module, self._NAME, self._observing(getattr(module, self._NAME)))
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -181,15 +183,15 @@ class TailWatch:
             module.__dict__.pop(self._NAME, None)
         self._watched = []
 
-    def _looking(self, method: Callable[..., Any]) -> Callable[..., Any]:
+    def _observing(self, method: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(method)
-        def looking(*args: Any, **kwargs: Any) -> Any:
+        def observing(*args: Any, **kwargs: Any) -> Any:
             if self._watched:
                 self.__exit__()
-                self.before_tail = look(self._record)
+                self.before_tail = observe(self._record)
             return method(*args, **kwargs)
 
-        return looking
+        return observing
 
 
 def finish_record(
@@ -205,23 +207,23 @@ def finish_record(
     Args:
         model: keeps the complete record in place of the one made at construction.
         record: the record made at construction.
-        loaded: a ``look`` taken when the weights were loaded and PWAL was about to begin.
-        before_tail: a ``look`` taken when PWAL's tail began, or None when it had none.
+        loaded: the answer of ``observe`` when the weights were loaded and PWAL was about to begin.
+        before_tail: the answer of ``observe`` when the tail of PWAL began; None without a tail.
         model_config: vLLM's config of this model (a draft model has its own).
         target_device: the device PWAL ran on.
 
     """
-    after = look(record)
+    after = observe(record)
     flat = [(layer, holder) for layer in record.layers for holder in layer.holders]
     for index, (layer, holder) in enumerate(flat):
         holder.undo = _difference(holder.constructed, after[index])
         if not layer.online:
-            layer.grown |= _has_grown(holder.constructed, loaded[index])
+            layer.has_added_parameters |= _has_added_parameters(holder.constructed, loaded[index])
             holder.by_loader = _settled(holder.undo, loaded[index], after[index])
         if before_tail is not None and not layer.deferred and _changed(before_tail[index], after[index]):
             layer.late = True
         if layer.name == "":
-            layer.late = True  # what vLLM sets on the model itself comes with the tail
+            layer.late = True  # vLLM sets attributes of the model itself in the tail
         holder.constructed = {
             key: value for key, value in holder.constructed.items() if isinstance(value, TensorRecord)
         }
@@ -230,7 +232,7 @@ def finish_record(
             tensor_record.format = dataclasses.replace(tensor_record.format, initial=AsServed())
     for layer in record.layers:
         module = layer.ref()
-        layer.passed_over = module is not None and not vllm_api.is_processed(module)
+        layer.needs_no_processing = module is not None and not vllm_api.is_processed(module)
     groups = _group(record.layers)
     finished = dataclasses.replace(
         record,
@@ -245,7 +247,7 @@ def finish_record(
 
 
 def _has_initial_values(record: TensorRecord) -> bool:
-    """Whether PWAL left a tensor, and its values, as the constructor made them."""
+    """Whether a tensor still has the constructor's shape and values after PWAL."""
     tensor, initial = record.ref(), record.format.initial
     same_shape = isinstance(initial, Values) and tensor is not None and tensor.shape == initial.tensor.shape
     return same_shape and torch.equal(tensor, initial.tensor)  # type: ignore[arg-type, union-attr]
@@ -263,31 +265,31 @@ def _difference(constructed: Contents, after: Contents) -> Contents:
     return undo
 
 
-def _has_grown(constructed: Contents, loaded: Contents) -> bool:
-    """Whether a parameter is there that was none when the layer was constructed."""
+def _has_added_parameters(constructed: Contents, loaded: Contents) -> bool:
+    """Whether the loaded layer has a parameter that the constructed layer had not."""
     return any(
         key[0] == "_parameters"
-        and isinstance(value, Seen)
+        and isinstance(value, ObservedTensor)
         and not isinstance(constructed.get(key), TensorRecord)
         for key, value in loaded.items()
     )
 
 
 def _settled(undo: Contents, loaded: Contents, after: Contents) -> frozenset[Key]:
-    """Changed keys that had their final, plain value before processing began."""
+    """Changed keys whose value, not a tensor, was already final when PWAL began: the loader set it."""
     return frozenset(
         key
         for key in undo
         if key in loaded
         and key in after
-        and not isinstance(after[key], Seen)
+        and not isinstance(after[key], ObservedTensor)
         and same(loaded[key], after[key])
     )
 
 
 def _unchanged(before: object, now: object) -> bool:
     if isinstance(before, TensorRecord):
-        return isinstance(now, Seen) and before.ref() is not None and now.ref() is before.ref()
+        return isinstance(now, ObservedTensor) and before.ref() is not None and now.ref() is before.ref()
     return same(before, now)
 
 
@@ -296,4 +298,4 @@ def _changed(before: Contents, after: Contents) -> bool:
 
 
 def _still(before: object, after: object) -> bool:
-    return before.unchanged(after) if isinstance(before, Seen) else same(before, after)
+    return before.unchanged(after) if isinstance(before, ObservedTensor) else same(before, after)

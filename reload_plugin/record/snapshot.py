@@ -26,7 +26,7 @@ class _Absent(enum.Enum):
 
 
 ABSENT = _Absent.ABSENT
-"""Stands for an attribute that is not there."""
+"""Marks a key that does not exist."""
 
 
 _TABLES = ("_parameters", "_buffers", "_modules")
@@ -62,8 +62,8 @@ def _slots_of(cls: type) -> Sequence[str]:
 class Snapshot(Mapping[Key, Any]):
     """What a holder held at one moment, one level deep, as key -> value. Immutable; copies no tensor.
 
-    Nearly all are only asked whether they hold what another one does. So they are copies of the holder's own
-    tables, and the keys of all that is in them are made when somebody wants them.
+    It is a copy of the holder's own tables. Nearly all snapshots are only compared with another one, so the
+    keys of ``entries`` are made on first use.
     """
 
     __slots__ = ("_entries", "kinds", "tables")
@@ -75,7 +75,7 @@ class Snapshot(Mapping[Key, Any]):
 
     @property
     def entries(self) -> dict[Key, Any]:
-        """All of it; not to be written to."""
+        """All keys and values. Read only."""
         if self._entries is None:
             self._entries = {}
             for kind, table in zip(self.kinds, self.tables, strict=True):
@@ -89,14 +89,15 @@ class Snapshot(Mapping[Key, Any]):
         return self._entries
 
     def is_same_as(self, other: Snapshot) -> bool:
-        """Whether both hold the same objects under the same keys, in one order; a module's own attributes of
-        torch's count as well.
+        """Whether both hold the same objects under the same keys in the same order. Attributes that torch
+        keeps on a module are compared too.
         """
         return self is other or all(map(_same_objects, self.tables, other.tables))
 
     def changes_to(self, after: Snapshot, besides: Set[int]) -> Iterator[tuple[Key, Any, Any]]:
-        """(key, value here or ABSENT, value there) of all that ``after``, of a holder like this one's, holds
-        another object of, and of the objects ``besides``, which are given by their identities.
+        """(key, value in this snapshot or ABSENT, value in ``after``) for each key under which ``after``
+        holds another object, and for each object whose identity is in ``besides``. ``after`` is of the same
+        kind of holder.
         """
         for kind, ours, theirs in zip(self.kinds, self.tables, after.tables, strict=True):
             same = _same_objects(ours, theirs)
@@ -106,16 +107,16 @@ class Snapshot(Mapping[Key, Any]):
                 if ((old := ours.get(name, ABSENT)) is not new or id(new) in besides) and _counts(kind, name):
                     yield (_kind_of_key(kind), name), old, new
 
-    def gone_from(self, after: Snapshot) -> Iterator[Key]:
-        """Keys that ``after``, of a holder like this one's, does not hold."""
+    def keys_missing_in(self, after: Snapshot) -> Iterator[Key]:
+        """Keys of this snapshot that ``after``, of the same kind of holder, does not have."""
         for kind, ours, theirs in zip(self.kinds, self.tables, after.tables, strict=True):
             if ours is theirs or ours.keys() <= theirs.keys():
                 continue
             missing = (name for name in ours if name not in theirs)
             yield from ((_kind_of_key(kind), name) for name in missing if _counts(kind, name))
 
-    def put_on(self, holder: Any, now: Snapshot) -> None:
-        """Make ``holder``, which holds what ``now`` says, hold exactly this, in the same order."""
+    def apply_to(self, holder: Any, now: Snapshot) -> None:
+        """Make ``holder``, whose present snapshot is ``now``, hold exactly this, in the same order."""
         for kind, ours, theirs in zip(self.kinds, self.tables, now.tables, strict=True):
             if _same_objects(ours, theirs):
                 continue
@@ -134,7 +135,7 @@ class Snapshot(Mapping[Key, Any]):
                     write(holder, (own, name), value)
 
     def get(self, key: Key, default: Any = None) -> Any:
-        """What it holds under a key, without making all keys."""
+        """The value of one key; does not make all keys."""
         kind, name = key
         for own, table in zip(reversed(self.kinds), reversed(self.tables), strict=True):
             if name in table and _kind_of_key(own) == kind:
@@ -177,18 +178,18 @@ def _same_objects(ours: dict[Any, Any], theirs: dict[Any, Any]) -> bool:
 
 
 def _kind_of_key(table: str) -> str:
-    """The kind that the keys in a table of some kind have."""
+    """The kind of key of the entries in a table."""
     return "attribute" if table == _MODULE else table
 
 
 def _counts(kind: str, name: object) -> bool:
-    """Whether an entry of a table belongs to the state of what holds it."""
+    """Whether an entry of a table belongs to its holder's state."""
     return kind != _MODULE or name not in _PASSED_OVER
 
 
 def read(holder: object, before: Snapshot | None = None) -> Snapshot:
-    """What ``holder`` holds now. Tables that are as in ``before``, if that is given, are that one's, and if
-    all are, so is the answer.
+    """A snapshot of what ``holder`` holds now. It reuses the unchanged tables of ``before``, and is
+    ``before`` itself if none has changed.
     """
     if isinstance(holder, nn.Module):
         held = holder.__dict__
@@ -220,14 +221,14 @@ def _kinds_and_table(holder: object) -> tuple[tuple[str, ...], tuple[dict[Any, A
 
 @functools.lru_cache(4096)
 def _unsaved(names: frozenset[str]) -> dict[str, frozenset[str]]:
-    """A module's buffers that are not saved, as a table: the same object for equal sets."""
+    """The names of a module's non-persistent buffers as a table; the same object for equal sets."""
     return {_NOT_SAVED: names}
 
 
 def tables_of(holder: object) -> Mapping[str, Mapping[Any, Any]]:
-    """What ``holder`` holds now, as kind of key -> name -> value, where it is; not to be written to.
+    """The live tables of ``holder``: kind of key -> name -> value. Read only.
 
-    Asked for the names that ``read`` gives: a module's own dictionary has more.
+    Use only names that ``read`` gives: a module's ``__dict__`` has more than its state.
     """
     if isinstance(holder, nn.Module):
         held = holder.__dict__
@@ -238,13 +239,15 @@ def tables_of(holder: object) -> Mapping[str, Mapping[Any, Any]]:
 
 @functools.lru_cache(4096)
 def _keys(kind: str, names: tuple[str, ...]) -> tuple[Key, ...]:
-    """The keys of a holder's entries: the same objects each time, so that they are quick to find again."""
+    """The keys of a holder's entries. Cached, because comparing identical key objects is fast."""
     return tuple(_key(kind, name) for name in names)
 
 
 @functools.lru_cache(4096)
 def _attributes_of_module(names: tuple[str, ...]) -> tuple[tuple[Key, ...], tuple[bool, ...]]:
-    """The same for all that a module's ``__dict__`` has, and which of it is not torch's own or ours."""
+    """The keys of a module's attributes, and for each name of its ``__dict__`` whether it is one of them (and
+    not torch's own or this package's).
+    """
     chosen = tuple(name not in _PASSED_OVER for name in names)
     return _keys("attribute", tuple(itertools.compress(names, chosen))), chosen
 
@@ -301,7 +304,9 @@ def _delete_attribute(holder: object, name: str) -> None:
 
 
 def holds_same(now: Snapshot, before: Snapshot) -> bool:
-    """Whether a holder holds the same objects, or equal plain values, under the same keys, in one order."""
+    """Whether two snapshots hold the same objects or equal plain values, under the same keys in the same
+    order.
+    """
     if now.is_same_as(before):
         return True
     if list(now) != list(before):
@@ -310,14 +315,18 @@ def holds_same(now: Snapshot, before: Snapshot) -> bool:
 
 
 def put_back(holder: object, before: Snapshot, now: Snapshot | None = None) -> None:
-    """Make ``holder`` hold exactly what it held ``before``, in the same order. ``now``: what it holds."""
+    """Make ``holder`` hold exactly what it held ``before``, in the same order. ``now``: its present snapshot,
+    if known.
+    """
     now = read(holder) if now is None else now
     if not now.is_same_as(before):
-        before.put_on(holder, now)
+        before.apply_to(holder, now)
 
 
 def equal(a: object, b: object) -> bool:
-    """Equality that takes whatever a foreign ``__eq__`` does for an answer; doubt is a no."""
+    """Whether ``a == b`` is true. False where a foreign ``__eq__`` raises or its answer has no truth
+    value.
+    """
     try:
         return bool(a == b)
     except Exception:  # noqa: BLE001 - comparing containers of tensors raises, and means "do not know"

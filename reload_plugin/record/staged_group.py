@@ -2,66 +2,24 @@
 
 A staged group holds up to three states of the same objects: *served* (what the engine answers with),
 *load format* (what loaders write into) and *result* (what processing made of it). Showing one of
-them puts it on the live objects; nothing is copied. Placeholders have the load format's shape and
-device but no memory until somebody touches them.
+them puts it on the live objects; nothing is copied. Load-format tensors begin as placeholders: they have the
+load format's shape and device, and no memory until the first write.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
 
 from ..device.host_memory import MemoryGauge
-from ..errors import UnsupportedError
 from ..tensors import storage_id, wraps_others
+from .group_state import GroupState, TensorState
+from .load_format import alive_holders, copy_of_wrapper, is_wrapper, load_format_places, staged_storages
 from .model_record import Group, HolderRecord, TensorRecord
-from .snapshot import ABSENT, Key, Snapshot, equal, put_back, read, same, tables_of, write
+from .snapshot import ABSENT, Key, Snapshot, equal, read, same, write
 from .staged_storage import StagedStorage
-
-
-@dataclass(eq=False)
-class TensorState:
-    """What one tensor object is made of; the object itself stays the same."""
-
-    tensor: torch.Tensor
-    data: torch.Tensor
-    cls: type[torch.Tensor]
-    attributes: dict[str, Any]
-
-    @staticmethod
-    def of(tensor: torch.Tensor) -> TensorState:
-        return TensorState(tensor, tensor.data, type(tensor), dict(tensor.__dict__))
-
-    def show(self) -> None:
-        """Make the object this again."""
-        self.tensor.data = self.data
-        self.tensor.__class__ = self.cls
-        self.tensor.__dict__ = dict(self.attributes)
-
-
-@dataclass(eq=False)
-class GroupState:
-    """A whole state of a group: what its holders hold and what its tensors are made of."""
-
-    contents: list[tuple[object, Snapshot]]
-    tensors: dict[int, TensorState]
-
-    def show(self, now: GroupState | None = None) -> None:
-        """Put it on the live objects; they are as ``now`` says, if that was just taken of the same group."""
-        held = [None] * len(self.contents) if now is None else [contents for _, contents in now.contents]
-        for (holder, contents), present in zip(self.contents, held, strict=True):
-            put_back(holder, contents, present)
-        for state in self.tensors.values():
-            state.show()
-
-    def data_of(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The data ``tensor`` has in this state (its present data if this state says nothing)."""
-        state = self.tensors.get(id(tensor))
-        return tensor.data if state is None else state.data
 
 
 class StagedGroup:
@@ -76,15 +34,15 @@ class StagedGroup:
         self._device = target_device
         self._shared = shared
         self._objects: dict[int, torch.Tensor] = {}
-        self._shelf: GroupState | None = None
+        self._hidden_state: GroupState | None = None
         self._entered: list[tuple[object, Snapshot]] = []
         self.served = GroupState([], {})
         self.result: GroupState | None = None
         self.processed = False
         self.overwritten: set[int] = set()
-        """Storages of served tensors that processing was given for its results."""
+        """Identities of served storages that processing may have written its results to."""
         self.captured: list[torch.Tensor] = []
-        """Tensors that native code was given while the group was processed."""
+        """Tensors that native handles point into since the group was processed; see ``NativeWatch``."""
 
     @property
     def layers(self) -> list[tuple[str, nn.Module]]:
@@ -98,49 +56,53 @@ class StagedGroup:
         by_copy_plan: bool = False,
         noting: bool = False,
         from_served: bool = False,
-        straight: bool = False,
+        write_to_served: bool = False,
         alias_served: bool = False,
     ) -> None:
         """Put the group's layers into load format, without memory. Undone by ``served.show()``.
 
         Args:
-            by_copy_plan: no loader will run, so what loaders leave behind beside values stays as it is.
-            noting: ``loader_left_traces`` will be asked.
+            by_copy_plan: no loader will run, so attributes that only loaders change keep their served values.
+            noting: keep what ``loader_left_traces`` compares with.
             from_served: values start as the ones that are served, where they have the load format.
-            straight: weights may be written to where they are served, before the group is whole.
-            alias_served: and no loader will look at the tensors, so those that are written to where they are
-                served stay as they are, if processing passes the group over.
+            write_to_served: weights may be written to served memory before the group is complete.
+            alias_served: no loader will read the tensors, so in a group that needs no processing the served
+                tensors themselves are loaded.
 
         """
-        holders = self._alive_holders()
+        holders = alive_holders(self.group)
         self.served = GroupState([], {})
-        places = self._places(holders)
+        places = load_format_places(holders, self._shared)
         records = list({id(record): record for _, _, record in places}.values())
         for record in records:
             if is_wrapper(record):
-                self._objects[id(record)] = _copy_of_wrapper(record)
+                self._objects[id(record)] = copy_of_wrapper(record)
         staged = [record for record in records if not is_wrapper(record)]
-        alias_served &= self.group.passed_over
-        self._make_storages(staged, from_served, alias_served)
+        alias_served &= self.group.needs_no_processing
+        self.storages = staged_storages(
+            staged, self._device, self._gauge, from_served=from_served, aliases_served=alias_served
+        )
         if alias_served and not self._objects and all(storage.aliases_served for storage in self.storages):
-            return  # all is as it is served: there is nothing to put back, or to compare
+            return  # nothing on the live model changes, so there is nothing to restore or compare
         self.served.contents = [(held, read(held)) for _, held in holders]
         for storage in self.storages:
             if not storage.aliases_served:
                 for record in storage.records:
                     self._resolve(record, storage)
-        if straight and not any(layer.deferred or layer.late or layer.online for layer in self.group.layers):
-            self._find_final(holders)
-        self._put_on(holders, places, by_copy_plan)
+        if write_to_served and not any(
+            layer.deferred or layer.late or layer.online for layer in self.group.layers
+        ):
+            self._use_served_memory(holders)
+        self._show_load_format(holders, places, by_copy_plan)
         self._entered = [(held, read(held)) for _, held in holders] if noting else []
 
-    def _put_on(
+    def _show_load_format(
         self,
         holders: list[tuple[HolderRecord, object]],
         places: list[tuple[object, Key, TensorRecord]],
         by_copy_plan: bool,
     ) -> None:
-        """Have the holders hold what they hold in load format."""
+        """Put the load-format values and tensors on the holders."""
         for holder, held in holders:
             for key, before in holder.undo.items():
                 if not isinstance(before, TensorRecord) and not (by_copy_plan and key in holder.by_loader):
@@ -150,8 +112,8 @@ class StagedGroup:
                 write(held, key, tensor)
 
     def served_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Path and data of what the group serves, also when it is over and all of that is shown."""
-        contents = self.served.contents or [(held, read(held)) for _, held in self._alive_holders()]
+        """Path and data of each served tensor, before ``enter``, while staged and after ``drop``."""
+        contents = self.served.contents or [(held, read(held)) for _, held in alive_holders(self.group)]
         for state in self.served.tensors.values():
             yield self.group.name, state.data
         for _, held in contents:
@@ -159,20 +121,22 @@ class StagedGroup:
                 if isinstance(value, torch.Tensor):
                     yield f"{self.group.name}.{key[1]}", value
 
-    def _find_final(self, holders: list[tuple[HolderRecord, object]]) -> None:
-        """Let weights be written to where they are served, where that is what loaders are to write to."""
+    def _use_served_memory(self, holders: list[tuple[HolderRecord, object]]) -> None:
+        """Use served memory for the storages whose tensors PWAL does not replace."""
         replaced = {id(holder.constructed.get(key)) for holder, _ in holders for key in holder.undo}
         for storage in self.storages:
             if not storage.aliases_served and not any(id(record) in replaced for record in storage.records):
-                storage.find_final()
+                storage.use_served_memory()
 
     def loader_left_traces(self) -> bool:
         """Whether a loader changed more than values: attributes of a layer or of a parameter.
 
-        Then loading again without it would not give the same. Asked after loading, before processing.
+        A copy plan alone would not reproduce that. Valid after loading and before processing.
         """
-        state = self._shelf if self._shelf is not None else self.capture()
-        states = zip(self._alive_holders(), self._entered, self.served.contents, state.contents, strict=True)
+        state = self._hidden_state if self._hidden_state is not None else self.capture()
+        states = zip(
+            alive_holders(self.group), self._entered, self.served.contents, state.contents, strict=True
+        )
         for (holder, _), (_, entered), (_, served), (_, now) in states:
             for key in entered.keys() | now.keys():
                 value = now.get(key, ABSENT)
@@ -191,52 +155,15 @@ class StagedGroup:
         return False
 
     def new_parameters(self) -> Iterator[torch.Tensor]:
-        """The data of parameters that the layers have after loading and not in load format."""
-        state = self._shelf if self._shelf is not None else self.capture()
+        """The data of parameters that a loader registered: the load format does not have them."""
+        state = self._hidden_state if self._hidden_state is not None else self.capture()
         for _, contents in state.contents:
             for (kind, _), value in contents.items():
                 if kind == "_parameters" and value is not None and id(value) not in state.tensors:
                     yield state.data_of(value)
 
-    def _alive_holders(self) -> list[tuple[HolderRecord, object]]:
-        found = []
-        for layer in self.group.layers:
-            if layer.ref() is None:
-                continue
-            for holder in layer.holders:
-                held = holder.ref()
-                if held is not None:
-                    found.append((holder, held))
-        return found
-
-    def _places(self, holders: list[tuple[HolderRecord, object]]) -> list[tuple[object, Key, TensorRecord]]:
-        """Where load-format tensors go: where PWAL changed them, and where they still are."""
-        places = []
-        for holder, held in holders:
-            tables = tables_of(held) if holder.constructed else {}
-            for key, record in holder.constructed.items():
-                if key in holder.undo:
-                    places.append((held, key, record))
-                    continue
-                kind, name = key
-                tensor = record.ref()
-                in_place = tensor is not None and tables[kind].get(name) is tensor
-                if in_place and id(record) not in self._shared:
-                    places.append((held, key, record))
-        return places
-
-    def _make_storages(self, records: list[TensorRecord], from_served: bool, aliases_served: bool) -> None:
-        by_storage: dict[tuple[int, torch.device], list[TensorRecord]] = {}
-        for record in records:
-            device = self._device if record.format.device.type == "meta" else record.format.device
-            by_storage.setdefault((record.storage, device), []).append(record)
-        self.storages = [
-            StagedStorage(found, device, self._gauge, from_served=from_served, aliases_served=aliases_served)
-            for (_, device), found in by_storage.items()
-        ]
-
     def _resolve(self, record: TensorRecord, storage: StagedStorage) -> None:
-        """Find or make the object of a load-format tensor and give it its placeholder."""
+        """Find or make the object of a load-format tensor and give it its placeholder's data."""
         view, fmt = storage.views[id(record)], record.format
         tensor = record.ref()
         if tensor is not None and tensor.device == view.device and not wraps_others(type(tensor)):
@@ -253,10 +180,10 @@ class StagedGroup:
         self._objects[id(record)] = storage.objects[id(record)] = tensor
 
     def load_targets(self) -> Iterator[tuple[TensorRecord, torch.Tensor, torch.Tensor]]:
-        """(record, served parameter, load-format tensor) of all that is a parameter in both formats. The
-        group has to be hidden.
+        """(record, served parameter, load-format tensor) for each parameter of both formats. The group has to
+        be hidden.
         """
-        for holder, held in self._alive_holders():
+        for holder, held in alive_holders(self.group):
             if not isinstance(held, nn.Module):
                 continue
             for (kind, name), record in holder.constructed.items():
@@ -276,68 +203,70 @@ class StagedGroup:
                 attributes[name] = value
 
     def made_by_processing(self) -> list[object]:
-        """Served values that the load format does not show: processing makes them anew."""
-        holders = zip(self._alive_holders(), self.served.contents, strict=True)
+        """Served values that PWAL made; processing makes new ones."""
+        holders = zip(alive_holders(self.group), self.served.contents, strict=True)
         return [contents.get(key) for (holder, _), (_, contents) in holders for key in holder.undo]
 
     def replaceable(self) -> list[torch.Tensor]:
-        """Served tensors that the load format does not show: processing reads none of them."""
-        shown = self.final_storages()
+        """Served tensors that processing does not read, so that it may write results to them."""
+        shown = self.written_served_storages()
         made = [value.data for value in self.made_by_processing() if isinstance(value, torch.Tensor)]
         restaged = [state.data for state in self.served.tensors.values()]
         found = {storage_id(tensor): tensor for tensor in (*made, *restaged)}
         return [tensor for key, tensor in found.items() if key not in shown]
 
-    def final_storages(self) -> set[int]:
-        """Identities of served memory that weights were written to."""
-        return {storage.key for storage in self.storages if storage.is_final}
+    def written_served_storages(self) -> set[int]:
+        """Identities of the served storages that weights were loaded into."""
+        return {storage.key for storage in self.storages if storage.is_served_memory}
 
     # -- moving between states --------------------------------------------------------------------
 
     def loaded_data(self, record: TensorRecord) -> torch.Tensor | None:
-        """What a load-format tensor consists of after loading, also while the group is hidden."""
+        """The data of a load-format tensor, also while the group is hidden; None for an unknown record."""
         tensor = self._objects.get(id(record))
         if tensor is None:
             return None
-        return tensor.data if self._shelf is None else self._shelf.data_of(tensor)
+        return tensor.data if self._hidden_state is None else self._hidden_state.data_of(tensor)
 
     def capture(self) -> GroupState:
-        """The state the group is in now."""
+        """The state that the live objects have now."""
         contents = [(held, read(held, before)) for held, before in self.served.contents]
         return GroupState(contents, {id(t): TensorState.of(t) for t in self._objects.values()})
 
     def hide(self) -> None:
-        """Show the served state; ``unhide`` goes on where this left off."""
-        self._shelf = self.capture()
-        self.served.show(self._shelf)
+        """Show the served state. Inverse: ``unhide``."""
+        self._hidden_state = self.capture()
+        self.served.show(self._hidden_state)
         for storage in self.storages:
-            storage.set_aside = self._shelf.tensors
+            storage.hidden_states = self._hidden_state.tensors
 
     def unhide(self) -> None:
-        """Show the load format again."""
-        assert self._shelf is not None, "only a hidden group can be shown again"
-        self._shelf.show()
-        self._shelf = None
+        """Show the state again that ``hide`` replaced."""
+        assert self._hidden_state is not None, "only a hidden group can be shown again"
+        self._hidden_state.show()
+        self._hidden_state = None
         for storage in self.storages:
-            storage.set_aside = None
+            storage.hidden_states = None
 
     @property
     def hidden(self) -> bool:
-        return self._shelf is not None
+        return self._hidden_state is not None
 
     def take_result(self) -> None:
-        """Keep the present state as the result of processing and show the served one."""
+        """Capture the present state as the result of processing and show the served one."""
         self.result = self.capture()
         self.served.show(self.result)
 
     def release(self, keep: set[int]) -> None:
-        """Give back all staging but the storages whose identity is in ``keep``."""
+        """Free all staging except the storages whose identity is in ``keep``."""
         for storage in self.storages:
             if storage.key not in keep:
                 storage.release()
 
-    def let_go(self, keep: set[int]) -> list[StagedStorage]:
-        """Take out all staging but the storages whose identity is in ``keep``: the result needs no others."""
+    def remove_staging(self, keep: set[int]) -> list[StagedStorage]:
+        """Remove and return all staging except the storages whose identity is in ``keep``, which the result
+        needs. The caller owns what is returned.
+        """
         gone = [storage for storage in self.storages if storage.key not in keep]
         keys = {storage.key for storage in gone}
         self.storages = [storage for storage in self.storages if storage.key in keep]
@@ -348,8 +277,8 @@ class StagedGroup:
         return gone
 
     def drop(self) -> None:
-        """Forget everything that is not served."""
-        self.result = self._shelf = None
+        """Drop all state that is not served."""
+        self.result = self._hidden_state = None
         self._objects = {}
         self.storages = []
         self.captured = []
@@ -365,22 +294,3 @@ class StagedGroup:
     @property
     def touched(self) -> bool:
         return any(storage.coverage.touched for storage in self.storages)
-
-
-def is_wrapper(record: TensorRecord) -> bool:
-    """Whether a record describes a tensor subclass that wraps other tensors (torchao)."""
-    return wraps_others(record.format.cls)
-
-
-def _copy_of_wrapper(record: TensorRecord) -> torch.Tensor:
-    tensor = record.ref()
-    if tensor is None:
-        raise UnsupportedError(
-            f"{record.name} is a {record.format.cls.__name__} that no longer exists, and its load format "
-            "cannot be rebuilt from a description. The engine serves what it served before."
-        )
-    copy = tensor.detach().clone()
-    if isinstance(tensor, nn.Parameter):
-        copy = nn.Parameter(copy, requires_grad=tensor.requires_grad)
-    copy.__dict__.update(record.format.attributes)
-    return copy

@@ -1,4 +1,4 @@
-"""Load-format memory of one storage while its group is reloaded, allocated on first touch."""
+"""Load-format memory of one storage while its group is reloaded, allocated at the first write."""
 
 from __future__ import annotations
 
@@ -16,21 +16,23 @@ from .model_record import TensorRecord
 from .tensor_layout import AsServed, Constant, Geometry, TensorFormat, Uninitialised, Values
 
 POISON = "RELOAD_PLUGIN_POISON"
-"""Environment variable: fill staging that nobody wrote yet with NaN (or the largest integer)."""
+"""Environment variable: fill new staging with NaN (or the largest integer), so that a forgotten weight
+shows.
+"""
 
 
 _NOTHING = torch.UntypedStorage(0)
-"""Instead of memory that was given up."""
+"""Replaces the storage whose reference was dropped."""
 
 
 class DataHolder(Protocol):
-    """A tensor, or the state of one that the live object does not show now."""
+    """A tensor, or the state of a tensor while the live object shows another one."""
 
     data: torch.Tensor
 
 
 class StagedStorage:
-    """Load-format memory for all tensors that are views of one storage. Allocated on first touch."""
+    """Load-format memory for all tensors that are views of one storage. Allocated at the first write."""
 
     def __init__(
         self,
@@ -44,7 +46,7 @@ class StagedStorage:
         self.records = records
         self._gauge = MemoryGauge() if gauge is None else gauge
         self._held = 0
-        """Bytes that the gauge has of this."""
+        """Bytes of this storage that the gauge counts."""
         self.primary = records[0]
         if len(records) > 1:
             self.primary = max(records, key=lambda r: (r.is_parameter, r.format.nbytes))
@@ -52,44 +54,44 @@ class StagedStorage:
         self.nbytes = max(r.format.end for r in records)
         self.materialised = False
         self.closed = False
-        """Its group is processed: nothing may be written to it any more."""
+        """Its group is processed: nothing may be written to it."""
         self.from_served = from_served
-        """Its values start as the ones that are served."""
+        """Its values start as the served ones."""
         self.served: dict[int, torch.Tensor] = {}
         self.objects: dict[int, torch.Tensor] = {}
-        self.set_aside: Mapping[int, DataHolder] | None = None
-        """While the live objects show what is served: object (by identity) -> its state in load format, which
-        new memory goes to then."""
-        self.final: torch.UntypedStorage | None = None
-        """Served memory that weights may be written to as it is: they stay there."""
-        self.is_final = False
-        """Its memory is ``final``, and what was served there is gone."""
+        self.hidden_states: Mapping[int, DataHolder] | None = None
+        """While the group is hidden: object (by identity) -> its load-format state, which gets new memory
+        instead of the object."""
+        self.served_memory: torch.UntypedStorage | None = None
+        """Served storage that weights may be loaded into directly, because it has the load format."""
+        self.is_served_memory = False
+        """Its memory is ``served_memory``: loading overwrites what was served."""
         self.aliases_served = aliases_served and self._alias_served(device)
-        """Its memory is ``final`` from the beginning: the served tensors are those that are loaded."""
+        """Its memory is ``served_memory`` from the beginning: the served tensors themselves are loaded."""
         if not self.aliases_served:
             self._begin(device)
         self.key: int = self.storage._cdata
-        """Identity of the memory that it has now."""
+        """Identity of its present memory."""
         self._placeholder = self.storage
-        """Kept as long as this is: storages are told apart by identity, so none may take its place."""
+        """Kept alive, so that no other storage gets its identity."""
 
     def _alias_served(self, device: torch.device) -> bool:
-        """Have the memory where all of this is served, if it has the load format there."""
+        """Use the served memory if all served tensors have the load format. Returns whether they have."""
         tensors = [(id(record), record.ref()) for record in self.records]
         self.served = {
             key: tensor.data
             for key, tensor in tensors
             if tensor is not None and tensor.device == device and not wraps_others(type(tensor))
         }
-        self.find_final()
-        if self.final is None:
+        self.use_served_memory()
+        if self.served_memory is None:
             self.served = {}
             return False
-        self.storage, self.views = self.final, dict(self.served)
+        self.storage, self.views = self.served_memory, dict(self.served)
         return True
 
     def _begin(self, device: torch.device) -> None:
-        """Have placeholders; or at once the values of a tensor that is smaller than what describes it."""
+        """Make placeholders; or the values themselves for a tensor smaller than its description."""
         only = self.records[0] if len(self.records) == 1 else None
         if only is not None and only.scalars is not None and not self.from_served:
             view = only.scalars.clone()
@@ -100,12 +102,9 @@ class StagedStorage:
         self.views = {id(record): self._placeholder_of(record.format, device) for record in self.records}
 
     def _placeholder_of(self, fmt: TensorFormat, device: torch.device) -> torch.Tensor:
-        """A tensor of the load format over memory that is not there yet.
-
-        Nothing is allocated, not even for a moment: among all the small objects that are made meanwhile, each
-        such moment would leave a gap in the C heap that fits no other layer, and the heap would grow by them.
-        So the shape is given to a tensor without asking its storage, as torch's own views do.
-        """
+        """A tensor with the load format's geometry over an empty storage. Allocates no memory for values."""
+        # A temporary allocation between many small objects would leave a gap in the C heap that fits no other
+        # layer, and the heap would grow by all of them. A reshape alias does not check the storage's size.
         geometry = fmt.geometry
         empty = torch.empty(0, dtype=fmt.dtype, device=device).set_(self.storage, geometry.offset, (0,), (1,))
         whole: torch.Tensor = torch.ops.aten._reshape_alias.default(empty, geometry.size, geometry.stride)
@@ -119,20 +118,24 @@ class StagedStorage:
     def materialise(
         self, initialise: bool = True, pool: HostPool | None = None, unwritten: bool = False
     ) -> None:
-        """Allocate, and write what the constructor would have left there.
+        """Allocate the memory and write the constructor's values.
 
-        With a pool the tensors move to a block of it, or to where they are served if they may; views of them
-        that were taken before do not. What is ``unwritten``, since nothing came for it, stays as it is served
-        where the constructor left it to chance.
+        Args:
+            initialise: whether the constructor's values are written.
+            pool: the tensors move to a block of it, or to served memory where that may be used; views of them
+                that were made before do not move.
+            unwritten: no weight was sent for it, so elements that the constructor did not write get the
+                served values.
+
         """
         if self.materialised:
             return
         self.materialised = True
-        self.is_final = self.aliases_served or (pool is not None and self.final is not None)
-        self._hold(0 if self.is_final else self.nbytes)
-        if self.is_final and self.final is not None:
+        self.is_served_memory = self.aliases_served or (pool is not None and self.served_memory is not None)
+        self._hold(0 if self.is_served_memory else self.nbytes)
+        if self.is_served_memory and self.served_memory is not None:
             if not self.aliases_served:
-                self._move_to(self.final)
+                self._move_to(self.served_memory)
         else:
             memory = ops_for(self.storage.device).allocate(self.storage, self.nbytes, pool)
             if memory is not self.storage:
@@ -146,7 +149,7 @@ class StagedStorage:
 
     @property
     def has_values(self) -> bool:
-        """Whether all that nothing came for has its initial values: as they are served, where it stands."""
+        """Whether elements without a weight have their values: allocated, or served values that stay."""
         as_served = self.aliases_served and all(isinstance(r.format.initial, AsServed) for r in self.records)
         return self.materialised or as_served
 
@@ -156,21 +159,21 @@ class StagedStorage:
             view = self._view(record.format, self.storage.device)
             self.views[id(record)] = view
             tensor = self.objects[id(record)]
-            holder: DataHolder = tensor if self.set_aside is None else self.set_aside[id(tensor)]
+            holder: DataHolder = tensor if self.hidden_states is None else self.hidden_states[id(tensor)]
             holder.data = view
 
-    def let_go(self) -> None:
-        """Refer to the memory no longer; a pool has its block back once nothing else does either."""
+    def drop_references(self) -> None:
+        """Drop all references to the memory. A pool reuses its block once there is no other reference."""
         self._forget()
         self.views.clear()
         self.objects.clear()
         self.storage, self.key = _NOTHING, _NOTHING._cdata
 
     def release(self) -> None:
-        """Give the memory back, also under views that a loader still holds."""
+        """Free the memory, also under views that a loader still holds. Never frees served memory."""
         self._forget()
-        own = not self.is_final and not self.aliases_served
-        if own and self.storage.resizable():  # not once numpy has it: then with its views
+        own = not self.is_served_memory and not self.aliases_served
+        if own and self.storage.resizable():  # a storage shared with numpy is freed with its last view
             self.storage.resize_(0)
 
     def _forget(self) -> None:
@@ -178,17 +181,19 @@ class StagedStorage:
         self.materialised = False
 
     def _hold(self, nbytes: int) -> None:
-        """Note how much staging this takes from now on."""
+        """Set the bytes that the gauge counts for this storage."""
         self._gauge.add(nbytes - self._held)
         self._held = nbytes
 
-    def find_final(self) -> None:
-        """Let weights be written to where these tensors are served, if they have the load format there."""
+    def use_served_memory(self) -> None:
+        """Let weights be loaded into the served storage, if all served tensors are in one and have the load
+        format.
+        """
         served = [(record.format, self.served.get(id(record))) for record in self.records]
         if all(tensor is not None and _has_format(tensor, fmt) for fmt, tensor in served):
             places = {storage_id(tensor): tensor for _, tensor in served if tensor is not None}
             if len(places) == 1:
-                self.final = next(iter(places.values())).untyped_storage()
+                self.served_memory = next(iter(places.values())).untyped_storage()
 
     def _initialise(self, record: TensorRecord, unwritten: bool) -> None:
         view, initial = self.views[id(record)], record.format.initial

@@ -1,4 +1,4 @@
-"""What a tensor and a region of it look like, without any storage. Pure data."""
+"""Layout and load format of a tensor or of a region of it, without any storage. Pure data."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ SMALL_BYTES = 64 * 1024
 
 @dataclass(frozen=True)
 class Uninitialised:
-    """Memory nobody wrote: every element has to come from the checkpoint."""
+    """Memory that the constructor did not write: every element has to come from the checkpoint."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Values:
 
 @dataclass(frozen=True)
 class AsServed:
-    """Large values that the constructor computed (rotary tables): taken from the served tensor."""
+    """Large values that the constructor computed (rotary tables): copied from the served tensor."""
 
 
 Initial = Uninitialised | Constant | Values | AsServed
@@ -43,7 +43,7 @@ Initial = Uninitialised | Constant | Values | AsServed
 
 @functools.lru_cache(maxsize=4096)
 def shared(sizes: tuple[int, ...]) -> tuple[int, ...]:
-    """The same object for the same sizes: a checkpoint has many tensors and few shapes."""
+    """The same object for equal sizes, which saves memory: a checkpoint has many tensors and few shapes."""
     return sizes
 
 
@@ -98,7 +98,7 @@ class TensorFormat:
 
     @functools.cached_property
     def end(self) -> int:
-        """Bytes that its storage has at least."""
+        """Bytes from the start of its storage to the end of its last element."""
         offset, steps = self.geometry.offset, zip(self.geometry.size, self.geometry.stride, strict=True)
         last = offset + sum((n - 1) * stride for n, stride in steps)
         return (last + 1 if self.geometry.numel else offset) * self.dtype.itemsize

@@ -1,4 +1,4 @@
-"""Layers that a partial update is not to change: what they are, and whether they still are."""
+"""Layers that a partial update must not change: what they hold, and whether they still hold it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _SHOWN = 3
 
 
 class UntouchedLayers:
-    """The groups of a model beside those that are reloaded, and what their layers held at first.
+    """The groups of a model that are not reloaded, and what their layers held when this was made.
 
     Args:
         record: of the model.
@@ -33,12 +33,12 @@ class UntouchedLayers:
         ]
 
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Their tensors that are alive, with their names: a loader has no business there."""
+        """Names and tensors of these groups that still exist. A loader must not write to them."""
         alive = ((name, ref()) for name, ref in self._tensors)
         yield from ((name, tensor) for name, tensor in alive if tensor is not None)
 
     def put_back(self) -> list[str]:
-        """Give the layers what they held. Returns the names of those that held something else."""
+        """Restore what the layers held. Returns the names of those that had changed."""
         changed = []
         for name, holder, contents in self._held:
             now = read(holder)
@@ -48,11 +48,16 @@ class UntouchedLayers:
         return changed
 
     def check(self, source: str) -> None:
-        """Raises EntangledError when layers hold something else now, which is put back."""
+        """Restore what the layers held.
+
+        Raises:
+            CrossGroupEffectError: some layers had changed; they are restored.
+
+        """
         if changed := self.put_back():
             shown = ", ".join(name or "the model" for name in changed[:_SHOWN])
             more = f" and {len(changed) - _SHOWN} more" if len(changed) > _SHOWN else ""
             raise CrossGroupEffectError(
-                f"Processing the layers that {source} has weights of also changes {shown}{more}, of which "
-                "nothing came. The engine serves what it served before. Send all weights."
+                f"Processing the layers that {source} has weights for also changes {shown}{more}, "
+                "for which no weight was sent. The engine serves what it served before. Send all weights."
             )

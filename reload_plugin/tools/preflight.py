@@ -14,7 +14,7 @@ from ..checkpoint import open_source
 from ..checkpoint.config import check_config, start_config
 from ..errors import ReloadError, SourceError, UnsupportedError
 from ..record.construction_trace import ConstructionTrace
-from ..record.recorder import finish_record, look, record_constructed
+from ..record.recorder import finish_record, observe, record_constructed
 from ..transaction.engine_state import begin_state
 from ..transaction.known import plan_for
 
@@ -105,7 +105,7 @@ def _on_meta(model: str, engine: dict[str, Any]) -> tuple[Any, Any, torch.nn.Mod
             f"vLLM {vllm_api.version()} could not make the model of {model}: {reason}. Check its config.json."
         ) from error
     record = record_constructed(built, trace, config)
-    record = finish_record(built, record, look(record), None, config.model_config, torch.device("cpu"))
+    record = finish_record(built, record, observe(record), None, config.model_config, torch.device("cpu"))
     state = begin_state(built, record)
     state.start.config = start_config(config.model_config)
     return config, state, built

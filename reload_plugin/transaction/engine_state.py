@@ -48,7 +48,7 @@ class EngineState:
         self.handles: Handles = {} if handles is None else handles
         self.native: dict[str, list[torch.Tensor]] = {}
         """Group name -> memory that the group's native handles point into."""
-        self.deferred_groups = set(record.grown_groups)
+        self.deferred_groups = set(record.groups_with_added_parameters)
         """Names of groups that stay open until all weights have come: a loader made a parameter for one, of
         which its load format tells nothing, or comes back to its parameters when others have come."""
         self.start = StartedFrom()
@@ -145,7 +145,7 @@ class EngineState:
             return None
         if self.asleep:  # the memory is away: reading it would end the process
             return self.generation.digest
-        with self.record.changes.held_off() as all_there:
+        with self.record.changes.blocked() as all_there:
             if self.generation.digest is None and all_there:
                 made = digest.digest_of(self.record, self.handles, forget=not self.record.changes)
                 self.generation = self.generation.with_digest(made)

@@ -17,7 +17,7 @@ from ..load.completeness import Completeness
 from ..options import Wanted
 from ..plan.tracer import LoadTrace
 from ..process.native_handles import Handles, NativeWatch, release_native_memory, watching_native
-from ..process.processing import process_stage, process_tail
+from ..process.processing import process_group, process_tail
 from ..record.model_record import ModelRecord
 from ..record.model_view import ModelView
 from ..record.staged_group import StagedGroup
@@ -225,9 +225,9 @@ class GroupPipeline:
                     self.digest is not False,
                     reuses_outputs=self._strategy.commits_each_group,
                 )
-                process_stage(group, self._record, original_process_weights(), *watched)
+                process_group(group, self._record, original_process_weights(), *watched)
         finally:
-            if released or group.overwritten or group.final_storages():
+            if released or group.overwritten or group.written_served_storages():
                 self._log.groups.add(group.group.name)
         self.spoiled = None
 
@@ -235,7 +235,7 @@ class GroupPipeline:
         """Release the served native memory of a layer that is too large for the budget twice, where served
         values may be gone before there are new ones.
         """
-        large = group.group.nbytes > KEPT_BESIDE and not group.group.passed_over
+        large = group.group.nbytes > KEPT_BESIDE and not group.group.needs_no_processing
         if not (large and self._strategy.commits_each_group):
             return False
         return release_native_memory(group.made_by_processing(), self._state.handles)

@@ -1,4 +1,4 @@
-"""Weights that are in kernel format already: copied by exact name, shape and dtype, or not at all."""
+"""Weights that are sent in kernel format: copied by exact name, shape and dtype."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def copy_kernel_format(
 ) -> ReloadReport:
     """Copy tensors into the served parameters and buffers of the same names.
 
-    Nothing is served before every tensor has been checked. The tensors are copied when they come, so
+    Served memory is written only after every tensor was checked. Each tensor is copied when it arrives, so
     the caller may reuse its buffers.
 
     Raises:
@@ -48,7 +48,7 @@ def copy_kernel_format(
     if state.vote is not None:
         state.vote(None)
     nbytes, names = sum(tensor.nbytes for tensor in staged.values()), list(staged)
-    with state.record.changes.held_off(), torch.inference_mode(False), torch.no_grad():
+    with state.record.changes.blocked(), torch.inference_mode(False), torch.no_grad():
         _copy_all(staged, served)
         state.commit(chosen.weight_version, source, whole=False)
     state.replace_rollback_source(None)
@@ -69,7 +69,9 @@ def copy_kernel_format(
 
 
 def _copy_all(staged: dict[str, torch.Tensor], served: dict[str, torch.Tensor]) -> None:
-    """Copy all or none; ``staged`` is used up. Takes memory for one more tensor."""
+    """Copy all tensors, or on an error none. Takes memory for one more tensor: each one that was copied is
+    dropped from ``staged``, and the old values are kept until the end.
+    """
     before: list[tuple[torch.Tensor, torch.Tensor]] = []
     try:
         for name in list(staged):
@@ -77,13 +79,13 @@ def _copy_all(staged: dict[str, torch.Tensor], served: dict[str, torch.Tensor]) 
             before.append((target, target.clone()))
             target.copy_(staged.pop(name))
     except BaseException:
-        for target, values in reversed(before):  # two names may stand for one memory
+        for target, values in reversed(before):  # in reverse order, because two names may share memory
             target.copy_(values)
         raise
 
 
 def _served(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Every parameter and buffer by name; LoRA wrappers do not show in names."""
+    """Every parameter and buffer by name, also by its name without LoRA wrappers."""
     found: dict[str, torch.Tensor] = {}
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         found[name] = tensor.data
@@ -124,7 +126,7 @@ def _require_tensors_only(record: ModelRecord) -> None:
 
 
 def _is_opaque(layer: LayerRecord) -> bool:
-    """Whether processing put tensors or native resources where no name reaches them."""
+    """Whether processing put tensors into closures, or made native resources."""
     module = layer.ref()
     for holder in layer.holders:
         held = holder.ref()

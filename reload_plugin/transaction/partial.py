@@ -1,9 +1,9 @@
-"""Partial updates: only the weights that come change, everything else keeps its exact value.
+"""Partial updates: only the weights that are sent change, everything else keeps its exact value.
 
-Layers are processed as a whole, so the weights that do not come and share a layer with one that does are read
-again from the source of the served generation, where it can still be read: such an update is a reload of some
-layers from two sources, one laid over the other. Without such a source, a layer can only take part if
-processing leaves it as it is: starting from the served values, it has to come out as it was.
+Layers are processed as a whole. So the weights of these layers that were not sent are read again from the
+source of the served generation, if it can still be read: the update is a reload of some layers from an
+overlay of two sources. Without such a source only layers that processing leaves unchanged can be updated,
+starting from the served values.
 """
 
 from __future__ import annotations
@@ -29,23 +29,23 @@ from .rollback import has_rollback_source, rollback_on_failure
 from .session_report import ReportFacts
 
 SMALL_UPDATE = 64 << 20
-"""Bytes of partial updates that are kept in memory; more go to a file."""
+"""Bytes of partial updates that are kept in memory; more are spilled to a file."""
 
 
 def base_of(model: nn.Module, state: EngineState) -> Source | None:
-    """Where the weights that do not come can be read again, if anywhere."""
+    """The source of the weights that are not sent; None if it cannot be read again."""
     base = state.rollback_source if has_rollback_source(model, state) else None
     return None if base is None or isinstance(base, DummyWeights) else base
 
 
-def laid_over(
+def overlay_update(
     model: nn.Module, state: EngineState, base: Source, top: Source
 ) -> tuple[Overlay, frozenset[str] | None]:
-    """``base`` with the weights of ``top``, all of which the model has a use for, and the groups they change;
-    None if that is not known, since the model's loader keeps weights back or puts several together.
+    """The overlay of ``top`` on ``base``, and the groups that ``top`` changes. The groups are None if they
+    are not known, because the model's loader delays weights or combines several.
 
     Raises:
-        WeightsError: some of ``top`` do not fit.
+        WeightsError: some weights of ``top`` do not fit or are not used.
 
     """
     changed = _known_groups(state, top)
@@ -55,7 +55,7 @@ def laid_over(
 
 
 def _known_groups(state: EngineState, top: Source) -> frozenset[str] | None:
-    """The groups that weights go to, if weights like them came with the last good reload."""
+    """The groups that the weights are written to; None if the known copy plan does not have them all."""
     copy_plan, infos = known_copy_plan(state), {info.name: info for info in top.infos() or ()}
     for name, info in infos.items():
         tensor_plan = copy_plan.of.get(name) if copy_plan is not None else None
@@ -70,11 +70,11 @@ def _known_groups(state: EngineState, top: Source) -> frozenset[str] | None:
 
 
 def groups_to_load(record: ModelRecord, plan: Plan, changed: frozenset[str]) -> frozenset[str] | None:
-    """The groups that have to be loaded and processed so that ``changed`` ones get new values.
+    """The groups that have to be loaded and processed so that the ``changed`` ones get new values.
 
-    Beside those: attention layers and what the model's own hook changes, which vLLM processes last and with
-    all layers in view; groups that share a weight with one of these; and layers around or inside of them that
-    processing changes as well (experts and their quant method).
+    These are the changed groups; the tail of PWAL (attention layers and what the model's own hook changes),
+    which reads other layers; groups that share a weight with one of these; and layers around or inside one of
+    these that processing changes as well (experts and their quant method).
 
     Args:
         record: of the model.
@@ -82,13 +82,13 @@ def groups_to_load(record: ModelRecord, plan: Plan, changed: frozenset[str]) -> 
         changed: names of the groups that weights of the update go to.
 
     Returns:
-        None when all have to be: it is not known which weight goes where.
+        None when all groups have to be, because the copy plan is not known.
 
     """
     names_of = plan.names_of_group
     if plan.copy_plan is None or not changed <= names_of.keys():
         return None
-    found = changed | _tail(record)
+    found = changed | _processed_last(record)
     while True:
         names = frozenset().union(*(names_of.get(group, frozenset()) for group in found))
         sharing = {group for group, theirs in names_of.items() if not theirs.isdisjoint(names)}
@@ -98,26 +98,26 @@ def groups_to_load(record: ModelRecord, plan: Plan, changed: frozenset[str]) -> 
         found = more
 
 
-def _tail(record: ModelRecord) -> frozenset[str]:
-    """Groups that vLLM processes after all others."""
+def _processed_last(record: ModelRecord) -> frozenset[str]:
+    """Groups of the tail of PWAL, which vLLM processes after all others."""
     return frozenset(group.name for group in record.groups if group.deferred or group.late)
 
 
 def _processed_with(record: ModelRecord, groups: frozenset[str]) -> frozenset[str]:
-    """Groups with a layer around or inside of one in ``groups``, both of which processing changes."""
+    """Groups with a layer around or inside a layer of ``groups``, where processing changes both layers."""
     owned = [(layer.name, group.name) for group in record.groups for layer in group.layers if layer.effect]
     group_of = {layer: group for layer, group in owned if layer}
     pairs = [
         (group_of[layer], group_of[outer])
         for layer in group_of
-        for outer in _around(layer)
+        for outer in _enclosing_modules(layer)
         if outer in group_of
     ]
     return frozenset(one for pair in pairs for one in pair if not groups.isdisjoint(pair))
 
 
-def _around(layer: str) -> Iterator[str]:
-    """The names of the modules that a layer lies in, but for the model itself."""
+def _enclosing_modules(layer: str) -> Iterator[str]:
+    """The names of the modules around a layer, innermost first, without the model itself."""
     while "." in layer:
         layer = layer.rpartition(".")[0]
         yield layer
@@ -126,29 +126,29 @@ def _around(layer: str) -> Iterator[str]:
 def update_in_place(
     model: nn.Module, state: EngineState, top: Source, options: ReloadOptions
 ) -> ReloadReport:
-    """Change layers that processing leaves as they are, starting from the values they serve.
+    """Update layers that processing leaves unchanged, starting from the served values.
 
     Raises:
-        PartialUpdateError: other weights of the same layers are needed and nobody has them; lists them.
-        WeightsError: what came does not fit.
+        PartialUpdateError: other weights of the same layers are needed and cannot be read; lists them.
+        WeightsError: some weights do not fit.
 
     """
     plan = _plan_of(model, state, top)
     touched = frozenset(plan.names_of_group)
     if not touched:
         raise PartialUpdateError(
-            "This model's loader keeps weights back or puts several together, so it is not known which "
-            f"layers some of them change, and the others cannot be read again. {SERVES_OLD} Send all weights."
+            "This model's loader delays weights or combines several, so it is not known which layers they "
+            f"change, and the other weights cannot be read again. {SERVES_OLD} Send all weights."
         )
-    tail = _tail(state.record)
+    last = _processed_last(state.record)
     unfit = _changed_by_processing(state.record, touched)
     if not unfit:
-        unfit = Rehearsal(model, state, touched | tail).changed_groups()
+        unfit = Rehearsal(model, state, touched | last).changed_groups()
     if unfit:
         _refuse(state, top, unfit)
     known = known_checkpoint(model, state)
     chosen = KnownCheckpoint(
-        plan.names_of_group, False, plan.copy_plan, known.was_written, known.start_shapes, touched | tail
+        plan.names_of_group, False, plan.copy_plan, known.was_written, known.start_shapes, touched | last
     )
     with session_for(model, state, top.description, "staged", chosen, from_served=True) as session:
         session.agree = state.vote
@@ -164,7 +164,7 @@ def update_in_place(
 
 
 def _changed_by_processing(record: ModelRecord, groups: frozenset[str]) -> list[str]:
-    """Those of ``groups`` with tensors that processing changes, or with a quant method that it changes."""
+    """The groups in ``groups`` whose tensors, or whose quant method, processing changes."""
     changed = [layer.name for group in record.groups for layer in group.layers if layer.effect]
 
     def is_changed(layer: LayerRecord) -> bool:
@@ -185,7 +185,7 @@ def _plan_of(model: nn.Module, state: EngineState, top: Source) -> Plan:
         plan = plan_listing(model, state, infos, top.description, state.start.known(model, state.record))
     except PlanUnavailableError as error:
         raise PartialUpdateError(
-            f"This model's loader looks at values, so it is not known where a weight goes ({error}). "
+            f"This model's loader reads values, so it is not known where a weight is written ({error}). "
             f"{SERVES_OLD} Send all weights."
         ) from error
     found = {kind: names for kind, names in vars(plan.mismatches).items() if kind != "missing" and names}
@@ -207,28 +207,28 @@ def _refuse(state: EngineState, top: Source, unfit: Iterable[str]) -> None:
     shown = ", ".join(companions[:12]) + (f" and {len(companions) - 12} more" if len(companions) > 12 else "")
     further = f"Send these as well: {shown}. Or reload" if companions else "Reload"
     raise PartialUpdateError(
-        f"{top.description} changes layers that are packed or quantized, and their other weights are not in "
-        f"memory in the form they came in. {SERVES_OLD} {further} once in full "
+        f"{top.description} changes layers that are packed or quantized, and their other weights are not "
+        f"kept in checkpoint format. {SERVES_OLD} {further} once in full "
         "with keep_load_format='host' or 'spill', or from a folder that stays where it is.",
         companions,
     )
 
 
-def absorbed(served: Overlay, folder: str | None = None) -> Source:
-    """The same weights in fewer layers: what was kept of the update before the last takes the last one's too.
+def merge_updates(served: Overlay, folder: str | None = None) -> Source:
+    """The same weights in fewer sources: merges the last update with the one before it.
 
     Args:
-        served: with the last update uppermost.
-        folder: for a spill file, should one be needed.
+        served: the last update is the last source. Sources that were merged are closed.
+        folder: of a spill file, if one is needed.
 
     Raises:
-        SourceError: the disk is full; then ``served`` is as it was.
+        SourceError: the disk is full; ``served`` is unchanged.
 
     """
     *lower, top = served.sources
     if lower and isinstance(kept := lower[-1], (HostCopy, SpillFile)):
         if len(lower) == 1:
-            _add_all(kept, top)  # nothing shows beneath it, so it holds the whole and cannot grow beyond that
+            _add_all(kept, top)  # it contains all weights, so it does not grow
             joined = kept
         else:
             joined = _together(kept, top, folder)
@@ -240,7 +240,9 @@ def absorbed(served: Overlay, folder: str | None = None) -> Source:
 
 
 def _together(kept: HostCopy | SpillFile, top: Source, folder: str | None) -> HostCopy | SpillFile:
-    """The weights of two updates; in a file when they are many, for there may be any number of updates."""
+    """The weights of two updates, in a file above ``SMALL_UPDATE`` bytes: any number of updates may
+    follow.
+    """
     nbytes = kept.nbytes + sum(info.nbytes for info in top.infos() or ())
     if isinstance(kept, SpillFile) or nbytes <= SMALL_UPDATE:
         _add_all(kept, top)

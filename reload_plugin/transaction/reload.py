@@ -31,7 +31,7 @@ from .collected import Kept, Weights, collected, held_to, not_finite, plan_of_ma
 from .engine_state import EngineState
 from .kernel_format import copy_kernel_format
 from .known import known_checkpoint, learn_copy_plan, plan_for, session_for
-from .partial import SMALL_UPDATE, absorbed, base_of, groups_to_load, laid_over, update_in_place
+from .partial import SMALL_UPDATE, base_of, groups_to_load, merge_updates, overlay_update, update_in_place
 from .policies import policy_for_iterator, policy_for_source, require_one_rank
 from .reload_call import as_reload_errors, reload_call
 from .rollback import after_commit, rollback_on_failure
@@ -250,7 +250,7 @@ def _partially(model: nn.Module, state: EngineState, top: Source, chosen: Reload
             state.replace_rollback_source(None)
             close_source(top)
             return report
-        whole, changed = laid_over(model, state, base, top)
+        whole, changed = overlay_update(model, state, base, top)
         asked = chosen.model_copy(update={"partial": False, "keep_load_format": None})
         try:
             loads_all = state.outcome.has_cross_group_effects or state.broken is not None
@@ -268,7 +268,7 @@ def _partially(model: nn.Module, state: EngineState, top: Source, chosen: Reload
         close_source(top)
         raise
     with contextlib.suppress(SourceError):  # else both stay, one over the other
-        state.absorb_update(absorbed(whole, chosen.spill_dir))
+        state.absorb_update(merge_updates(whole, chosen.spill_dir))
     return report
 
 

@@ -120,7 +120,7 @@ def after_commit(
     completeness = session.completeness
     if plan is not None:
         state.plans.learn(plan)
-    elif completeness.took_loader:
+    elif completeness.has_unplanned_weights:
         arrived = [TensorInfo(name, one.shape, one.dtype) for name, one in completeness.arrived.items()]
         state.plans.learn_by_loader(completeness.names_of_group(state.record), arrived)
     state.outcome.error = None

@@ -129,7 +129,7 @@ def _view_of(
     strategy: CommitStrategy,
 ) -> ModelView:
     groups = staged_groups(record, known.groups, gauge)
-    plan, straight = known.copy_plan, strategy.commits_each_group
+    plan, write_to_served = known.copy_plan, strategy.commits_each_group
     only_copies = known.planned and plan is not None and not plan.computed
     return ModelView(
         record,
@@ -137,8 +137,8 @@ def _view_of(
         EnterOptions(
             by_copy_plan=plan is not None,
             from_served=options.from_served,
-            straight=straight,
-            alias_served=straight and only_copies,
+            write_to_served=write_to_served,
+            alias_served=write_to_served and only_copies,
         ),
     )
 
@@ -157,7 +157,7 @@ class _Release:
         if self._completeness.copy_plan is None:
             group.release(keep)
             return []
-        gone = group.let_go(keep)
+        gone = group.remove_staging(keep)
         for storage in gone:
             self._trace.unwatch(storage)
         return gone

@@ -37,7 +37,7 @@ def make_report(session: ReloadSession, kept: dict[str, str], ignored: dict[str,
     before = facts.kept_by_plan
     if before is None:
         last = parts.state.outcome.kept.items()
-        before = {name: rule for name, rule in last if completeness.took_by_name(name)}
+        before = {name: rule for name, rule in last if completeness.was_complete_by_name(name)}
     seconds = parts.clock.seconds()
     if facts.planned_seconds is not None:
         seconds["plan"] = facts.planned_seconds

@@ -1,4 +1,4 @@
-"""What a model serves and how its last reload went, for people and for monitoring."""
+"""Status: what a model serves, and the result of its last reload."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ class ReloadStatus(BaseModel):
     weight_version: str | None
     """The caller's name for the served weights."""
     digest: str | None
-    """Of what the kernels read (``digest.digest_of``); None when nobody asked, or it cannot be known."""
+    """Of all that the kernels read (``verify.digest``); None when it was not computed or cannot be known."""
     source: str
     """Where the served weights came from."""
     since: float
     """Unix time (s) of the commit."""
     update: str | None
-    """The open update: whose it is and how far it got."""
+    """The open update: its source, which call opened it, how many weights arrived."""
     last_error: str | None
-    """What the last reload failed with; None once one succeeded."""
+    """The error of the last reload; None after one that succeeded."""
     report: ReloadReport | None = None
     """Of the last reload that succeeded, without the lists of what it kept and ignored."""
     rank: int = 0
@@ -45,9 +45,8 @@ def status_of(model: nn.Module, digest: bool = True, rank: int = 0) -> ReloadSta
 
     Args:
         model: a recorded model.
-        digest: where nobody asked for the digest of these weights before, make it and remember it. Reads all
-            weights once.
-        rank: what to put into the answer.
+        digest: compute the digest if it is not known, and keep it. Reads all weights once.
+        rank: this rank, for the answer.
 
     Raises:
         NotRecordedError: the model was built without the plugin.
@@ -79,7 +78,7 @@ def status(engine: Any, digest: bool = True) -> list[ReloadStatus]:
 
     Args:
         engine: a ``vllm.LLM`` (or anything else with ``collective_rpc``), or a model in this process.
-        digest: hash what the kernels read, if nobody asked for that before.
+        digest: compute the digest if it is not known.
 
     """
     if isinstance(engine, nn.Module):
@@ -102,8 +101,8 @@ def reload_engine(
         llm: a running engine.
         weights_path: folder to read; None for the engine's own model path.
         reset_caches: ``prefix`` (keys and values of shared prompts), ``encoder`` and ``multimodal`` (outputs
-            of encoders). What is not named keeps what it holds, but for outputs of encoders in the workers,
-            which vLLM's runners drop after every reload.
+            of encoders). Other caches are not reset, except the outputs of encoders in the workers, which
+            vLLM's runners drop after every reload.
         **how: options of ``reload_weights``.
 
     Returns:
@@ -131,10 +130,10 @@ def reload_engine(
 
 
 def _reset(cache: Cache, call: Callable[[], object]) -> str:
-    """Reset one cache; how that went. Never raises: the new weights are served already."""
+    """Reset one cache; returns the outcome. Never raises, because the new weights are served already."""
     try:
         reason = "running requests hold parts of it; reset it when they have ended" if call() is False else ""
-    except Exception as error:  # noqa: BLE001 - whatever it was, it is told and not lost
+    except Exception as error:  # noqa: BLE001 - any error is part of the outcome
         reason = f"{type(error).__name__}: {error}"
     if reason:
         logger.warning("The %s cache holds results of the old weights. It was not reset: %s", cache, reason)

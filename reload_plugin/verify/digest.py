@@ -1,6 +1,6 @@
-"""One short text for everything that a model's kernels read, made when somebody asks for it.
+"""The digest of everything that a model's kernels read.
 
-All weights have to be read for it, so a reload whose report nobody gets leaves it to who asks for the status.
+Computing it reads all weights, so it is computed lazily on the first ``status`` call unless ``digest=True``.
 """
 
 from __future__ import annotations
@@ -21,24 +21,24 @@ logger = logging.getLogger("vllm.reload_plugin")
 
 
 def digest_of(record: ModelRecord, handles: Handles, forget: bool = True) -> str | None:
-    """XXH3-128 (hex) over all that was recorded of a model's layers, as it is now.
+    """XXH3-128 (hex) over the present values of all recorded state of a model's layers.
 
-    That is: parameters and buffers, what processing put beside them (packed weights, scales as numbers,
-    closures, helper objects), and for native handles what they were made of. Not in it: what is bound after
-    the start (KV caches, adapters). Two engines on one kind of device that serve the same weights have the
-    same digest.
+    It covers parameters, buffers, derived state (packed weights, scales as numbers, closures, helper objects)
+    and the constructor arguments of native handles. It does not cover what is bound after the start (KV
+    caches, adapters). Two engines on one kind of device that serve the same weights have the same digest.
 
     Args:
         record: of the model.
-        handles: native handles that are known, with the digests of what they were made of.
-        forget: whether what is known of native handles that no layer holds may be forgotten.
+        handles: known native handles, with the digests of their constructor arguments.
+        forget: whether handles that no layer holds are removed from ``handles``.
 
     Returns:
-        None when native handles were made unseen, or without being hashed (``digest=False``), and when
-        something cannot be hashed, which is logged: the new weights are served by then.
+        None when a native handle is unknown or its arguments were not hashed (``digest=False``), or when a
+        value cannot be hashed. The latter is logged and does not raise, because the new weights are served
+        already.
 
     """
-    book = _DigestBuilder(handles)
+    builder = _DigestBuilder(handles)
     try:
         for layer in record.layers:
             if not layer.has_keys:
@@ -46,32 +46,34 @@ def digest_of(record: ModelRecord, handles: Handles, forget: bool = True) -> str
             alive = [(holder, held) for holder in layer.holders if (held := holder.ref()) is not None]
             own = {id(held) for _, held in alive}
             for holder, held in alive:
-                book.add_holder(f"{layer.name}.{holder.path}", holder, held, own)
-        return book.close(forget)
+                builder.add_holder(f"{layer.name}.{holder.path}", holder, held, own)
+        return builder.close(forget)
     except Exception as error:  # noqa: BLE001 - tensors of any kind; no digest is worth a failed reload
         logger.warning("What is served has no digest: %s: %s", type(error).__name__, error)
         return None
 
 
 class _DigestBuilder:
-    """Adds up one model, each tensor's values once."""
+    """Hashes one model, each tensor's values once."""
 
     def __init__(self, handles: Handles) -> None:
         self._total = Hash()
         self._handles = handles
         self._found: set[int] = set()
         self._known = True
-        """No native handle so far whose contents are not known."""
+        """Whether the arguments of every native handle so far are hashed."""
         self._seen: dict[tuple[object, ...], str] = {}
 
     def close(self, forget: bool) -> str | None:
-        """The digest."""
+        """The digest, or None where a native handle is unknown. Removes unused handles if ``forget``."""
         for gone in self._handles.keys() - self._found if forget else ():
             del self._handles[gone]
         return self._total.digest().hex() if self._known else None
 
     def add_holder(self, path: str, holder: HolderRecord, held: object, others: Collection[int] = ()) -> None:
-        """What a holder holds; ``others`` (by identity) of its layer are added by themselves."""
+        """Hash what a holder holds, except ``others`` (by identity): helper objects that are hashed
+        separately.
+        """
         if not holder.keys:
             return
         tables = tables_of(held)
@@ -87,7 +89,8 @@ class _DigestBuilder:
             constructed = holder.constructed.get(key)
             replaced = isinstance(constructed, TensorRecord) and constructed.ref() is not value
             table = replaced and constructed.is_table  # type: ignore[union-attr]
-            if table or not (replaced and key not in holder.undo):  # else it was bound later, like a KV cache
+            # An object that neither the constructor nor PWAL made was bound after the start, like a KV cache.
+            if table or not (replaced and key not in holder.undo):
                 self._add(f"{path}.{key[1]}", value)
 
     def _add(self, path: str, value: object) -> None:

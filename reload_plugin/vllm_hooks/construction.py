@@ -46,14 +46,14 @@ def recording_processing(then: Callable[[], None]) -> Callable[[Callable[..., No
             from ..checkpoint.config import start_config
             from ..process.native_handles import Handles, watching_native
             from ..record.model_record import record_of
-            from ..record.recorder import TailWatch, finish_record, look
+            from ..record.recorder import TailWatch, finish_record, observe
             from ..transaction.engine_state import begin_state
 
             record = record_of(model) if isinstance(model, nn.Module) else None
             if record is None or record.complete:
                 original(model, model_config, target_device)
                 return
-            loaded = look(record)
+            loaded = observe(record)
             handles: Handles = {}
             with TailWatch(model, record) as watch, watching_native(target_device, handles):
                 original(model, model_config, target_device)

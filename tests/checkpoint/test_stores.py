@@ -15,7 +15,7 @@ from reload_plugin.errors import SourceError
 from reload_plugin.record.model_record import ModelRecord
 from reload_plugin.transaction import partial
 from reload_plugin.transaction.engine_state import EngineState
-from reload_plugin.transaction.partial import absorbed
+from reload_plugin.transaction.partial import merge_updates
 
 
 def step(folder: Path, number: int, names: str) -> SafetensorsSource:
@@ -28,7 +28,7 @@ def test_repeated_updates_of_the_same_weights_keep_one_copy(tmp_path: Path) -> N
     """Only what still shows is needed: the folders of the steps between may go."""
     served = step(tmp_path, 0, "abc")
     for number in range(1, 6):
-        served = absorbed(Overlay(served, step(tmp_path, number, "ab")))
+        served = merge_updates(Overlay(served, step(tmp_path, number, "ab")))
     for number in range(1, 5):
         (tmp_path / f"{number}.safetensors").unlink()
     assert served.unchanged()
@@ -54,7 +54,7 @@ def test_updates_of_other_weights_are_all_there(tmp_path: Path, first: str, seco
     served: Source = step(tmp_path, 0, "abcd")
     for number, (kind, names) in enumerate([(first, "a"), (second, "b"), (first, "bc"), (second, "a")], 1):
         update = step(tmp_path, number, names) if kind == "folder" else kept(kind, number, names)
-        served = absorbed(Overlay(served, update))
+        served = merge_updates(Overlay(served, update))
     assert values(served) == {"a": [4], "b": [3], "c": [3], "d": [0]}
     assert served.unchanged()
 
@@ -63,7 +63,7 @@ def after(*updates: Source) -> Source:
     """What is served after updates, each laid over those before."""
     served = updates[0]
     for update in updates[1:]:
-        served = absorbed(Overlay(served, update))
+        served = merge_updates(Overlay(served, update))
     return served
 
 
@@ -86,7 +86,7 @@ def test_a_full_disk_leaves_both_sources_as_they_were(
     with monkeypatch.context() as patch:
         patch.setattr(os, "pwrite", full)
         with pytest.raises(SourceError, match="No space is left"):
-            absorbed(served)
+            merge_updates(served)
     assert values(served) == {"a": [1], "b": [2], "c": [2], "d": [0]}
 
 
@@ -97,7 +97,7 @@ def test_overlaid_sources_are_at_most_as_many_as_the_names(tmp_path: Path) -> No
     wanted = {name: [0.0] for name in names}
     for number in range(1, 1001):
         some = chance.sample(names, chance.randint(1, 3))
-        served = absorbed(Overlay(served, step(tmp_path, number, "".join(some))))
+        served = merge_updates(Overlay(served, step(tmp_path, number, "".join(some))))
         wanted |= {name: [float(number)] for name in some}
         assert len(overlaid_sources(served)) <= len(names)
     assert values(served) == wanted

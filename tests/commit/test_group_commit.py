@@ -14,9 +14,9 @@ from torch import nn
 from reload_plugin.commit.compare import plan_commit
 from reload_plugin.commit.group_commit import Commit
 from reload_plugin.process.native_handles import release_native_memory
+from reload_plugin.record.group_state import GroupState, TensorState
 from reload_plugin.record.module_state import tensors_in
 from reload_plugin.record.snapshot import read
-from reload_plugin.record.staged_group import GroupState, TensorState
 from reload_plugin.tensors import storage_id
 
 
@@ -32,14 +32,14 @@ class Pair(NamedTuple):
 
 def plan(served: object, twin: object, captured: tuple[torch.Tensor, ...] = ()) -> Commit:
     """The commit that makes ``served`` hold the values of ``twin``, which stands for its result."""
-    stage = types.SimpleNamespace(
+    staged = types.SimpleNamespace(
         group=types.SimpleNamespace(name="layer"),
         served=GroupState([(served, read(served))], {}),
         result=GroupState([(served, read(twin))], {}),
         captured=list(captured),
         overwritten=set(),
     )
-    return plan_commit(stage)
+    return plan_commit(staged)
 
 
 def commit(served: object, twin: object) -> Commit:
@@ -126,14 +126,14 @@ def test_one_object_with_two_states_gets_the_values_of_the_later_one() -> None:
     layer, result = Helper(weight=weight), TensorState.of(weight)
     weight.data = torch.zeros(3)
     address = weight.data_ptr()
-    stage = types.SimpleNamespace(
+    staged = types.SimpleNamespace(
         group=types.SimpleNamespace(name="layer"),
         served=GroupState([(layer, read(layer))], {id(weight): TensorState.of(weight)}),
         result=GroupState([(layer, read(layer))], {id(weight): result}),
         captured=[],
         overwritten=set(),
     )
-    plan_commit(stage).apply()
+    plan_commit(staged).apply()
     assert layer.weight is weight
     assert weight.data_ptr() == address
     assert torch.equal(weight, torch.ones(3))
@@ -159,7 +159,7 @@ def test_a_changed_layout_moves_the_memory_and_keeps_the_object(twin: torch.Tens
 def test_a_tensor_that_nobody_changed_costs_nothing() -> None:
     weight = old()
     planned = plan(Helper(weight=weight), Helper(weight=weight))
-    assert [planned.copies, planned.moves, planned.writes, planned.looks] == [[], [], [], []]
+    assert [planned.copies, planned.moves, planned.writes, planned.tensor_attributes] == [[], [], [], []]
 
 
 def test_the_class_and_the_attributes_of_a_tensor_follow_the_result() -> None:
@@ -197,7 +197,7 @@ def test_a_view_of_another_tensor_stays_its_view() -> None:
     assert served.part[0] == 9
 
 
-def test_two_names_that_part_do_not_overwrite_one_another() -> None:
+def test_two_names_that_get_different_tensors_do_not_overwrite_one_another() -> None:
     kept = Kept(old())
     served = Helper(a=kept.tensor, b=kept.tensor)
     commit(served, Helper(a=new(), b=new() * 2))
@@ -213,7 +213,7 @@ def test_an_object_under_two_names_stays_one() -> None:
     assert shared.scale == 2
 
 
-def test_objects_that_hold_one_another_end() -> None:
+def test_comparing_objects_that_hold_one_another_ends() -> None:
     served, twin = Helper(inner=Helper(weight=old())), Helper(inner=Helper(weight=new()))
     served.inner.owner, twin.inner.owner = served.inner, twin.inner
     commit(served, twin)
@@ -236,7 +236,7 @@ def test_plain_values_are_replaced(before: object, after: object) -> None:
     assert (served.inner, served.many, served.named) == (inner, many, named)
 
 
-def test_attributes_come_and_go() -> None:
+def test_attributes_are_added_and_removed() -> None:
     weight = new()
     served = Helper(gone=1, kept=2, inner=Helper(gone=1), named={"gone": 1}, many=[1, 2, 3])
     twin = Helper(kept=2, added=weight, inner=Helper(added=3), named={"added": 4}, many=[1])
@@ -281,14 +281,14 @@ def test_a_served_closure_computes_with_the_new_values() -> None:
     assert kept.holds(next(tensors_in(function)), new())
 
 
-def test_cells_are_grafted_only_when_committed() -> None:
+def test_closure_cells_change_only_in_the_commit() -> None:
     function = multiply_by(2.0, old())
     planned = plan(Helper(apply=function), Helper(apply=multiply_by(3.0, new())))
     assert torch.equal(function(), old())
     assert len(planned.cells) == 1
 
 
-def test_another_function_takes_the_place_of_the_old_one() -> None:
+def test_a_function_of_other_code_is_replaced() -> None:
     function = multiply_by(3.0, new())
     served = Helper(apply=lambda: 0)
     commit(served, Helper(apply=function))
@@ -357,7 +357,7 @@ class Owner:
         self.pool.released.append(self.handle)
 
 
-def test_an_owner_takes_over_the_new_resource_and_the_old_one_goes_once() -> None:
+def test_an_owner_gets_the_new_resource_and_the_old_one_is_released_once() -> None:
     pool = Pool()
     owner = pool.owner(old())
     kept = Kept(owner.weight)
@@ -374,7 +374,7 @@ def test_an_owner_takes_over_the_new_resource_and_the_old_one_goes_once() -> Non
     assert pool.released == [1, 2]
 
 
-def test_an_owner_whose_commit_is_given_up_loses_nothing() -> None:
+def test_an_owner_whose_commit_is_dropped_keeps_its_resource() -> None:
     pool = Pool()
     served = Helper(handler=pool.owner(old()))
     planned = plan(served, Helper(handler=pool.owner(new())))
@@ -406,7 +406,7 @@ class Handler:
         self.released.append(int(self.handle))
 
 
-def test_native_memory_that_gives_way_is_released_once_and_its_owner_stays() -> None:
+def test_released_native_memory_is_freed_once_and_its_owner_is_kept() -> None:
     released: list[int] = []
     handler, stranger = Handler(released, 7), Handler(released, 9)
     number, handles = handler.handle, {7: b"digest", 8: None}

@@ -43,7 +43,7 @@ class Meter:
     def note(self, storage: staged_storage.StagedStorage) -> None:
         """One more was allocated."""
         self._alive.add(storage)
-        staged = [found for found in self._alive if not found.is_final]
+        staged = [found for found in self._alive if not found.is_served_memory]
         waiting = [found.storage.nbytes() for found in staged if not found.closed]
         self.open = max(self.open, sum(waiting))
         self.layers = max(self.layers, sum(nbytes > 0 for nbytes in waiting))
@@ -159,17 +159,17 @@ def test_without_the_budget_these_streams_do_hold_more(engine: Engine, meter: Me
 
 
 @pytest.mark.parametrize("policy", ["auto", "host"])
-def test_no_garbage_is_searched_for_while_a_folder_is_read(
+def test_garbage_collection_is_paused_while_a_folder_is_read(
     policy: str, engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     searched: list[bool] = []
-    process = group_pipeline.process_stage
+    process = group_pipeline.process_group
 
     def noting(*args: object) -> None:
         searched.append(gc.isenabled())
         process(*args)
 
-    monkeypatch.setattr(group_pipeline, "process_stage", noting)
+    monkeypatch.setattr(group_pipeline, "process_group", noting)
     options = {"weights_path": str(engine.folders["B"]), "policy": policy}
     engine.llm.collective_rpc("reload_weights", kwargs=options)
     assert searched
@@ -179,17 +179,17 @@ def test_no_garbage_is_searched_for_while_a_folder_is_read(
 
 
 @pytest.mark.parametrize(("policy", "straight"), [("auto", True), ("streaming", True), ("host", False)])
-def test_what_processing_leaves_where_it_is_needs_no_staging(
+def test_layers_without_processing_need_no_staging(
     policy: str, straight: bool, engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Embeddings and norms are read to where they are served; attention and experts are packed."""
-    oracle.reload_from_folder(engine.llm, engine.folders["A"])  # so that there is a way back in files
+    oracle.reload_from_folder(engine.llm, engine.folders["A"])  # so that the rollback source is in files
     staged: dict[str, bool] = {}
     allocate = staged_storage.StagedStorage.materialise
 
     def noting(storage: staged_storage.StagedStorage, *args: object, **kwargs: object) -> None:
         allocate(storage, *args, **kwargs)
-        staged[storage.primary.name] = not storage.is_final
+        staged[storage.primary.name] = not storage.is_served_memory
 
     monkeypatch.setattr(staged_storage.StagedStorage, "materialise", noting)
     options = {"weights_path": str(engine.folders["B"]), "policy": policy}

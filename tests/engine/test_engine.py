@@ -264,7 +264,7 @@ GOOD = (
 
 
 @pytest.mark.parametrize("face", GOOD, ids=lambda f: f.__name__)
-def test_every_face_gives_the_same_engine(on_a: Engine, face: Callable[[Engine], None]) -> None:
+def test_every_road_gives_the_same_engine(on_a: Engine, face: Callable[[Engine], None]) -> None:
     face(on_a)
     on_a.assert_is("B")
 
@@ -532,7 +532,7 @@ def test_an_update_can_be_aborted_at_any_moment(on_a: Engine, count: int) -> Non
     on_a.assert_is("B")
 
 
-def test_a_finish_that_was_too_early_can_be_made_good(on_a: Engine) -> None:
+def test_a_finish_that_was_too_early_can_be_repeated(on_a: Engine) -> None:
     rest = start_update(on_a, 6)
     for _ in range(2):
         with pytest.raises(reload_plugin.MissingWeightsError):
@@ -749,7 +749,7 @@ def test_what_is_ignored_is_ignored_by_a_rule_with_a_name(on_a: Engine) -> None:
 
 
 def test_a_trainer_may_send_the_tied_head_as_well(on_a: Engine) -> None:
-    """Routes of a checkpoint without the head are known; the head then takes vLLM's loader, by itself."""
+    """The copy plan is of a checkpoint without the head; vLLM's loader then loads the head alone."""
     if on_a.case.name != "llama_tied":
         pytest.skip("its head is its own")
     plain = on_a.weights("B")
@@ -857,7 +857,7 @@ def giving_way(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(group_pipeline, "KEPT_BESIDE", 0)
 
 
-def test_large_native_memory_gives_way_before_there_is_new_memory(
+def test_large_native_memory_is_released_before_new_memory_is_allocated(
     on_a: Engine, giving_way: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """At no time are there more handles than the engine has; under `host` the old ones are served."""
@@ -875,7 +875,7 @@ def test_large_native_memory_gives_way_before_there_is_new_memory(
     assert max(most, default=0) == max(0, 2 * packed - 1)
 
 
-def test_processing_that_raises_after_native_memory_gave_way(
+def test_processing_that_raises_after_native_memory_was_released(
     on_a: Engine, giving_way: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """From the first layer on: its old values are gone and have to be read again."""
@@ -890,10 +890,10 @@ def test_processing_that_raises_after_native_memory_gave_way(
     on_a.assert_is("B")
 
 
-def test_an_engine_whose_native_memory_gave_way_for_nothing_does_not_serve(
+def test_an_engine_whose_native_memory_was_released_without_a_commit_does_not_serve(
     on_a: Engine, giving_way: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Before anything was committed, and there is no way back: the caller chose so."""
+    """Before anything was committed, and there is no rollback source: the caller chose so."""
     if not state_of(on_a.model).handles:
         pytest.skip("nothing of this model is packed on this processor")
     monkeypatch.setattr(vllm_api, "process_layers", failing_at(1, []))

@@ -257,7 +257,7 @@ def machine_for(world: World) -> type[RuleBasedStateMachine]:  # noqa: C901 - on
         @whole
         @rule(letter=generations, at=positions)
         def that_breaks_the_engine(self, letter: str, at: int) -> None:
-            """Streaming, which the caller chose by name, gives the way back away."""
+            """Streaming, which the caller chose by name, has no rollback source."""
             weights = faulty(world.weights[letter], at, "raises")
             try:
                 world.push(weights, policy="streaming", weight_version=world.name())
@@ -425,7 +425,7 @@ def play(world: World, wanted: int, *kinds: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ON_MODELS)
-def test_no_history_leads_anywhere_but_to_the_last_good_weights(
+def test_every_history_ends_with_the_last_good_weights(
     kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert sum(ON_MODELS.values()) >= 1000, "tests/README.md says a thousand"
@@ -441,7 +441,7 @@ def test_no_history_leads_anywhere_but_to_the_last_good_weights(
 
 
 @pytest.mark.parametrize("kind", ON_ENGINES)
-def test_no_history_of_an_engine_leads_elsewhere(
+def test_every_history_of_an_engine_ends_with_the_last_good_weights(
     kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert sum(ON_ENGINES.values()) >= 50, "tests/README.md says fifty"

@@ -220,7 +220,7 @@ first weight of the next part has come."""
 
 
 @pytest.mark.parametrize("comes", ["folder", "stream"])
-def test_what_a_loader_writes_of_its_own_accord_is_written_at_each_reload(
+def test_values_that_a_loader_writes_without_a_weight_are_written_at_each_reload(
     monkeypatch: pytest.MonkeyPatch, comes: str, root: Path
 ) -> None:
     monkeypatch.setenv(POISON, "1")
@@ -251,7 +251,7 @@ IN_ANY_ORDER = (
 
 
 @pytest.mark.parametrize("case", IN_ANY_ORDER, ids=lambda case: case.name)
-def test_the_order_in_which_weights_come_decides_nothing(case: Case, root: Path) -> None:
+def test_the_order_of_the_weights_does_not_change_the_result(case: Case, root: Path) -> None:
     """The parts of a fused layer write their input scales, zero points or shapes to the same place."""
     skip_without(case.needs)
     folders = oracle.write(case, root)
@@ -290,7 +290,7 @@ def test_a_file_in_an_order_of_its_own_is_loaded_as_a_cold_start_does(name: str,
         assert values(model) == of_a
 
 
-def test_weights_by_routes_are_answered_like_weights_by_the_models_loader(tmp_path: Path) -> None:
+def test_load_weights_returns_the_same_names_by_copy_plan_and_by_loader(tmp_path: Path) -> None:
     """Frameworks look at what ``load_weights`` returns."""
     case = case_named("qwen2")
     weights = read_tensors(oracle.write(case, tmp_path)["A"])
@@ -299,9 +299,9 @@ def test_weights_by_routes_are_answered_like_weights_by_the_models_loader(tmp_pa
         with ReloadSession(model) as session:
             by_loader = [session.load(iter(part.items())) for part in parts]
         with restore_for_reloading(model) as session:
-            by_routes = [model.load_weights(iter(part.items())) for part in parts]
+            by_copy_plan = [model.load_weights(iter(part.items())) for part in parts]
         assert session.report.replayed == len(weights)
-        assert by_routes == by_loader
+        assert by_copy_plan == by_loader
         assert all(by_loader)
 
 
@@ -326,7 +326,7 @@ def test_a_partial_update_changes_what_a_loader_fills_from_it(head: bool, tmp_pa
         assert values(model) == expected
         reload_weights(model, iter(read_tensors(folders["A"]).items()))  # nobody can read them again
         before = values(model)
-        with pytest.raises(PartialUpdateError, match="keeps weights back or puts several together"):
+        with pytest.raises(PartialUpdateError, match="delays weights or combines several"):
             reload_weights(model, iter(sent.items()), partial=True)
         assert values(model) == before
 

@@ -82,7 +82,7 @@ def closed_file() -> io.StringIO:
     return stream
 
 
-def test_only_the_first_rank_speaks(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_rank_0_shows_a_bar(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(progress, "_rank", lambda: 1)
     source = kept()
     weights = source.read()
@@ -92,7 +92,7 @@ def test_only_the_first_rank_speaks(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "(rank 1): 100%" in shown.getvalue()
 
 
-def test_a_stand_in_for_many_tensors_counts_as_all_of_them() -> None:
+def test_a_direct_read_of_many_tensors_counts_all_their_bytes() -> None:
     source = kept()
     direct_read = DirectRead(["a", "b"], {"a": (3,), "b": (4,)}, 160 << 10, {"p": ["a", "b"]})
     with looking() as shown:
@@ -100,7 +100,7 @@ def test_a_stand_in_for_many_tensors_counts_as_all_of_them() -> None:
     assert "160k/160k" in shown.getvalue()
 
 
-def test_nothing_that_was_handed_on_is_kept() -> None:
+def test_the_bar_keeps_no_tensor() -> None:
     """A layer that is complete gives its memory back, and the reader takes its own again."""
     alive: list[weakref.ref[torch.Tensor]] = []
 
@@ -119,7 +119,7 @@ def test_nothing_that_was_handed_on_is_kept() -> None:
         weights.close()
 
 
-def test_a_terminal_that_goes_away_takes_no_reload_along() -> None:
+def test_a_closed_terminal_fails_no_reload() -> None:
     source = kept(1000)
     with looking(Closed()):
         assert len(list(progress.with_progress(source.read(), source, True))) == 1000
@@ -203,7 +203,7 @@ def test_a_reload_from_disk_shows_how_far_it_is(served: tuple[torch.nn.Module, d
     assert written == []
 
 
-def test_logs_stay_clean(
+def test_logs_contain_no_bar(
     served: tuple[torch.nn.Module, dict[str, Path]], capfd: pytest.CaptureFixture[str]
 ) -> None:
     model, folders = served

@@ -143,7 +143,7 @@ def test_layers_are_loaded_together_for_a_buffer_that_a_checkpoint_may_have(save
 # --- while weights are loaded ---
 
 
-def test_what_processing_passes_over_stays_as_it_is_served() -> None:
+def test_layers_without_processing_keep_their_served_tensors_while_loading() -> None:
     model = cold(A)
     before, seen = values(model), []
 
@@ -160,7 +160,7 @@ def test_what_processing_passes_over_stays_as_it_is_served() -> None:
     assert {name: found[:2] for name, found in after.items()} == {n: f[:2] for n, f in before.items()}
 
 
-def test_so_nothing_of_it_is_read_to_be_put_back(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_layers_without_processing_are_not_captured(monkeypatch: pytest.MonkeyPatch) -> None:
     read: list[object] = []
     plain = staged_group.read
     monkeypatch.setattr(staged_group, "read", lambda held, *now: read.append(held) or plain(held, *now))
@@ -176,8 +176,8 @@ def test_so_nothing_of_it_is_read_to_be_put_back(monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.parametrize("name", ["weight", "table"])
-def test_what_is_served_in_another_form_does_not_stand(name: str) -> None:
-    """Nor is its layer taken for one that is as it is served."""
+def test_a_served_tensor_of_another_layout_is_staged(name: str) -> None:
+    """Nor is its layer treated as one whose served tensors may be loaded directly."""
     model = cold(A)
     served = getattr(model.norm, name)
     served.data = served.data.repeat_interleave(2)[::2]
@@ -185,7 +185,9 @@ def test_what_is_served_in_another_form_does_not_stand(name: str) -> None:
     assert only_values(model) == only_values(cold(B))
 
 
-def test_what_the_caller_makes_after_such_a_layer_is_not_noted(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_handles_that_the_caller_makes_between_weights_are_not_recorded(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     class Library:
         @staticmethod
         def make(_: torch.Tensor) -> int:
@@ -219,7 +221,7 @@ class Counting(Model):
 
 
 @pytest.mark.parametrize("policy", ["staged", "streaming"])
-def test_what_a_loader_leaves_at_a_layer_without_tensors_is_taken_back(policy: str) -> None:
+def test_attributes_that_a_loader_sets_on_a_layer_without_tensors_are_restored(policy: str) -> None:
     model = cold(BOTH, Counting)
     assert model.act.loads == 1
     with ReloadSession(model, policy=policy) as session:
@@ -227,7 +229,7 @@ def test_what_a_loader_leaves_at_a_layer_without_tensors_is_taken_back(policy: s
     assert model.act.loads == 1
 
 
-def test_a_layer_whose_weights_are_computed_does_not() -> None:
+def test_a_layer_whose_weights_are_computed_is_staged() -> None:
     model = cold(A, Computing)
     place = model.norm.weight.data_ptr()
     with planned(model, B) as session:
@@ -238,7 +240,7 @@ def test_a_layer_whose_weights_are_computed_does_not() -> None:
     assert only_values(model) == only_values(cold(B, Computing))
 
 
-def test_what_does_not_come_again_is_the_constructors_again() -> None:
+def test_a_weight_that_is_not_sent_again_gets_the_constructors_value() -> None:
     model = cold(A)
     reload(model, BOTH)
     assert model.norm.scale.tolist() != [1] * 5
@@ -260,7 +262,7 @@ def initialised(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return found
 
 
-def test_a_table_that_nobody_sends_is_not_copied(initialised: list[str]) -> None:
+def test_a_buffer_without_a_weight_is_not_copied(initialised: list[str]) -> None:
     model = cold(A)
     with planned(model, B) as session:
         session.load_last(B.items())
@@ -292,8 +294,8 @@ def test_a_session_knows_whether_served_memory_was_written(names: list[str]) -> 
     assert only_values(model) == only_values(cold(B))
 
 
-def test_so_it_does_when_a_loader_gets_what_was_not_planned() -> None:
-    """A weight of another dtype than was listed has no route, so the loader finds the served tensor."""
+def test_a_loader_that_gets_an_unplanned_weight_marks_the_group_touched() -> None:
+    """A weight of another dtype than listed does not fit the copy plan, so the loader writes it."""
     model = cold(A)
     with planned(model, BOTH) as session:
         with pytest.raises(SourceError, match="gone"):
@@ -304,7 +306,7 @@ def test_so_it_does_when_a_loader_gets_what_was_not_planned() -> None:
     assert only_values(model) == only_values(cold(A))
 
 
-def test_so_it_does_when_the_constructors_values_cannot_be_written(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failing_initial_value_marks_the_group_touched(monkeypatch: pytest.MonkeyPatch) -> None:
     def failing_to(storage: StagedStorage, record: TensorRecord, unwritten: bool) -> None:
         if record.name == "norm.scale":
             raise RuntimeError("no such kernel")
@@ -313,20 +315,20 @@ def test_so_it_does_when_the_constructors_values_cannot_be_written(monkeypatch: 
     monkeypatch.setattr(StagedStorage, "_initialise", failing_to)
     with planned(model, {"linear.weight": B["linear.weight"]}) as session:
         session.load_last([("linear.weight", B["linear.weight"])])
-        (stage,) = [stage for stage in session.parts.view.groups if stage.group.name == "norm"]
+        (staged,) = [staged for staged in session.parts.view.groups if staged.group.name == "norm"]
         with session.loading(), pytest.raises(RuntimeError, match="no such kernel"):
-            session.parts.pipeline._close(stage)
+            session.parts.pipeline._close(staged)
         assert session.touched_groups == {"linear", "norm"}
 
 
-def test_served_memory_is_never_given_back() -> None:
+def test_served_memory_is_never_freed() -> None:
     model = cold(A)
     before = values(model)
     with planned(model, B) as session:
         with session.loading():
-            (stage,) = [stage for stage in session.parts.view.groups if stage.group.name == "norm"]
-            assert all(storage.aliases_served for storage in stage.storages)
-            stage.release(set())
+            (staged,) = [staged for staged in session.parts.view.groups if staged.group.name == "norm"]
+            assert all(storage.aliases_served for storage in staged.storages)
+            staged.release(set())
         session.abort()
     assert values(model) == before
 
@@ -364,7 +366,7 @@ def test_a_tensor_smaller_than_its_description_has_its_value_at_once() -> None:
         (torch.ones(4)[::2], Values(torch.ones(2)), False),
     ],
 )
-def test_others_have_theirs_when_they_are_touched(
+def test_larger_tensors_get_their_values_at_the_first_write(
     tensor: torch.Tensor, initial: Initial, from_served: bool
 ) -> None:
     storage, gauge = staged(tensor, initial, from_served)
@@ -405,7 +407,7 @@ def groups_of(make: Callable[[], nn.Module]) -> set[frozenset[str]]:
     return {frozenset(layer.name for layer in group.layers) for group in record.groups}
 
 
-def test_a_method_that_is_a_module_goes_with_the_layer_it_processes() -> None:
+def test_a_quant_method_that_is_a_module_is_grouped_with_its_only_layer() -> None:
     def make() -> nn.Module:
         model = nn.Module()
         model.one, model.other = Linear(OfAModule()), Linear(OfAModule())
@@ -415,7 +417,7 @@ def test_a_method_that_is_a_module_goes_with_the_layer_it_processes() -> None:
     assert {frozenset(("one", "one.quant_method")), frozenset(("other", "other.quant_method"))} <= found
 
 
-def test_a_method_of_several_layers_goes_with_none_of_them() -> None:
+def test_a_quant_method_of_several_layers_is_grouped_with_none() -> None:
     def make() -> nn.Module:
         model, method = nn.Module(), OfAModule()
         model.one, model.other = Linear(method), Linear(method)

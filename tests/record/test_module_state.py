@@ -208,7 +208,7 @@ def test_slots_nobody_set_are_absent_and_can_be_set_and_taken_away() -> None:
     assert not hasattr(holder, "more")
 
 
-def test_writing_goes_past_setters() -> None:
+def test_write_bypasses_setters() -> None:
     class Refuses:
         def __init__(self) -> None:
             self.__dict__["scale"] = 1
@@ -275,7 +275,7 @@ HOLDERS: dict[str, tuple[Callable[[], object], list[Callable]]] = {
 
 
 @pytest.mark.parametrize(("make", "changes"), HOLDERS.values(), ids=HOLDERS)
-def test_a_second_look_sees_every_change_and_the_first_one_stays_as_it_was(
+def test_a_second_snapshot_has_every_change_and_the_first_is_unchanged(
     make: Callable[[], object], changes: list[Callable]
 ) -> None:
     for change in (lambda _: None, *changes):
@@ -310,7 +310,7 @@ def test_what_differs_is_found_with_what_was_asked_for_and_what_is_gone(
             assert {key for key, _, _ in found} == wanted
             assert len(found) == len(wanted)
             assert all(old is before.get(key, ABSENT) and new is after[key] for key, old, new in found)
-        gone = list(before.gone_from(after))
+        gone = list(before.keys_missing_in(after))
         assert set(gone) == before.keys() - after.keys()
         assert len(gone) == len(set(gone))
 
@@ -365,7 +365,7 @@ def foreign(module: str) -> object:
     "module",
     ["vllm.config", "vllm.config.model", "vllm.distributed.parallel_state", "transformers.models", "torch"],
 )
-def test_configs_and_infrastructure_are_not_entered(module: str) -> None:
+def test_configs_and_infrastructure_are_no_helpers(module: str) -> None:
     layer, config = Layer(), foreign(module)
     config.inner = Plain(weight=torch.zeros(1))
     layer.config = config
@@ -469,7 +469,7 @@ def test_a_tensor_is_found_behind_any_wrapping(outer: list[Callable], inner: Cal
     assert [id(t) for t in tensors_in(value)] == [id(tensor)]
 
 
-def test_values_that_hold_one_another_end() -> None:
+def test_searching_values_that_hold_one_another_ends() -> None:
     a, b = Plain(weight=torch.zeros(1)), Plain(weight=torch.zeros(2))
     a.other, b.other = b, a
     assert [t.numel() for t in tensors_in(a)] == [1, 2]

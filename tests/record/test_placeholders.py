@@ -68,7 +68,7 @@ def test_it_has_the_whole_load_format_before_and_after_it_gets_memory(
         assert all(bool((view == 1).all()) for view in storage.views.values())
 
 
-def test_memory_that_comes_later_is_under_what_shares_the_placeholder() -> None:
+def test_memory_allocated_later_is_seen_by_views_of_the_placeholder() -> None:
     storage = staged(geometry_of((4, 4), (4, 1)))
     (view,) = storage.views.values()
     shared = view.detach()

@@ -167,7 +167,7 @@ def test_what_a_failed_update_did_to_other_layers_is_undone() -> None:
 
 
 @pytest.mark.parametrize("name", ["qwen3_moe", "deepseek_v2", "nemotron_h", "w4a16", "meta_experts"])
-def test_some_weights_at_a_time_come_to_what_all_at_once_do(name: str, tmp_path: Path) -> None:
+def test_several_partial_updates_equal_one_whole_update(name: str, tmp_path: Path) -> None:
     case = case_named(name)
     skip_without(case.needs)
     folders = oracle.write(case, tmp_path)

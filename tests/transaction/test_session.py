@@ -293,7 +293,7 @@ def weights(seed: int, rows: int = 4) -> Weights:
 
 
 class Meddling(Model):
-    """A third layer, whose loader comes back to the first one, which has everything by then."""
+    """A third layer, whose loader uses the first one again, which is complete by then."""
 
     def __init__(self, method: type[QuantizeMethodBase] = Packing) -> None:
         super().__init__(method)
@@ -395,7 +395,7 @@ def test_of_two_weights_for_one_place_the_last_of_a_cold_start_is_there(
 @pytest.mark.parametrize("planned", [False, True])
 @pytest.mark.parametrize("policy", ["staged", "streaming"])
 @pytest.mark.parametrize("method", [Method, Packing, Renaming])
-def test_a_loader_that_comes_back_for_values_finds_those_that_were_loaded(
+def test_a_loader_that_reads_values_again_finds_those_that_were_loaded(
     method: type[QuantizeMethodBase], policy: str, planned: bool, calls: int
 ) -> None:
     """Or nothing is loaded: where nobody knew before the first time, and then it is known for the next."""
@@ -428,7 +428,7 @@ def test_a_loader_that_comes_back_for_values_finds_those_that_were_loaded(
 
 @pytest.mark.parametrize("policy", ["staged", "streaming"])
 @pytest.mark.parametrize("method", [Method, Packing])
-def test_what_no_checkpoint_has_and_no_constructor_set_stays_as_it_is(
+def test_a_value_from_neither_checkpoint_nor_constructor_is_kept(
     monkeypatch: pytest.MonkeyPatch, method: type[QuantizeMethodBase], policy: str
 ) -> None:
     """A head that a classifier inherits and does not use, as in vLLM's JambaForSequenceClassification."""
@@ -528,7 +528,7 @@ every_kind = pytest.mark.parametrize("make", KINDS.values(), ids=KINDS)
 
 @pytest.mark.parametrize("policy", ["staged", "streaming"])
 @pytest.mark.parametrize("method", [Packing, Shrinking])
-def test_a_loader_that_comes_back_to_a_layer_that_is_complete_writes_nothing(
+def test_a_loader_that_writes_to_a_complete_layer_is_refused(
     method: type[QuantizeMethodBase], policy: str
 ) -> None:
     old, new = A | {"last.weight": A["first.weight"]}, B | {"last.weight": A["lm_head.weight"]}
@@ -577,7 +577,7 @@ class Three(Model):
 
 
 @pytest.mark.parametrize(("layers", "looks"), [(0.5, 3), (1, 3), (1.5, 1), (2, 1), (3, 1), (3.5, 0)])
-def test_small_layers_are_looked_at_together(
+def test_small_layers_are_inspected_together(
     monkeypatch: pytest.MonkeyPatch, layers: float, looks: int
 ) -> None:
     asked: list[int] = []
@@ -595,17 +595,17 @@ def test_small_layers_are_looked_at_together(
 def test_what_a_group_serves_is_known_before_while_and_after_it_is_staged(make: Make) -> None:
     model = cold(make, A)
     for group in record_of(model).groups:
-        stage = StagedGroup(group, CPU, frozenset(), MemoryGauge())
+        staged = StagedGroup(group, CPU, frozenset(), MemoryGauge())
 
-        def served(stage: StagedGroup = stage) -> set[int | None]:
-            return {storage_id(tensor) for _, tensor in stage.served_tensors()}
+        def served(staged: StagedGroup = staged) -> set[int | None]:
+            return {storage_id(tensor) for _, tensor in staged.served_tensors()}
 
         before = served()
-        stage.enter()
-        staged = {storage.key for storage in stage.storages}
-        assert served() - staged == before
-        stage.served.show()
-        stage.drop()
+        staged.enter()
+        keys = {storage.key for storage in staged.storages}
+        assert served() - keys == before
+        staged.served.show()
+        staged.drop()
         assert served() == before
         held = group.layers[0].ref().parameters(recurse=False)
         assert {storage_id(parameter) for parameter in held} <= before
@@ -1067,7 +1067,7 @@ def test_the_same_session_goes_on_after_a_source_that_failed() -> None:
 
 
 @pytest.mark.parametrize("trace", [False, True], ids=["recorded by hand", "watched"])
-def test_a_record_keeps_no_tensor_alive_that_processing_let_go_of(trace: bool) -> None:
+def test_a_record_keeps_no_tensor_alive_that_processing_dropped(trace: bool) -> None:
     made: list[weakref.ref] = []
 
     def make() -> nn.Module:
@@ -1108,7 +1108,7 @@ def test_a_session_that_is_over_holds_no_staging() -> None:
         assert [ref() for ref in storages] == [None] * len(storages)
 
 
-def test_a_session_that_is_over_goes_at_once() -> None:
+def test_a_session_that_is_over_is_freed_at_once() -> None:
     """What waits for the garbage collector is memory that a few reloads in a row take several times."""
     model = start()
     gc.collect()
@@ -1169,8 +1169,8 @@ def test_streaming_packs_into_what_is_served(monkeypatch: pytest.MonkeyPatch) ->
 
 
 @pytest.mark.parametrize(("policy", "touched"), [("staged", False), ("streaming", True)])
-def test_a_failure_after_a_result_was_written_in_place_is_known(policy: str, touched: bool) -> None:
-    """Whoever called must know, or the half-written layer would be taken for the old one."""
+def test_a_failure_after_a_result_was_written_in_place_is_reported(policy: str, touched: bool) -> None:
+    """The caller has to know, or the half-written layer would count as the old one."""
     model = start(Model, Shrinking)
     old = values(model)
     model.lm_head.quant_method.fails = True
@@ -1200,7 +1200,7 @@ def test_torch_is_touched_only_where_served_memory_may_be_given(policy: str, rep
     assert torch.empty_like is original
 
 
-def test_nobody_looks_for_served_memory_before_somebody_wants_some() -> None:
+def test_replaceable_served_memory_is_computed_only_when_an_output_is_requested() -> None:
     asked: list[int] = []
 
     def served() -> list[torch.Tensor]:
@@ -1228,7 +1228,7 @@ def test_served_memory_is_offered_layer_by_layer() -> None:
 
 
 @pytest.mark.parametrize("policy", ["host", "streaming"])
-def test_what_the_caller_does_between_weights_is_its_own(
+def test_code_of_the_caller_between_weights_gets_no_served_memory(
     monkeypatch: pytest.MonkeyPatch, policy: str
 ) -> None:
     """A trainer in the same process may run a model of its own between two weights. Its native handles are
@@ -1261,7 +1261,7 @@ def test_what_the_caller_does_between_weights_is_its_own(
     model = cold(lambda: Model(Making), A)
     hashed.clear()
     reload_weights(model, stream(), policy=policy)
-    reload_weights(model, stream(), policy=policy)  # by routes: layers are processed between weights
+    reload_weights(model, stream(), policy=policy)  # by the copy plan: layers are processed between weights
     assert hashed == [12] * 4
     assert Library.make(torch.ones(3)) == 7
     assert len(hashed) == 4
@@ -1299,7 +1299,7 @@ def straight(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     def noting(storage: staged_storage.StagedStorage, *args: Any, **kwargs: Any) -> None:
         materialise(storage, *args, **kwargs)
-        found.extend([storage.primary.name] if storage.is_final else [])
+        found.extend([storage.primary.name] if storage.is_served_memory else [])
 
     monkeypatch.setattr(staged_storage.StagedStorage, "materialise", noting)
     return found
@@ -1313,7 +1313,7 @@ WRITTEN_STRAIGHT = {Method: True, Smudging: True, Packing: False, Deleting: Fals
     [(Model, method) for method in METHODS]
     + [(kind, method) for kind in (Tied, Hooked) for method in (Method, Packing, Shrinking, Smudging)],
 )
-def test_only_streaming_writes_straight_to_what_is_served(
+def test_only_streaming_loads_into_served_memory(
     kind: type[Model], method: type[QuantizeMethodBase], straight: list[str]
 ) -> None:
     """Where loaders are to write to it; and everything comes out as from a cold start."""
@@ -1330,7 +1330,7 @@ def test_only_streaming_writes_straight_to_what_is_served(
 
 
 @pytest.mark.parametrize("policy", ["host", "streaming"])
-def test_a_failure_after_a_weight_was_written_straight_is_known(policy: str) -> None:
+def test_a_failure_after_a_weight_was_loaded_into_served_memory_is_reported(policy: str) -> None:
     model = start(Model, Method)
     reload(model, A)
     old = values(model)

@@ -73,7 +73,7 @@ def test_an_open_update_shows_what_is_served_between_its_calls(make: Make, known
 
 
 @pytest.mark.parametrize("make", MAKES)
-def test_so_does_a_block(make: Make) -> None:
+def test_a_block_shows_what_is_served_between_its_calls(make: Make) -> None:
     model = cold(make, A)
     before, ids = values(model), identities(model)
     with restore_for_reloading(model):

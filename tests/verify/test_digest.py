@@ -9,7 +9,7 @@ from reload_plugin.device.hashing import Hash
 from reload_plugin.device.value_hashes import _CHUNK, device_sums
 from reload_plugin.process import native_handles as native
 from reload_plugin.process.native_handles import watching_native
-from reload_plugin.record.recorder import finish_record, look, record_constructed
+from reload_plugin.record.recorder import finish_record, observe, record_constructed
 from reload_plugin.verify.digest import digest_of
 
 
@@ -111,7 +111,7 @@ def packed(value: float, hashes: bool = True, watched: bool = True) -> str | Non
     layer = Packed()
     layer.weight.data[3, 5] = value
     record = record_constructed(layer, None, None)
-    loaded, handles = look(record), {}
+    loaded, handles = observe(record), {}
     if not vllm_api.native_constructors():
         pytest.skip("this build of vLLM has no native constructors")
     with watching_native(torch.device("cpu" if watched else "meta"), handles, hashes):

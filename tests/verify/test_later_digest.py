@@ -64,7 +64,7 @@ every_way = pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
 
 
 @every_way
-def test_later_is_when_somebody_asks(way: Callable, made: list[str | None]) -> None:
+def test_later_computes_the_digest_on_the_first_status_call(way: Callable, made: list[str | None]) -> None:
     model = start()
     way(model)
     made.clear()
@@ -81,7 +81,7 @@ def test_later_is_when_somebody_asks(way: Callable, made: list[str | None]) -> N
 
 
 @every_way
-def test_a_report_has_its_own_for_good(way: Callable, made: list[str | None]) -> None:
+def test_a_report_keeps_its_digest(way: Callable, made: list[str | None]) -> None:
     model = start()
     reports = [reload(model, A), way(model), reload(model, A)]
     found = [report.digest for report in reports]
@@ -90,7 +90,7 @@ def test_a_report_has_its_own_for_good(way: Callable, made: list[str | None]) ->
     assert all(0 < report.seconds["digest"] < report.seconds["total"] for report in reports)
 
 
-def test_a_block_has_it_too() -> None:
+def test_a_block_reports_the_digest() -> None:
     model = start()
     with restore_for_reloading(model) as session:
         model.load_weights(iter(B.items()))
@@ -111,7 +111,7 @@ def test_the_runner_and_vllms_own_finish_leave_it_for_later(made: list[str | Non
     assert status(model)[0].digest == digest_of(B)
 
 
-def test_the_runner_makes_it_when_told_to(made: list[str | None]) -> None:
+def test_the_runner_computes_the_digest_when_asked_to(made: list[str | None]) -> None:
     from vllm.model_executor.model_loader.reload import inplace
 
     model = start()
@@ -140,7 +140,7 @@ def test_weights_in_kernel_format_change_it_too() -> None:
     assert None not in found, "nothing here has native handles"
 
 
-def test_a_reload_that_fails_leaves_it() -> None:
+def test_a_reload_that_fails_keeps_the_digest() -> None:
     model = start()
     reload_weights(model, iter(B.items()), digest="later")
     with pytest.raises(ReloadError):
@@ -161,7 +161,7 @@ def test_a_model_that_is_broken_has_none_and_one_that_is_healed_has() -> None:
 # --- while a reload is at work ---
 
 
-def test_an_open_update_steps_aside_for_it() -> None:
+def test_an_open_update_shows_the_served_weights_for_a_digest() -> None:
     model = start()
     with ReloadSession(model) as session:
         session.load([("first.weight", B["first.weight"])])
@@ -171,7 +171,7 @@ def test_an_open_update_steps_aside_for_it() -> None:
     assert report.digest == digest_of(B)
 
 
-def test_an_update_that_vllm_opened_steps_aside_for_it() -> None:
+def test_an_update_that_vllm_opened_shows_the_served_weights_for_a_digest() -> None:
     model = start()
     for ends in (abort_weight_update, finish_layerwise):
         state_of(model).generation = type(state_of(model).generation)()  # as if nobody had asked
@@ -182,7 +182,7 @@ def test_an_update_that_vllm_opened_steps_aside_for_it() -> None:
     assert status(model)[0].digest == digest_of(B)
 
 
-def test_an_update_that_was_aborted_is_in_nobodys_way() -> None:
+def test_an_aborted_update_does_not_prevent_a_digest() -> None:
     model = start()
     session = ReloadSession(model)
     session.open()
@@ -191,7 +191,7 @@ def test_an_update_that_was_aborted_is_in_nobodys_way() -> None:
     assert status(model)[0].digest == digest_of(A)
 
 
-def test_an_open_update_that_has_changed_what_is_served_does_not() -> None:
+def test_an_open_update_that_changed_served_weights_has_no_digest() -> None:
     model = start()
     with ReloadSession(model, policy="streaming") as session:
         session.load([("first.weight", B["first.weight"])])
@@ -202,7 +202,7 @@ def test_an_open_update_that_has_changed_what_is_served_does_not() -> None:
     assert status(model)[0].digest == digest_of(B)
 
 
-def test_inside_a_block_it_is_that_of_what_is_served(made: list[str | None]) -> None:
+def test_inside_a_block_the_digest_is_of_the_served_weights(made: list[str | None]) -> None:
     model = start()
     for served in (digest_of(A), digest_of(B)):
         with restore_for_reloading(model):
@@ -213,7 +213,7 @@ def test_inside_a_block_it_is_that_of_what_is_served(made: list[str | None]) -> 
         assert status(model)[0].digest == digest_of(B)
 
 
-def test_a_reload_waits_for_one_that_is_being_made(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_reload_waits_until_a_digest_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:
     model, began, go_on = start(), threading.Event(), threading.Event()
     plainly = digest.digest_of
     reload_weights(model, iter(B.items()), digest="later")
