@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 
@@ -68,14 +68,16 @@ class CpuOps:
         """What the system and the control groups of this process leave."""
         return available()
 
-    def hash_values(self, tensor: torch.Tensor) -> Iterator[bytes | list[memoryview]]:
+    def hash_values(self, tensor: torch.Tensor) -> Iterable[bytes | list[memoryview]]:
         """The memory itself where the values lie in one piece, as those of nearly all tensors do."""
-        if lies_in_one_piece(tensor):
-            address, nbytes = tensor.data_ptr(), tensor.nbytes
-            small = nbytes <= WIDTH
-            yield ctypes.string_at(address, nbytes) if small else pieces_at(address, nbytes)
-            return
-        own = tensor.untyped_storage().data_ptr()
-        for part in contiguous_parts(tensor.detach()):
-            copied = part.untyped_storage().data_ptr() != own
-            yield digests_of(pieces_of(part)) if copied else pieces_of(part)
+        if not lies_in_one_piece(tensor):
+            return _values_in_parts(tensor)
+        address, nbytes = tensor.data_ptr(), tensor.nbytes
+        return (ctypes.string_at(address, nbytes) if nbytes <= WIDTH else pieces_at(address, nbytes),)
+
+
+def _values_in_parts(tensor: torch.Tensor) -> Iterator[bytes | list[memoryview]]:
+    own = tensor.untyped_storage().data_ptr()
+    for part in contiguous_parts(tensor.detach()):
+        copied = part.untyped_storage().data_ptr() != own
+        yield digests_of(pieces_of(part)) if copied else pieces_of(part)
