@@ -26,6 +26,11 @@ _HEAD = re.compile(r"^(?!.*\.\d+\.)(.*\.)?(lm_head|embed_out|output)\.weight$")
 """A head is in no numbered layer: those have an ``output`` of their own."""
 
 
+def is_head(name: str) -> bool:
+    """Whether a checkpoint name is that of a language model's head."""
+    return _HEAD.search(name) is not None
+
+
 def ignorable(name: str, shape: tuple[int, ...], config: Any, quantized: bool, world_size: int) -> str | None:
     """The rule by which a weight that the model's loader passed over may be ignored, if there is one.
 
@@ -41,7 +46,7 @@ def ignorable(name: str, shape: tuple[int, ...], config: Any, quantized: bool, w
         if re.search(pattern, name) and not (rule == "attention mask buffer" and len(shape) == 1):
             return rule
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    if getattr(text, "tie_word_embeddings", False) and _HEAD.search(name):
+    if getattr(text, "tie_word_embeddings", False) and is_head(name):
         return "tied head"
     layers = getattr(text, "num_hidden_layers", None)
     found = re.search(r"layers\.(\d+)\.", name)

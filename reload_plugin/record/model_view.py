@@ -79,6 +79,8 @@ class ModelView:
 
     def hide(self) -> None:
         """Put the served state on the live model. What was loaded is kept for the next ``show``."""
+        if not self.shown:
+            return  # a call that loads one weight by the copy plan must not cost a walk over the model
         for group in self._following.values():
             if not group.hidden:
                 group.hide()

@@ -184,7 +184,12 @@ class GroupPipeline:
         if was_hidden := group.hidden:
             group.unhide()
         with untraced():
-            self._process(group)
+            try:
+                self._process(group)
+            except BaseException:
+                if was_hidden:
+                    group.hide()
+                raise
             for storage in group.storages:
                 storage.closed = True
             del self._open[id(group)]

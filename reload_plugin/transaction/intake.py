@@ -18,6 +18,7 @@ from ..load.completeness import Completeness
 from ..load.destinations import StagingDestinations, StagingMemory
 from ..load.overflow import Overflow
 from ..load.stream import Fetching, WeightStream, load_by_copy_plan
+from ..load.tied_head import TiedHead
 from ..plan.copy_plan import copy_by_plan
 from ..plan.known_checkpoint import KnownCheckpoint
 from ..plan.loader_run import load_all, run_loader
@@ -77,7 +78,9 @@ class Intake:
         self._replaying = False
         self._ops = ops_for(state.record.target_device)
         # Destinations in staging are for weights that nobody wants to see or to put aside on the way.
-        by_hand = inspect is not None or (overflow is not None and not known.planned)
+        self._tied_head = TiedHead(state.record, known)
+        seen = inspect is not None or self._tied_head.active
+        by_hand = seen or (overflow is not None and not known.planned)
         self.destinations = StagingDestinations(completeness, memory, by_hand)
 
     @property
@@ -126,6 +129,10 @@ class Intake:
             self._replaying = False
         self.spilled_bytes = self._overflow.nbytes
         self._overflow.close()
+
+    def check_tied_head(self) -> None:
+        """Note a head that differs from the embedding it is tied to as a weight that does not fit."""
+        self._mismatches.unexpected.update(self._tied_head.differing())
 
     def close(self) -> None:
         """Give the disk space of weights that were put aside back."""
@@ -188,6 +195,7 @@ class Intake:
         """Whether a weight is not to be loaded now: it came twice, or waits on disk until there is room."""
         if self._replaying:
             return False
+        self._tied_head.note(name, tensor)
         if self._inspect is not None and (reason := self._inspect(name, tensor)) is not None:
             self._mismatches.nonfinite[name] = reason  # and load it: it is not missing as well
         if self._overflow is None:

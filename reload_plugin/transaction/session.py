@@ -257,6 +257,7 @@ class ReloadSession:
                 raise SessionError(f"This reload cannot be finished, only aborted: {reason}. {SERVES_OLD}")
             started = time.perf_counter()
             self._parts.intake.load_aside(self.load)
+            self._parts.intake.check_tied_head()
             kept, ignored = self._parts.accounting.check(self.source) if check else ({}, {})
             self._process_and_commit()
             self._parts.clock.add("finish", time.perf_counter() - started)

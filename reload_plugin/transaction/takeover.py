@@ -49,8 +49,8 @@ class Takeover:
         self._load_weights = load_weights
         self._loading = loading
         self._late = late
-        self._replaced: list[tuple[StagedGroup, str, torch.Tensor, object]] = []
-        """(group, name, served parameter, the loader it had)."""
+        self._replaced: dict[StagedGroup, list[tuple[str, torch.Tensor, object]]] = {}
+        """Group -> (name, served parameter, the loader it had)."""
 
     def begin(self, groups: Iterable[StagedGroup]) -> None:
         """Take over; the groups have to be hidden."""
@@ -63,11 +63,9 @@ class Takeover:
         """A group is complete and about to be compared with what it serves: its parameters get back the
         loaders they had. Returns their names and them, for ``refuse``.
         """
-        released = [entry for entry in self._replaced if entry[0] is group]
-        self._replaced = [entry for entry in self._replaced if entry[0] is not group]
-        for _, _, served, before in released:
-            group.set_served_attribute(served, _attribute_of(served), before)
-        return [(name, served) for _, name, served, _ in released]
+        released = self._replaced.pop(group, [])
+        self._put_back(group, released)
+        return [(name, served) for name, served, _ in released]
 
     def refuse(self, group: StagedGroup, parameters: Iterable[tuple[str, torch.Tensor]]) -> None:
         """From now on the loaders of a complete group's parameters raise."""
@@ -78,15 +76,20 @@ class Takeover:
         """Undo everything. Harmless when it was undone."""
         if self._model.__dict__.get("load_weights") == self._load_weights:
             del self._model.__dict__["load_weights"]
-        for group, _, served, before in self._replaced:
+        for group, replaced in self._replaced.items():
+            self._put_back(group, replaced)
+        self._replaced = {}
+
+    def _put_back(self, group: StagedGroup, replaced: list[tuple[str, torch.Tensor, object]]) -> None:
+        for _, served, before in reversed(replaced):
             group.set_served_attribute(served, _attribute_of(served), before)
-        self._replaced = []
 
     def _replace(
         self, group: StagedGroup, name: str, served: torch.Tensor, loader: Callable[..., Any]
     ) -> None:
         attribute = _attribute_of(served)
-        self._replaced.append((group, name, served, served.__dict__.get(attribute, ABSENT)))
+        replaced = self._replaced.setdefault(group, [])
+        replaced.append((name, served, served.__dict__.get(attribute, ABSENT)))
         group.set_served_attribute(served, attribute, loader)
 
     def _forward(self, target: torch.Tensor, _: torch.Tensor, *args: Any, **kwargs: Any) -> Any:

@@ -68,11 +68,7 @@ def differences(warm: oracle.Snapshot, cold: oracle.Snapshot) -> list[str]:
     ]
 
 
-MIXED = pytest.mark.xfail(
-    strict=True,
-    reason="an engine whose head is tied takes another head for its embedding, and should refuse it",
-)
-STARTED = [pytest.param("none", marks=MIXED), pytest.param("same", marks=MIXED), "other"]
+STARTED = ["none", "same", "other"]
 
 
 @pytest.mark.slow
