@@ -42,9 +42,10 @@ import reload_plugin
 from reload_plugin import vllm_api
 from reload_plugin.checkpoint.io import read_batches, reading, vectored
 from reload_plugin.commit import group_commit as commit
+from reload_plugin.device import cpu
 from reload_plugin.device import host_memory as memory
 from reload_plugin.errors import EngineBrokenError, ReloadError
-from reload_plugin.record import staged_group, staged_storage
+from reload_plugin.record import staged_group
 from reload_plugin.transaction.chunked_update import restore_for_reloading
 from reload_plugin.transaction.engine_state import state_of
 from reload_plugin.transaction.session import ReloadSession
@@ -487,7 +488,7 @@ def allocating(lab: Lab, trap: Trap) -> Iterator[None]:
 @contextlib.contextmanager
 def pooling(lab: Lab, trap: Trap) -> Iterator[None]:
     """A step at each block that is taken from the pool, which here serves small tensors as well."""
-    small = [patch.object(module, "SMALL", 1) for module in (memory, staged_storage)]
+    small = [patch.object(module, "SMALL", 1) for module in (memory, cpu)]
     take = patch.object(memory.HostPool, "take", trap.before(memory.HostPool.take))
     with small[0], small[1], take:
         yield

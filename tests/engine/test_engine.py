@@ -22,10 +22,10 @@ from reload_plugin import errors, vllm_api
 from reload_plugin.checkpoint.formats import safetensors_files
 from reload_plugin.checkpoint.io import read_batches
 from reload_plugin.commit.strategies import StagedCommit
+from reload_plugin.device import cpu
 from reload_plugin.device import host_memory as memory
 from reload_plugin.device.cpu import CpuOps
 from reload_plugin.process import native_handles as native
-from reload_plugin.record import staged_storage
 from reload_plugin.record.model_record import record_of
 from reload_plugin.transaction import group_pipeline
 from reload_plugin.transaction.engine_state import state_of
@@ -305,7 +305,7 @@ def test_staging_from_the_pool_is_as_good(on_a: Engine, monkeypatch: pytest.Monk
 
     plain = memory.HostPool.take
     monkeypatch.setattr(memory, "SMALL", 1)
-    monkeypatch.setattr(staged_storage, "SMALL", 1)
+    monkeypatch.setattr(cpu, "SMALL", 1)
     monkeypatch.setattr(memory.HostPool, "take", take)
     reload_plugin.reload_weights(on_a.model, weights_path=str(on_a.folders["B"]), policy=policy)
     packed = [t for n, t in on_a.weights("B") if "proj" in n and (packs_bf16() or t.dtype == torch.int8)]
@@ -947,7 +947,7 @@ def test_staging_memory_is_used_again_from_layer_to_layer(
 ) -> None:
     """Nothing may hold on to a layer that is done, or each would need pages of its own."""
     monkeypatch.setattr(memory, "SMALL", 1)
-    monkeypatch.setattr(staged_storage, "SMALL", 1)
+    monkeypatch.setattr(cpu, "SMALL", 1)
     monkeypatch.setattr(read_batches, "BATCH", 1)
     anew = safetensors_files._cached_read_batches.__wrapped__  # those of earlier tests are larger
     monkeypatch.setattr(safetensors_files, "_cached_read_batches", anew)
