@@ -49,8 +49,8 @@ def weight_files(vllm_config: Any, model: nn.Module, path: str, revision: str | 
     loader = loader_cls(load_config)
     _, files, _, _ = loader._prepare_weights(
         path,
-        revision,
         None,
+        revision,
         getattr(model, "fall_back_to_pt_during_load", True),
         getattr(model, "allow_patterns_overrides", None),
     )
