@@ -4,6 +4,7 @@ On a running engine with experts, by a folder (the kept plan) and by an iterator
 test first sees that what was learnt is used, else it would show nothing.
 """
 
+import dataclasses
 import types
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -221,9 +222,8 @@ def test_every_rank_has_a_placement_of_its_own(engine: Engine, name: str) -> Non
     elsewhere = types.SimpleNamespace(**vars(parallel))
     setattr(elsewhere, name, getattr(parallel, name) + 1)
     here = placement(record)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(record, "vllm_config", types.SimpleNamespace(parallel_config=elsewhere))
-        assert placement(record) != here
+    config = types.SimpleNamespace(parallel_config=elsewhere)
+    assert placement(dataclasses.replace(record, vllm_config=config)) != here
     assert placement(record) == here
 
 
