@@ -356,7 +356,7 @@ def test_without_a_factory_the_rest_is_patched_and_one_line_is_logged(
 
 
 def test_importing_the_engine_imports_no_part_of_vllm() -> None:
-    code = "import sys, reload_plugin.vllm_hooks.transfer as _; "
+    code = "import sys, reload_plugin.vllm_hooks.transfer_engine as _; "
     code += "print([m for m in sys.modules if m.split('.')[0] == 'vllm'])"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "[]"
