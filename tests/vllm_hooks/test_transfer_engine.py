@@ -26,6 +26,7 @@ from reload_plugin.vllm_hooks import plugin
 from reload_plugin.vllm_hooks import transfer_engine as transfer
 from tests import oracle
 from tests.checkpoints import read_tensors
+from tests.processor import packs_with_amx
 from tests.vllm_hooks.test_worker_and_server import environment, wait_until_healthy, write_tokenizer
 from tests.zoo import LLAMA_TIED, case_named
 
@@ -517,6 +518,10 @@ def allowed(exchange: Exchange, switches: list[Switch]) -> set[str]:
 def test_requests_see_one_generation_in_whole_while_updates_come_in_chunks(
     cold_b: list[Answer], server: Server, folders: dict[str, Path], chunks: list[list[str]]
 ) -> None:
+    if packs_with_amx():
+        pytest.skip(
+            "vLLM's AMX kernels round by the size of a batch: a generation has no one answer to compare"
+        )
     cold = {"A": [server.ask(n) for n in range(len(oracle.PROMPTS))], "B": cold_b}
     assert all(a[0] != b[0] for a, b in zip(cold["A"], cold["B"], strict=True))
     switches: list[Switch] = []
