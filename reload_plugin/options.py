@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -9,7 +11,7 @@ from typing import Literal, get_args
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from .errors import ReloadError
+from .errors import SERVES_OLD, ReloadError
 
 ReloadPolicy = Literal["auto", "host", "spill", "reread", "streaming"]
 """Name of a policy; see ``POLICIES``."""
@@ -77,6 +79,32 @@ class ReloadOptions(BaseModel):
     digest: Wanted = True
     require_marker: str | None = None
     progress: bool | None = None
+
+
+ROAD_OPTIONS = "RELOAD_PLUGIN_OPTIONS"
+"""Environment variable: JSON of options for roads that have no arguments (live pushes, layerwise updates,
+transfer engines)."""
+_OF_ROADS = frozenset({"policy", "check_finite", "keep_load_format", "spill_dir"})
+
+
+def road_options() -> ReloadOptions:
+    """Options from ``RELOAD_PLUGIN_OPTIONS``. The digest is made when asked for: nobody gets the report.
+
+    Raises:
+        ReloadError: it is not a JSON object, or not one of options of these roads.
+
+    """
+    text = os.environ.get(ROAD_OPTIONS, "")
+    try:
+        given = json.loads(text) if text else {}
+    except ValueError as error:
+        raise ReloadError(f"{ROAD_OPTIONS} is not JSON ({error}): {text!r}. {SERVES_OLD}") from error
+    if not isinstance(given, dict) or given.keys() - _OF_ROADS:
+        raise ReloadError(
+            f"{ROAD_OPTIONS} is {text!r}; it has to be a JSON object of {', '.join(sorted(_OF_ROADS))}. "
+            f"{SERVES_OLD}"
+        )
+    return options(**given, digest="later")
 
 
 OPTION_NAMES = frozenset(ReloadOptions.model_fields)

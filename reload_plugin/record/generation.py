@@ -17,6 +17,8 @@ class Generation:
     source: str = "the engine's start"
     digest: str | None = None
     """Of all that the kernels read; None until it was computed. See ``verify.digest``."""
+    known: bool = True
+    """False where somebody else wrote to the served weights, so that nothing here tells what they are."""
     since: float = field(default_factory=time.time)
     """Unix time (s) of the commit."""
 

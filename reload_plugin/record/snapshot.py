@@ -35,7 +35,9 @@ _TABLES = ("_parameters", "_buffers", "_modules")
 _MODULE_INTERNALS = frozenset(nn.Module().__dict__) - {"training"}
 
 
-OUR_ATTRIBUTES = frozenset({"_reload_plugin_record", "_reload_plugin_state", "load_weights"})
+OUR_ATTRIBUTES = frozenset(
+    {"_reload_plugin_record", "_reload_plugin_state", "_reload_plugin_live", "load_weights"}
+)
 """Instance attributes that this package sets on a model; never part of its state."""
 
 

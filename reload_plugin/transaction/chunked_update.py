@@ -83,7 +83,7 @@ def finish_layerwise(model: nn.Module) -> ReloadReport:
         try:
             with with_all_ranks(state):
                 session = state.update
-                if session is None:
+                if not isinstance(session, ReloadSession):
                     raise SessionError(
                         f"No weight update is open: none was started, or it failed. {SERVES_OLD}"
                     )

@@ -7,9 +7,11 @@ is written by the methods here only.
 from __future__ import annotations
 
 import contextlib
+import logging
+import os
 import threading
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
 from torch import nn
@@ -27,8 +29,22 @@ from ..report import ReloadReport
 from ..verify import digest
 from .start import StartedFrom
 
-if TYPE_CHECKING:
-    from .session import ReloadSession
+logger = logging.getLogger("vllm.reload_plugin")
+
+
+class OpenUpdate(Protocol):
+    """An update that spans several calls: a session, or a push through ``model.load_weights``."""
+
+    gives_way: bool
+    """Whether another reload may begin, which drops this one: nobody said that it is to be finished."""
+    failed: str | None
+    """What its last call that raised said."""
+
+    def describe(self) -> str:
+        """Source, who opened it, how many weights arrived."""
+
+    def abort(self) -> None:
+        """Drop what was loaded."""
 
 
 class EngineState:
@@ -54,8 +70,8 @@ class EngineState:
         self.start = StartedFrom()
         """What is known of the checkpoint the engine started with."""
         self.generation = Generation()
-        self.update: ReloadSession | None = None
-        """The open update: its session spans several calls."""
+        self.update: OpenUpdate | None = None
+        """The open update, which spans several calls."""
         self.broken: str | None = None
         """Why nothing can be served: the model holds a mixture of two generations, or its weights are
         lost."""
@@ -72,7 +88,8 @@ class EngineState:
 
     def commit(self, weight_version: str | None, source: str, whole: bool = True) -> None:
         """New weights are served from now on. ``whole``: all of them, so that a broken model is healed."""
-        self.generation = Generation(self.generation.version + 1, weight_version, source)
+        known = whole or self.generation.known
+        self.generation = Generation(self.generation.version + 1, weight_version, source, known=known)
         if whole:
             self.broken = None
 
@@ -95,6 +112,22 @@ class EngineState:
         self.broken = reason
         self.generation = self.generation.without_digest()
         self.replace_rollback_source(None)
+
+    def mark_unknown(self, reason: str, heals: bool = False) -> None:
+        """Served weights were written by somebody else: which ones, nobody here knows.
+
+        Version and source move on, digest and rollback source are gone, and partial updates are refused until
+        a whole reload.
+
+        Args:
+            reason: who wrote them, for ``status``.
+            heals: whether all of them were, so that a model whose weights were lost serves again.
+
+        """
+        self.generation = Generation(self.generation.version + 1, None, reason, known=False)
+        self.replace_rollback_source(None)
+        if heals:
+            self.broken = None
 
     def fall_asleep(self) -> None:
         """The memory of the weights was given away, to be brought back or not."""
@@ -123,13 +156,22 @@ class EngineState:
 
         Raises:
             EngineBrokenError: the model holds a mixture of two generations, or has lost its weights.
-            SessionError: it is called from within a reload, whose iterator of weights runs the engine, say.
+            SessionError: see ``refuse_inside_a_call``.
 
         """
         if self.broken is not None:
             raise EngineBrokenError(
                 f"The engine does not serve: {self.broken}. Reload a complete checkpoint to heal it."
             )
+        self.refuse_inside_a_call()
+
+    def refuse_inside_a_call(self) -> None:
+        """Wait for the reload of another thread.
+
+        Raises:
+            SessionError: this is called from within a reload, whose iterator of weights runs the engine, say.
+
+        """
         if self._reloading.wait_unless_mine():
             raise SessionError(
                 "The engine cannot serve inside a call that reloads its weights: the weights that are passed "
@@ -143,7 +185,9 @@ class EngineState:
         """
         if self.broken is not None:
             return None
-        if self.asleep:  # the memory is away: reading it would end the process
+        # Asleep: the memory is away, and reading it would end the process. Unknown: native handles may have
+        # been made of other weights than those that they were hashed with.
+        if self.asleep or not self.generation.known:
             return self.generation.digest
         with self.record.changes.blocked() as all_there:
             if self.generation.digest is None and all_there:
@@ -164,34 +208,38 @@ class EngineState:
         with self._reloading.entered():
             yield
 
-    def open(self, session: ReloadSession) -> None:
+    def open(self, update: OpenUpdate) -> None:
         """An update that spans several calls begins."""
-        self.update = session
+        self.update = update
 
-    def close(self, session: ReloadSession) -> None:
+    def close(self, update: OpenUpdate) -> None:
         """The update is over. Harmless when another one is open."""
-        if self.update is session:
+        if self.update is update:
             self.update = None
 
     def refuse_while_update_open(self) -> None:
-        """Raises SessionError while an update is open and well. One that failed is dropped for the next."""
-        session = self.update
-        if session is None:
+        """Raises SessionError while an update is open and well. One that failed, or that gives way, is
+        dropped for the next.
+        """
+        update = self.update
+        if update is None:
             return
-        if session.failed:
+        if update.failed or update.gives_way:
+            if not update.failed:
+                logger.warning("Dropped for another reload: %s.", update.describe())
             self.abandon_update()
             return
         raise SessionError(
-            f"A weight update is open: {session.source}, {session.opened_by}, {session.loaded.count} weights "
-            f"so far. {SERVES_OLD} Finish it or abort it (abort_weight_update) first."
+            f"A weight update is open: {update.describe()}. {SERVES_OLD} Finish it or abort it "
+            "(abort_weight_update) first."
         )
 
     def abandon_update(self) -> bool:
         """End the open update; its weights were never served. Says whether one was open."""
-        session, self.update = self.update, None
-        if session is not None:
-            session.abort()
-        return session is not None
+        update, self.update = self.update, None
+        if update is not None:
+            update.abort()
+        return update is not None
 
     # -- small things ------------------------------------------------------------------------------
 
@@ -227,6 +275,11 @@ class Outcome:
         """Put into the last report what became of some caches after the reload."""
         if self.report is not None:
             self.report = self.report.model_copy(update={"caches": self.report.caches | outcomes})
+
+
+def opened_by() -> str:
+    """Who opens an update: this thread of this process."""
+    return f"opened by thread {threading.current_thread().name} of process {os.getpid()}"
 
 
 class _OneAtATime:

@@ -106,7 +106,7 @@ def reload_weights(
                 with contextlib.closing(with_progress(source.read(), source, chosen.progress)) as weights:
                     report = copy_kernel_format(model, weights, path, chosen)
             else:
-                report = _from_source(model, state, source, chosen)
+                report = from_source(model, state, source, chosen)
         seconds = report.seconds | {"total": time.perf_counter() - started}
         report = report.model_copy(update={"seconds": seconds})
         state.outcome.succeeded(report)
@@ -144,7 +144,7 @@ def _from_iterator(
         weights = held_to(weights, plan)
     if chosen.partial:
         top = collected(weights, chosen, None if chosen.policy == "spill" else SMALL_UPDATE)
-        return _partially(model, state, top, chosen)
+        return partially(model, state, top, chosen)
     if policy.rollback == "spill":
         return _from_spill_file(model, state, weights, chosen)
     started = time.perf_counter()
@@ -169,7 +169,7 @@ def _from_spill_file(
     spilled = collected(weights, chosen, None)
     try:
         asked = chosen.model_copy(update={"policy": "reread", "keep_load_format": None})
-        return _from_source(model, state, spilled, asked, spilled=spilled.nbytes)
+        return from_source(model, state, spilled, asked, spilled=spilled.nbytes)
     except BaseException:
         spilled.close()
         raise
@@ -178,7 +178,7 @@ def _from_spill_file(
 # -- from a source --------------------------------------------------------------------------------
 
 
-def _from_source(
+def from_source(
     model: nn.Module,
     state: EngineState,
     source: Source,
@@ -201,7 +201,7 @@ def _from_source(
 
     """
     if chosen.partial:
-        return _partially(model, state, source, chosen)
+        return partially(model, state, source, chosen)
     started = time.perf_counter()
     plan = plan_for(model, state, source)
     planned = time.perf_counter() - started
@@ -235,7 +235,7 @@ def _from_source(
 # -- both -----------------------------------------------------------------------------------------
 
 
-def _partially(model: nn.Module, state: EngineState, top: Source, chosen: ReloadOptions) -> ReloadReport:
+def partially(model: nn.Module, state: EngineState, top: Source, chosen: ReloadOptions) -> ReloadReport:
     """Change the weights that ``top`` holds and no others. All or nothing."""
     sent = frozenset(info.name for info in top.infos() or ())
     try:
@@ -244,6 +244,11 @@ def _partially(model: nn.Module, state: EngineState, top: Source, chosen: Reload
             raise PartialUpdateError(
                 f"The engine does not serve ({state.broken}), so a part of the weights has nothing to be "
                 "added to. Reload a complete checkpoint first."
+            )
+        if base is None and not state.generation.known:
+            raise PartialUpdateError(
+                f"Nobody knows which weights are served ({state.generation.source}), so a part of them has "
+                f"nothing to be added to. {SERVES_OLD} Reload a complete checkpoint first."
             )
         if base is None:
             report = update_in_place(model, state, top, chosen)
@@ -255,7 +260,7 @@ def _partially(model: nn.Module, state: EngineState, top: Source, chosen: Reload
         try:
             loads_all = state.outcome.has_cross_group_effects or state.broken is not None
             groups = None if loads_all else changed
-            report = _from_source(model, state, whole, asked, groups, sent)
+            report = from_source(model, state, whole, asked, groups, sent)
         except ReloadError as error:
             if not isinstance(error, CrossGroupEffectError) and not isinstance(
                 error.__cause__, CrossGroupEffectError
@@ -263,7 +268,7 @@ def _partially(model: nn.Module, state: EngineState, top: Source, chosen: Reload
                 raise  # the cause, where layers were committed already and nobody was to bring them back
             logger.info("The partial update is done once more, with all layers: %s", error)
             state.outcome.has_cross_group_effects = True
-            report = _from_source(model, state, whole, asked, None, sent)
+            report = from_source(model, state, whole, asked, None, sent)
     except BaseException:
         close_source(top)
         raise

@@ -10,8 +10,6 @@ Leaving the block without ``finish`` aborts: the model serves what it served bef
 from __future__ import annotations
 
 import contextlib
-import os
-import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from types import TracebackType
@@ -33,7 +31,7 @@ from ..plan.arrivals import Loaded
 from ..plan.known_checkpoint import KnownCheckpoint
 from ..plan.mismatches import Mismatches
 from ..report import ReloadReport
-from .engine_state import state_of
+from .engine_state import opened_by, state_of
 from .intake import Inspect
 from .session_parts import SessionOptions, SessionParts, wire
 from .session_report import ReportFacts, make_report
@@ -91,7 +89,7 @@ class ReloadSession:
         """The caller's name for these weights, from the commit on."""
         self.facts = ReportFacts()
         """What its caller tells the report."""
-        self.opened_by = f"opened by thread {threading.current_thread().name} of process {os.getpid()}"
+        self._opened_by = opened_by()
         self.agree = agree
         options = SessionOptions(policy, whole_model, expected, overflow, inspect, from_served)
         self._parts = wire(model, state_of(model), options)
@@ -100,6 +98,13 @@ class ReloadSession:
         self._takeover: Takeover | None = None
 
     # -- what callers ask --------------------------------------------------------------------------
+
+    gives_way = False
+    """Whoever opened it says when it is over."""
+
+    def describe(self) -> str:
+        """Source, who opened it, how many weights arrived."""
+        return f"{self.source}, {self._opened_by}, {self.loaded.count} weights so far"
 
     @property
     def loaded(self) -> Loaded:

@@ -25,6 +25,8 @@ class ReloadStatus(BaseModel):
     """Reloads committed since the start."""
     weight_version: str | None
     """The caller's name for the served weights."""
+    known: bool = True
+    """False where something else than a reload wrote to the served weights (``source`` says what)."""
     digest: str | None
     """Of all that the kernels read (``verify.digest``); None when it was not computed or cannot be known."""
     source: str
@@ -54,15 +56,15 @@ def status_of(model: nn.Module, digest: bool = True, rank: int = 0) -> ReloadSta
     """
     state = state_of(model)
     known = state.served_digest() if digest or state.broken is not None else state.generation.digest
-    serving, session, report = state.generation, state.update, state.outcome.report
-    update = None
-    if session is not None:
-        update = f"{session.source}, {session.opened_by}, {session.loaded.count} weights so far"
-        update += f", failed: {session.failed}" if session.failed else ""
+    serving, report, update = state.generation, state.outcome.report, None
+    if state.update is not None:
+        update = state.update.describe()
+        update += f", failed: {state.update.failed}" if state.update.failed else ""
     return ReloadStatus(
         state="broken" if state.broken is not None else "updating" if update else "serving",
         version=serving.version,
         weight_version=serving.weight_version,
+        known=serving.known,
         digest=None if state.broken is not None else known,
         source=serving.source,
         since=serving.since,

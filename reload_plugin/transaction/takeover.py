@@ -49,11 +49,13 @@ class Takeover:
         self._load_weights = load_weights
         self._loading = loading
         self._late = late
+        self._replaced_load_weights: object = ABSENT
         self._replaced: dict[StagedGroup, list[tuple[str, torch.Tensor, object]]] = {}
         """Group -> (name, served parameter, the loader it had)."""
 
     def begin(self, groups: Iterable[StagedGroup]) -> None:
         """Take over; the groups have to be hidden."""
+        self._replaced_load_weights = self._model.__dict__.get("load_weights", ABSENT)
         vllm_api.attach(self._model, "load_weights", self._load_weights)
         for group in groups:
             for record, served, target in group.load_targets():
@@ -75,7 +77,10 @@ class Takeover:
     def end(self) -> None:
         """Undo everything. Harmless when it was undone."""
         if self._model.__dict__.get("load_weights") == self._load_weights:
-            del self._model.__dict__["load_weights"]
+            if self._replaced_load_weights is ABSENT:
+                del self._model.__dict__["load_weights"]
+            else:
+                vllm_api.attach(self._model, "load_weights", self._replaced_load_weights)
         for group, replaced in self._replaced.items():
             self._put_back(group, replaced)
         self._replaced = {}

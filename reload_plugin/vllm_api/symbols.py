@@ -33,6 +33,7 @@ WORKER = ("vllm.v1.worker.gpu_worker", "Worker")
 PROCESSES = "vllm.v1.executor.multiproc_executor"
 EXECUTOR = (PROCESSES, "MultiprocExecutor")
 WORKER_PROCESS = (PROCESSES, "WorkerProc")
+RUN_METHOD = ("vllm.v1.serial_utils", "run_method")
 
 
 def get(module: str, name: str) -> Any:

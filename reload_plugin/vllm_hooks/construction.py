@@ -9,6 +9,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from .. import vllm_api
+from . import live
+
 _constructing: contextvars.ContextVar[bool] = contextvars.ContextVar("constructing", default=False)
 """Whether this thread is building a model: models inside of it are recorded with it."""
 
@@ -49,9 +52,13 @@ def recording_processing(then: Callable[[], None]) -> Callable[[Callable[..., No
             from ..record.recorder import TailWatch, finish_record, observe
             from ..transaction.engine_state import begin_state
 
+            model = vllm_api.unwrapped(model)
             record = record_of(model) if isinstance(model, nn.Module) else None
-            if record is None or record.complete:
+            if record is None:
                 original(model, model_config, target_device)
+                return
+            if record.complete:
+                live.processed_again(original, model, model_config, target_device)
                 return
             loaded = observe(record)
             handles: Handles = {}
@@ -61,6 +68,7 @@ def recording_processing(then: Callable[[], None]) -> Callable[[Callable[..., No
             state = begin_state(model, record, handles)
             state.start.stamps = start_stamps(record.vllm_config, model_config, model)
             state.start.config = start_config(model_config)
+            live.guard(model)
             then()
 
         return process_weights_after_loading

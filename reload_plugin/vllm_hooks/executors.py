@@ -8,14 +8,21 @@ from collections.abc import Callable
 from typing import Any
 
 from ..ranks.votes import begin_call
+from ..transaction.live_push import current_call
 
 
 def counting_calls(original: Callable[..., None]) -> Callable[..., None]:
-    """A worker's ``_execute_worker_rpc`` that counts the calls it gets."""
+    """A worker's ``_execute_worker_rpc`` that counts the calls it gets, and hears of pushes that fail in
+    them.
+    """
 
     def _execute_worker_rpc(self: Any, *args: Any, **kwargs: Any) -> None:
         begin_call()
-        original(self, *args, **kwargs)
+        token = current_call.set([])
+        try:
+            original(self, *args, **kwargs)
+        finally:
+            current_call.reset(token)
 
     return _execute_worker_rpc
 

@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from .. import vllm_api
+from .transfer_backends import foreign_caller
 
 
 def opening(original: Callable[[nn.Module], None]) -> Callable[[nn.Module], None]:
@@ -18,7 +19,7 @@ def opening(original: Callable[[nn.Module], None]) -> Callable[[nn.Module], None
         from ..transaction.chunked_update import open_layerwise
 
         model = vllm_api.unwrapped(model)
-        if record_of(model) is None:
+        if record_of(model) is None or foreign_caller() is not None:
             original(model)
         else:
             open_layerwise(model)
@@ -36,11 +37,15 @@ def finishing(original: Callable[..., None]) -> Callable[..., None]:
     def finalize(model: nn.Module, *args: Any, **kwargs: Any) -> None:
         from ..record.model_record import record_of
         from ..transaction.chunked_update import finish_layerwise
+        from ..transaction.engine_state import state_of
 
         model = vllm_api.unwrapped(model)
         record = record_of(model)
         if record is None or not record.complete:
             original(model, *args, **kwargs)
+        elif (backend := foreign_caller()) is not None:
+            original(model, *args, **kwargs)
+            state_of(model).mark_unknown(f"written by {backend.name}", heals=backend.whole)
         else:
             finish_layerwise(model)
 

@@ -61,7 +61,7 @@ def unregister() -> None:
 
 def _patch_all() -> None:
     from ..transaction.vllm_processing import use_process_weights
-    from . import construction, executors, layerwise, runners
+    from . import construction, executors, layerwise, live, runners
 
     use_process_weights(vllm_api.get(vllm_api.LOADER_UTILS, "process_weights_after_loading"))
     processing = construction.recording_processing(then=_patch_workers)
@@ -73,6 +73,8 @@ def _patch_all() -> None:
         replace_function(vllm_api.LAYERWISE, name, layerwise.finishing)
     replace_method(*vllm_api.EXECUTOR, "collective_rpc", executors.reading_own_answers)
     replace_method(*vllm_api.WORKER_PROCESS, "_execute_worker_rpc", executors.counting_calls)
+    replace_method(*vllm_api.WORKER_PROCESS, "handle_output", live.hearing_answers)
+    replace_function(*vllm_api.RUN_METHOD, live.hearing)
 
 
 def _patch_workers() -> None:
@@ -84,6 +86,8 @@ def _patch_workers() -> None:
     module, cls = vllm_api.WORKER
     replace_method(module, cls, "execute_model", workers.guarding)
     replace_method(module, cls, "update_weights", workers.ending)
+    replace_method(module, cls, "finish_weight_update", workers.finishing)
+    replace_method(module, cls, "reset_weights", workers.resetting)
     replace_method(module, cls, "sleep", workers.sleeping)
     replace_method(module, cls, "wake_up", workers.waking)
     replace_method(module, cls, "discard", workers.discarding)

@@ -8,10 +8,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from torch import nn
+
 from .. import vllm_api
 from ..record.model_record import record_of
 from ..transaction.engine_state import EngineState, state_of
+from . import live
 from .patches import add_method
+from .transfer_backends import engine_backend
 
 
 def states_of(worker: object) -> list[EngineState]:
@@ -29,7 +33,12 @@ def guarding(original: Callable[..., Any]) -> Callable[..., Any]:
     """
 
     def execute_model(self: Any, *args: Any, **kwargs: Any) -> Any:
-        for state in states_of(self):
+        states = states_of(self)
+        for state in states:
+            state.refuse_inside_a_call()
+        for model in vllm_api.models_of(self):
+            live.before_forward_pass(model)
+        for state in states:
             state.before_forward_pass()
         return original(self, *args, **kwargs)
 
@@ -74,8 +83,48 @@ def ending(original: Callable[..., Any]) -> Callable[..., Any]:
         except BaseException:
             abandon_updates(states_of(self))
             raise
+        finally:
+            _note_foreign_writer(self)
 
     return update_weights
+
+
+def finishing(original: Callable[..., Any]) -> Callable[..., Any]:
+    """The worker's ``finish_weight_update``: an engine that writes by itself has written all it has."""
+
+    def finish_weight_update(self: Any, *args: Any, **kwargs: Any) -> Any:
+        model = vllm_api.unwrapped(getattr(getattr(self, "weight_transfer_engine", None), "model", None))
+        returned = original(self, *args, **kwargs)
+        _note_foreign_writer(self, model, finished=True)
+        return returned
+
+    return finish_weight_update
+
+
+def _note_foreign_writer(worker: Any, model: Any = None, finished: bool = False) -> None:
+    """Where the worker's transfer engine writes into served weights by itself, nobody knows them any more."""
+    engine = getattr(worker, "weight_transfer_engine", None)
+    backend = None if engine is None else engine_backend(engine)
+    if backend is None or backend.treatment == "ours":
+        return
+    target = vllm_api.unwrapped(getattr(engine, "model", None)) if model is None else model
+    record = record_of(target) if isinstance(target, nn.Module) else None
+    if record is not None and record.complete:
+        heals = finished and backend.whole
+        state_of(target).mark_unknown(f"written by the transfer engine {backend.name}", heals)
+
+
+def resetting(original: Callable[..., Any]) -> Callable[..., Any]:
+    """The worker's ``reset_weights``, which writes zeros."""
+
+    def reset_weights(self: Any, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return original(self, *args, **kwargs)
+        finally:
+            for state in states_of(self):
+                state.mark_unknown("zeros, by reset_weights")
+
+    return reset_weights
 
 
 # -- sleep ----------------------------------------------------------------------------------------
@@ -112,6 +161,8 @@ def discarding(original: Callable[..., Any]) -> Callable[..., Any]:
 
 def _note_sleep(worker: object, discarded: bool) -> None:
     for state in states_of(worker):
+        if state.update is not None and state.update.gives_way:
+            state.abandon_update()
         state.fall_asleep()
         if discarded:
             state.mark_lost("its weights were discarded when it was put to sleep")

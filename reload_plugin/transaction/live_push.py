@@ -1,0 +1,392 @@
+"""Live pushes: a script that calls ``model.load_weights`` on the served model, outside of any reload.
+
+Most RL frameworks push this way, in one call or in one call a tensor, and few of them say when a push is
+over. So the calls are gathered into one update, and the served weights stay whole until it ends:
+
+1. when every name of the last push has come (at first: of the engine's own checkpoint), inside that call;
+2. when ``process_weights_after_loading`` is called on the whole model;
+3. at the next forward pass, for a set of names that is not a part of a larger known push. It is committed as
+   a whole reload if it is the whole model, else as a partial update, and the set is remembered. A part of a
+   larger push waits for the rest, and the old weights answer;
+4. when a call raises, the engine is put to sleep, or another reload begins: it is dropped.
+"""
+
+from __future__ import annotations
+
+import contextvars
+import itertools
+import logging
+import weakref
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..errors import SERVES_OLD, ReloadError, SessionError
+from ..interrupts import held
+from ..report import ReloadReport
+from .engine_state import EngineState, state_of
+from .push_intake import PushIntake, open_intake
+from .push_kinds import PushKind, PushKinds
+from .reload_call import as_reload_errors, with_all_ranks
+
+logger = logging.getLogger("vllm.reload_plugin")
+
+SOURCE = "model.load_weights"
+
+Weights = Iterable[tuple[str, torch.Tensor]]
+
+
+class LivePush:
+    """One push that is under way.
+
+    Args:
+        intake: takes its weights.
+        offered: name of each weight so far -> in how many calls it came.
+
+    """
+
+    gives_way = True
+    failed: str | None = None
+
+    def __init__(self, intake: PushIntake) -> None:
+        self.intake = intake
+        self.names: set[str] = set()
+        """Names of the weights so far."""
+        self.repeats = False
+        """Whether a name came in more than one call."""
+
+    def describe(self) -> str:
+        """Source, who opened it, how many weights arrived."""
+        return f"{SOURCE}, {self.intake.opened_by}, {len(self.names)} weights so far"
+
+    def abort(self) -> None:
+        """Drop what was loaded."""
+        self.intake.abort()
+
+
+class FailedPush:
+    """A push of which a call raised: what follows of it is refused until it begins anew.
+
+    A framework may swallow the error and go on with the next weights. Those alone would make a mixture.
+    """
+
+    def __init__(self, names: set[str], error: BaseException) -> None:
+        self.names = names
+        """Names that came until then, and those that were refused since."""
+        self.error = error
+
+    def refusal(self) -> SessionError:
+        """The error for what still comes of it."""
+        return SessionError(
+            f"An earlier call of this push failed with {type(self.error).__name__}: {self.error}\n"
+            "Send all of its weights again, from the first."
+        )
+
+
+class LoadWeights:
+    """``model.load_weights`` of a served model, as an attribute of the instance.
+
+    Args:
+        model: recorded, its start over. Kept weakly: it holds this object.
+
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model: weakref.ref[nn.Module] = weakref.ref(model)
+        self.kinds = PushKinds()
+        self.failed: FailedPush | None = None
+        self._unheard: BaseException | None = None
+        """What failed without anybody having been told; raised at the next forward pass."""
+        self._served_since = True
+        """Whether a forward pass came after the last push that was committed."""
+
+    def __call__(self, weights: Weights, *args: Any, **kwargs: Any) -> set[str] | None:
+        """Load weights into the push that is under way, or begin one.
+
+        Args:
+            weights: (checkpoint name, tensor) pairs. The caller may overwrite a tensor when the next one is
+                asked for, or when the call returns.
+            *args: further arguments of the model's own ``load_weights`` are refused.
+            **kwargs: likewise.
+
+        Returns:
+            Names of the parameters that the weights go to.
+
+        Raises:
+            ReloadError: the push was dropped and the old weights are served; or, where the call brought the
+                last weight, the commit failed.
+
+        """
+        model = self._require_model()
+        if args or kwargs:
+            raise ReloadError(
+                "model.load_weights of a served model takes the weights and nothing else: further arguments "
+                f"are those of {type(model).__name__}'s own loader, which cannot load into it. {SERVES_OLD}"
+            )
+        state = state_of(model)
+        with held(), state.in_a_call():
+            return self._take(model, state, weights)
+
+    def pass_through(self, weights: Weights, writer: str, args: Any = (), kwargs: Any = None) -> Any:
+        """The model's own ``load_weights``, into the weights that are served, for somebody who knows how.
+
+        Args:
+            weights: for it.
+            writer: who that is, for ``status``.
+            args: further arguments of it.
+            kwargs: likewise.
+
+        """
+        model = self._require_model()
+        load_weights: Any = type(model).load_weights  # type: ignore[attr-defined]
+        try:
+            return load_weights(model, weights, *args, **(kwargs or {}))
+        finally:
+            self.note_written(writer)
+
+    def note_written(self, writer: str, whole: bool = False) -> None:
+        """Somebody else wrote to the served weights; ``whole``: to all of them."""
+        state = state_of(self._require_model())
+        if isinstance(state.update, LivePush):
+            state.abandon_update()
+        state.mark_unknown(writer, heals=whole)
+
+    # -- ends --------------------------------------------------------------------------------------
+
+    def finish(self) -> ReloadReport | None:
+        """Whole-model ``process_weights_after_loading``: finishes the push that is under way.
+
+        Without one there is nothing to do: frameworks call it twice, and vLLM's own run twice on processed
+        weights would spoil them.
+
+        Raises:
+            MissingWeightsError: the push is a part of a larger one that was pushed before.
+            ReloadError: see there. In all cases the old weights are served.
+
+        """
+        model = self._require_model()
+        state = state_of(model)
+        with held(), state.in_a_call():
+            push = state.update
+            try:
+                if self.failed is not None:
+                    self._refuse(state, over=True)
+                if not isinstance(push, LivePush):
+                    logger.debug("process_weights_after_loading: nothing was pushed, so nothing changes.")
+                    return None
+                return self._commit(state, push)
+            except BaseException as error:
+                self._note_unheard(error, direct=True)
+                raise
+
+    def before_forward_pass(self) -> None:
+        """Ends the push that is under way, unless more of it has to come.
+
+        Raises:
+            ReloadError: the push cannot be committed; or an earlier one failed and its caller did not say so.
+                The next forward pass answers with the old weights.
+
+        """
+        model = self._model()
+        if model is None:
+            return
+        state = state_of(model)
+        self._raise_unheard()
+        push = state.update
+        if isinstance(push, LivePush) and not state.asleep:
+            with held(), state.in_a_call():
+                if self.kinds.is_half(push.names):
+                    logger.debug("%s: part of a push; the old weights answer.", push.describe())
+                else:
+                    self._commit(state, push)
+        self._served_since = True
+
+    def note_swallowed(self, error: BaseException) -> None:
+        """The call in which a push failed with ``error`` returned as if it had not."""
+        if self.failed is not None and self.failed.error is error:
+            self._unheard = error
+
+    # -- inside ------------------------------------------------------------------------------------
+
+    def _require_model(self) -> nn.Module:
+        model = self._model()
+        assert model is not None, "whoever calls its method has the model"
+        return model
+
+    def _take(self, model: nn.Module, state: EngineState, weights: Weights) -> set[str] | None:
+        if state.asleep:
+            raise SessionError(
+                'The engine sleeps, and its weights are not in memory. Wake it up first (tags=["weights"] is '
+                "enough), then push."
+            )
+        named = _Named(weights)
+        if self.failed is not None:
+            if named.first not in self.failed.names:
+                self._refuse_call(model, state, named)
+            self.failed = None
+        push = self._push_for(model, state, named)
+        try:
+            loaded = push.intake.load(named)
+        except BaseException as error:
+            self._drop(state, push, error, named.names)
+            raise
+        self._note_names(push, named.names)
+        if self.kinds.is_over(push.names, self._names_at_start(model, state)):
+            self._commit(state, push)
+        return loaded
+
+    def _push_for(self, model: nn.Module, state: EngineState, named: _Named) -> LivePush:
+        """The open push, or a new one."""
+        push = state.update
+        if isinstance(push, LivePush):
+            if named.first is None or named.first not in push.names or not push.intake.in_order:
+                return push
+            logger.info("%s begins again, and what came of it before is dropped.", push.describe())
+        state.refuse_while_update_open()
+        last = self.kinds.last
+        stream = last is not None and last.whole and not last.repeats and not isinstance(push, LivePush)
+        opened = LivePush(open_intake(model, state, SOURCE, stream))
+        state.open(opened)
+        return opened
+
+    @staticmethod
+    def _note_names(push: LivePush, names: list[str]) -> None:
+        before = len(push.names)
+        push.names.update(names)
+        push.repeats = push.repeats or len(push.names) < before + len(names)
+
+    def _names_at_start(self, model: nn.Module, state: EngineState) -> frozenset[str]:
+        if self.kinds.last is not None:
+            return frozenset()  # not asked for
+        return frozenset(state.start.shapes(model, state.record))
+
+    def _commit(self, state: EngineState, push: LivePush) -> ReloadReport | None:
+        """Finish a push on all ranks or on none; it is over either way."""
+        state.close(push)
+        try:
+            with with_all_ranks(state), as_reload_errors(state):
+                report, whole = push.intake.finish(self.kinds.missing(push.names))
+        except BaseException as error:
+            push.abort()
+            self._note_failure(state, push.names, error)
+            raise
+        if self._served_since or not self.kinds.last:
+            self.kinds.learn(PushKind(frozenset(push.names), whole, push.repeats))
+        else:
+            self.kinds.extend_last(push.names)
+        self._served_since = False
+        if report is not None:
+            state.outcome.succeeded(report)
+        return report
+
+    # -- failures ----------------------------------------------------------------------------------
+
+    def _drop(self, state: EngineState, push: LivePush, error: BaseException, names: list[str]) -> None:
+        push.names.update(names)
+        state.close(push)
+        push.abort()
+        self._note_failure(state, push.names, error)
+
+    def _note_failure(self, state: EngineState, names: set[str], error: BaseException) -> None:
+        state.outcome.failed(error)
+        self.failed = FailedPush(set(names), error)
+        self._note_unheard(error, direct=False)
+
+    def _refuse_call(self, model: nn.Module, state: EngineState, named: _Named) -> None:
+        """Raises for a call that goes on with a push that failed."""
+        assert self.failed is not None
+        for _ in named:
+            pass
+        self.failed.names.update(named.names)
+        over = self.kinds.is_over(self.failed.names, self._names_at_start(model, state))
+        self._refuse(state, over)
+
+    def _refuse(self, state: EngineState, over: bool) -> None:
+        """Raises for what comes of a push that failed. ``over``: other ranks commit it now, unless told."""
+        assert self.failed is not None
+        self._unheard = self.failed.error  # who goes on was not told, or did not listen
+        error = self.failed.refusal()
+        if over:
+            with with_all_ranks(state):
+                raise error from self.failed.error
+        raise error from self.failed.error
+
+    def _note_unheard(self, error: BaseException, direct: bool) -> None:
+        """Remember an error that the caller may swallow.
+
+        Inside an RPC the worker tells whether it was. Outside of one nobody does: errors of ``load_weights``
+        reach whoever pushes, those of processing (``direct``) are known to be swallowed.
+        """
+        call = current_call.get()
+        if call is not None:
+            call.append((self, error))
+        elif direct:
+            self._unheard = error
+
+    def _raise_unheard(self) -> None:
+        error, self._unheard = self._unheard, None
+        if error is not None:
+            raise ReloadError(
+                f"The last push of weights failed, and its caller did not say so: {type(error).__name__}: "
+                f"{error}\n{SERVES_OLD}"
+            ) from error
+
+
+current_call: contextvars.ContextVar[list[tuple[LoadWeights, BaseException]] | None] = contextvars.ContextVar(
+    "current_call", default=None
+)
+"""Inside a call of the executor to its worker: pushes that failed in it, with their errors."""
+
+
+class _Named:
+    """Weights whose names are noted as they pass. ``first`` is the name of the first, before it is loaded."""
+
+    def __init__(self, weights: Weights) -> None:
+        self.names: list[str] = []
+        self.first: str | None = None
+        try:
+            items = iter(weights)
+            head = list(itertools.islice(items, 1))
+        except Exception as error:  # noqa: BLE001 - raised where the weights are loaded
+            self._weights: Iterator[Any] = _raising(error)
+            return
+        self._weights = itertools.chain(head, items)
+        if head and (name := _name_of(head[0])) is not None:
+            self.first = _without_wrapper(name)
+
+    def __iter__(self) -> Iterator[Any]:
+        for item in self._weights:
+            if (name := _name_of(item)) is None:
+                yield item
+                continue
+            self.names.append(_without_wrapper(name))
+            yield (self.names[-1], *item[1:])
+            del item  # the caller may overwrite the tensor from now on
+
+
+def _raising(error: Exception) -> Iterator[Any]:
+    raise error
+    yield
+
+
+def _name_of(item: object) -> str | None:
+    name = item[0] if isinstance(item, (tuple, list)) and item else None
+    return name if isinstance(name, str) else None
+
+
+def _without_wrapper(name: str) -> str:
+    """A name as it is without LoRA: trainers that send a wrapped model's names have ``.base_layer.`` in
+    them.
+    """
+    return name.replace(".base_layer.", ".")
+
+
+def live_push_of(model: nn.Module) -> LoadWeights | None:
+    """What stands in for ``load_weights`` of a served model, if anything does."""
+    found = model.__dict__.get(GUARD_ATTRIBUTE)
+    return found if isinstance(found, LoadWeights) else None
+
+
+GUARD_ATTRIBUTE = "_reload_plugin_live"
