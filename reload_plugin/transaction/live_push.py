@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..errors import SERVES_OLD, ReloadError, SessionError
+from ..errors import SERVES_OLD, ReloadError, SessionError, WeightsError
 from ..interrupts import held
 from ..report import ReloadReport
 from .engine_state import EngineState, state_of
@@ -205,8 +205,7 @@ class LoadWeights:
 
     def note_swallowed(self, error: BaseException) -> None:
         """The call in which a push failed with ``error`` returned as if it had not."""
-        if self.failed is not None and self.failed.error is error:
-            self._unheard = error
+        self._unheard = error
 
     # -- inside ------------------------------------------------------------------------------------
 
@@ -291,7 +290,9 @@ class LoadWeights:
 
     def _note_failure(self, state: EngineState, names: set[str], error: BaseException) -> None:
         state.outcome.failed(error)
-        self.failed = FailedPush(set(names), error)
+        unused = error.unexpected.keys() if isinstance(error, WeightsError) else ()
+        lost = names.difference(unused)
+        self.failed = FailedPush(lost, error) if lost else None
         self._note_unheard(error, direct=False)
 
     def _refuse_call(self, model: nn.Module, state: EngineState, named: _Named) -> None:
