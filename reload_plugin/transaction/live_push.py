@@ -26,6 +26,7 @@ from torch import nn
 from ..errors import SERVES_OLD, ReloadError, SessionError, WeightsError
 from ..interrupts import held
 from ..report import ReloadReport
+from .chunked_update import GatheredUpdate
 from .engine_state import EngineState, state_of
 from .push_intake import PushIntake, open_intake
 from .push_kinds import PushKind, PushKinds
@@ -127,6 +128,8 @@ class LoadWeights:
             )
         state = state_of(model)
         with held(), state.in_a_call():
+            if isinstance(state.update, GatheredUpdate):
+                return state.update.load(_Named(weights))
             return self._take(model, state, weights)
 
     def pass_through(self, weights: Weights, writer: str, args: Any = (), kwargs: Any = None) -> Any:

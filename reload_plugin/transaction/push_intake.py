@@ -86,13 +86,27 @@ def open_intake(model: nn.Module, state: EngineState, source: str, known_whole: 
     chosen = road_options()
     policy = policy_for_iterator(model, state, chosen)
     if known_whole and policy.rollback != "spill" and chosen.keep_load_format is None:
-        return _Streamed(model, state, source, chosen)
-    in_file = policy.rollback == "spill" or chosen.keep_load_format == "spill"
+        return StreamingIntake(model, state, source, chosen)
+    return gathering_intake(model, state, source, chosen)
+
+
+def gathering_intake(
+    model: nn.Module, state: EngineState, source: str, chosen: ReloadOptions
+) -> GatheringIntake:
+    """A copy of the weights: in a file where memory is scarce or the caller wants one, else in memory."""
+    in_file = (
+        chosen.keep_load_format == "spill" or policy_for_iterator(model, state, chosen).rollback == "spill"
+    )
     kept = SpillFile(chosen.spill_dir, source) if in_file else HostCopy(source)
-    return _Gathered(model, state, kept, chosen)
+    return GatheringIntake(model, state, kept, chosen)
 
 
-class _Streamed:
+def inspect_finite(_: str, tensor: torch.Tensor) -> str | None:
+    """For a session: why a weight is refused where only finite values are wanted."""
+    return not_finite(tensor)
+
+
+class StreamingIntake:
     """Into a session: every layer is processed when it is complete, and all are committed at the end."""
 
     in_order = True
@@ -103,7 +117,7 @@ class _Streamed:
         learn_copy_plan(model, state)
         # An engine that serves nothing has nothing to keep until the commit.
         strategy: Any = "staged" if state.broken is None else "streaming"
-        inspect = (lambda _, tensor: not_finite(tensor)) if chosen.check_finite else None
+        inspect = inspect_finite if chosen.check_finite else None
         known = known_checkpoint(model, state)
         self._session = session_for(
             model, state, source, strategy, known, inspect=inspect, spill_dir=chosen.spill_dir
@@ -131,7 +145,7 @@ class _Streamed:
         self._session.abort()
 
 
-class _Gathered:
+class GatheringIntake:
     """Into a copy, which is reloaded like a folder when the push ends."""
 
     in_order = False
@@ -189,15 +203,24 @@ class _Gathered:
         if plan is not None and _uses_nothing(plan):
             kept.close()
             return None, False
-        whole = plan is None or not plan.mismatches.missing
-        if not whole:
+        if plan is not None and plan.mismatches.missing:
             asked = self._chosen.model_copy(update={"partial": True, "policy": "auto"})
             return partially(model, state, kept, asked), False
+        return self.finish_whole(), True
+
+    def finish_whole(self) -> ReloadReport:
+        """Commit weights that have to be the whole model.
+
+        Raises:
+            ReloadError: they are not, or anything else; nothing was committed.
+
+        """
         asked = self._chosen.model_copy(update={"keep_load_format": None, "policy": self._policy()})
-        report = from_source(model, state, kept, asked)
-        if isinstance(kept, HostCopy) and self._chosen.keep_load_format is None:
-            state.replace_rollback_source(None)  # a copy of the model in host memory is not kept unasked
-        return report, True
+        report = from_source(self._model, self._state, self._kept, asked)
+        if isinstance(self._kept, HostCopy) and self._chosen.keep_load_format is None:
+            # A copy of the model in host memory is not kept unasked.
+            self._state.replace_rollback_source(None)
+        return report
 
     def _policy(self) -> str:
         """The caller's policy, for weights that can be read again by now."""
