@@ -21,6 +21,7 @@ from pathlib import Path
 
 from tests import oracle  # before torch: it sets the environment that engines read
 
+import pytest  # isort: skip
 import torch  # isort: skip
 
 from reload_plugin import ReloadError, status
@@ -107,10 +108,9 @@ def one_rpc_a_tensor(lab: Lab, weights: Weights) -> None:
         if empty_cache:
             torch.cuda.empty_cache()
 
-    for number, (name, tensor) in enumerate(weights, 1):
-        lab.rpc(
-            lambda worker, n=name, t=tensor, last=number == len(weights): update_weight(worker, n, t, last)
-        )
+    last = weights[-1][0]
+    for name, tensor in weights:
+        lab.rpc(lambda worker, n=name, t=tensor: update_weight(worker, n, t, n == last))
 
 
 def buckets(lab: Lab, weights: Weights, size: int = 5) -> Iterator[Weights]:
@@ -306,13 +306,10 @@ def swallowed_error(lab: Lab, weights: Weights) -> None:
 
 def refused(lab: Lab, call: Callable[[], object], says: str) -> None:
     """The call raises an error of ours that names what, and says that the old weights are served."""
-    try:
+    with pytest.raises(ReloadError) as caught:
         call()
-    except ReloadError as error:
-        assert says in str(error), str(error)
-        assert "serves what it served before" in str(error), str(error)
-    else:
-        raise AssertionError("nothing was raised")
+    assert says in str(caught.value), str(caught.value)
+    assert "serves what it served before" in str(caught.value), str(caught.value)
 
 
 FAILURES = (interrupted_half_way, iterator_raises, wrong_shape_in_the_middle, unknown_name, swallowed_error)
