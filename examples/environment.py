@@ -8,6 +8,7 @@ installed without its dependencies first, and then the dependencies without thes
 import contextlib
 import hashlib
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -54,6 +55,31 @@ def ready() -> Path:
     STAMP.write_text(stamp)
     _say(f"environment ready in {time.monotonic() - started:.0f} s")
     return PYTHON
+
+
+def ready_with(extra: str) -> Path:
+    """Return the interpreter of an environment that has an extra of this package beside all of `.venv`.
+
+    What one framework needs is kept out of `.venv`. The files of `.venv` are hard-linked, so only what the
+    extra adds takes disk space.
+
+    Raises:
+        SetupError: a command failed.
+
+    """
+    ready()
+    venv = ROOT / f".venv-{extra}"
+    python, stamp = venv / "bin" / "python", venv / "ready"
+    if stamp.exists() and stamp.read_text() == _stamp():
+        return python
+    shutil.rmtree(venv, ignore_errors=True)
+    _say(f"make {venv.name}")
+    shutil.copytree(VENV, venv, symlinks=True, copy_function=os.link)
+    stamp.unlink()
+    wanted = _project()["optional-dependencies"][extra]
+    _run([str(python), "-m", "pip", "install", "--no-input", "--disable-pip-version-check", *wanted])
+    stamp.write_text(_stamp())
+    return python
 
 
 def _stamp() -> str:

@@ -392,6 +392,64 @@ def block(engine: Engine) -> None:
     engine.reload("A")
 
 
+# --- model.load_weights of the served model ---
+
+
+def pieces(worker: object, folder: str, part: int, parts: int, change: Callable = unchanged) -> str:
+    """One RPC of a push: a part of a checkpoint by `model.load_weights`."""
+    weights = list(read_tensors(Path(folder)).items())[part::parts]
+    return attempt(lambda: worker.get_model().load_weights(change(iter(weights))))
+
+
+def live(engine: Engine, letter: str, parts: int = 3, serve: bool = False) -> None:
+    for part in range(parts):
+        found = engine.llm.collective_rpc(pieces, args=(engine.folders[letter], part, parts))
+        assert found == ["committed"] * 2, found
+        if serve and part + 1 < parts:
+            engine.assert_is("AB"[letter == "A"])
+
+
+def live_push(engine: Engine) -> None:
+    """In one call and in several, forward passes in between; also as the first push that the engine gets."""
+    for letter, parts, serve in (("B", 1, False), ("A", 3, False), ("B", 3, True), ("A", 5, True)):
+        live(engine, letter, parts, serve)
+        engine.assert_is(letter)
+
+
+def live_push_fails_on_one_rank(engine: Engine) -> None:
+    """In its first, middle and last call; what follows is refused on that rank, and no rank commits."""
+    live(engine, "A")
+    for rank, failing in ((0, 0), (1, 1), (1, 2)):
+        for number in range(3):
+            change = raising_at_once if number == failing else unchanged
+            arguments = (engine.folders["B"], number, rank, change)
+            if number == failing:
+                engine_raises(
+                    lambda a=arguments: engine.llm.collective_rpc(on_rank, args=a), "line went dead"
+                )
+            elif number > failing:
+                engine_raises(lambda a=arguments: engine.llm.collective_rpc(on_rank, args=a), "failed")
+            else:
+                engine.llm.collective_rpc(on_rank, args=arguments)
+        # No request in between: who goes on after an error did not hear of it, so the next forward pass raises,
+        # on both ranks, and vLLM's engine does not outlive an error there.
+        assert engine.llm.collective_rpc(look) == engine.states["A"][1]
+        live(engine, "B")
+        engine.assert_is("B")
+        live(engine, "A")
+        engine.assert_is("A")
+
+
+def raising_at_once(weights: Weights) -> Weights:
+    yield next(weights)
+    raise OSError("the line went dead")
+
+
+def on_rank(worker: object, folder: str, part: int, rank: int, change: Callable) -> None:
+    weights = iter(list(read_tensors(Path(folder)).items())[part::3])
+    worker.get_model().load_weights(change(weights) if worker.rank == rank else weights)
+
+
 def a_commit_that_fails_stops_that_rank(engine: Engine) -> None:
     """The others cannot know any more; this one must not serve until it is healed."""
 
@@ -414,6 +472,8 @@ def a_commit_that_fails_stops_that_rank(engine: Engine) -> None:
 
 
 EVERYWHERE = (
+    live_push,
+    live_push_fails_on_one_rank,
     warm_equals_cold,
     each_rank_plans,
     source_raises,
@@ -439,7 +499,7 @@ ONCE = (
 SCENARIOS = {
     "tied": EVERYWHERE + ONCE,
     "experts": EVERYWHERE,
-    "shared_out": (warm_equals_cold, each_rank_plans),
+    "shared_out": (live_push, warm_equals_cold, each_rank_plans),
 }
 
 

@@ -212,14 +212,15 @@ class ReloadIds:
     """
 
     def __init__(self) -> None:
-        self._call = 0
+        self.call = 0
+        """Calls of the executor so far; 0 outside of its workers."""
         self._numbers: dict[str, int] = defaultdict(int)
         self._past: dict[str, list[str]] = defaultdict(list)
         self._store: Callable[[], object] = lambda: None
 
     def begin_call(self) -> None:
         """The executor calls this worker."""
-        self._call += 1
+        self.call += 1
         self._numbers.clear()
 
     def next(self, store: Any, place: RankPlace) -> Vote:
@@ -229,7 +230,7 @@ class ReloadIds:
             self._numbers.clear()
             self._past.clear()
         self._numbers[place.group] += 1
-        reload_id = f"{self._call}.{self._numbers[place.group]}"
+        reload_id = f"{self.call}.{self._numbers[place.group]}"
         return Vote(store, place, reload_id, self._past[place.group])
 
 
@@ -240,6 +241,11 @@ _reload_ids = ReloadIds()
 def begin_call() -> None:
     """The executor calls this process's worker; see ``ReloadIds``."""
     _reload_ids.begin_call()
+
+
+def counts_calls() -> bool:
+    """Whether reloads are counted within calls of an executor, which every rank gets alike."""
+    return _reload_ids.call > 0
 
 
 def vote_for(record: ModelRecord) -> Vote | None:

@@ -13,6 +13,7 @@ over. So the calls are gathered into one update, and the served weights stay who
 
 from __future__ import annotations
 
+import contextlib
 import contextvars
 import itertools
 import logging
@@ -23,8 +24,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..errors import SERVES_OLD, ReloadError, SessionError, WeightsError
+from ..errors import SERVES_OLD, RanksDisagreeError, ReloadError, SessionError, WeightsError
 from ..interrupts import held
+from ..ranks.votes import counts_calls
 from ..report import ReloadReport
 from .chunked_update import GatheredUpdate
 from .engine_state import EngineState, state_of
@@ -77,6 +79,8 @@ class FailedPush:
         self.names = names
         """Names that came until then, and those that were refused since."""
         self.error = error
+        self.told_before_forward_pass = False
+        """Whether the other ranks, which may have it open still, were told at a forward pass."""
 
     def refusal(self) -> SessionError:
         """The error for what still comes of it."""
@@ -100,6 +104,8 @@ class LoadWeights:
         self.failed: FailedPush | None = None
         self._unheard: BaseException | None = None
         """What failed without anybody having been told; raised at the next forward pass."""
+        self._active = False
+        """Whether anything was pushed since the last forward pass; the same on every rank."""
         self._served_since = True
         """Whether a forward pass came after the last push that was committed."""
 
@@ -126,7 +132,7 @@ class LoadWeights:
                 "model.load_weights of a served model takes the weights and nothing else: further arguments "
                 f"are those of {type(model).__name__}'s own loader, which cannot load into it. {SERVES_OLD}"
             )
-        state = state_of(model)
+        state, self._active = state_of(model), True
         with held(), state.in_a_call():
             if isinstance(state.update, GatheredUpdate):
                 return state.update.load(_Named(weights))
@@ -170,7 +176,7 @@ class LoadWeights:
 
         """
         model = self._require_model()
-        state = state_of(model)
+        state, self._active = state_of(model), True
         with held(), state.in_a_call():
             push = state.update
             try:
@@ -193,17 +199,24 @@ class LoadWeights:
 
         """
         model = self._model()
-        if model is None:
+        if model is None or not self._active:
             return
         state = state_of(model)
-        self._raise_unheard()
+        if state.asleep:
+            return
+        self._active = False
+        self._raise_unheard(state)
         push = state.update
-        if isinstance(push, LivePush) and not state.asleep:
+        if isinstance(push, LivePush):
             with held(), state.in_a_call():
                 if self.kinds.is_half(push.names):
                     logger.debug("%s: part of a push; the old weights answer.", push.describe())
                 else:
-                    self._commit(state, push)
+                    self._commit_or_drop(state, push)
+        elif self.failed is not None and not self.failed.told_before_forward_pass:
+            self.failed.told_before_forward_pass = True
+            if not self.kinds.is_half(self.failed.names):
+                self._tell_other_ranks(state)
         self._served_since = True
 
     def note_swallowed(self, error: BaseException) -> None:
@@ -232,7 +245,8 @@ class LoadWeights:
         try:
             loaded = push.intake.load(named)
         except BaseException as error:
-            self._drop(state, push, error, named.names)
+            self._note_names(push, named.names)
+            self._drop(state, push, error, self.kinds.is_over(push.names, self._names_at_start(model, state)))
             raise
         self._note_names(push, named.names)
         if self.kinds.is_over(push.names, self._names_at_start(model, state)):
@@ -278,18 +292,35 @@ class LoadWeights:
             self.kinds.learn(PushKind(frozenset(push.names), whole, push.repeats))
         else:
             self.kinds.extend_last(push.names)
-        self._served_since = False
+        self._served_since, self._unheard = False, None
         if report is not None:
             state.outcome.succeeded(report)
         return report
 
+    def _commit_or_drop(self, state: EngineState, push: LivePush) -> None:
+        """At a forward pass. A rank that failed has told its own caller; the others drop the push."""
+        try:
+            self._commit(state, push)
+        except RanksDisagreeError as error:
+            if self.failed is not None:
+                self.failed.told_before_forward_pass = True
+            logger.warning("%s was dropped: %s", push.describe(), error)
+
     # -- failures ----------------------------------------------------------------------------------
 
-    def _drop(self, state: EngineState, push: LivePush, error: BaseException, names: list[str]) -> None:
-        push.names.update(names)
+    def _drop(self, state: EngineState, push: LivePush, error: BaseException, over: bool) -> None:
+        """A call raised. ``over``: the push would have ended with it."""
         state.close(push)
         push.abort()
         self._note_failure(state, push.names, error)
+        if (over or counts_calls()) and self.failed is not None:
+            self._tell_other_ranks(state)
+
+    def _tell_other_ranks(self, state: EngineState) -> None:
+        """Vote against the push that failed here and may be ready to be committed elsewhere."""
+        assert self.failed is not None
+        with contextlib.suppress(type(self.failed.error)), with_all_ranks(state):
+            raise self.failed.error
 
     def _note_failure(self, state: EngineState, names: set[str], error: BaseException) -> None:
         state.outcome.failed(error)
@@ -329,13 +360,17 @@ class LoadWeights:
         elif direct:
             self._unheard = error
 
-    def _raise_unheard(self) -> None:
+    def _raise_unheard(self, state: EngineState) -> None:
+        """Raise what nobody heard of; on every rank, because one that goes on alone waits for the others."""
         error, self._unheard = self._unheard, None
-        if error is not None:
-            raise ReloadError(
-                f"The last push of weights failed, and its caller did not say so: {type(error).__name__}: "
-                f"{error}\n{SERVES_OLD}"
-            ) from error
+        with with_all_ranks(state):
+            if error is not None:
+                raise ReloadError(
+                    "The last push of weights failed, and its caller did not say so: "
+                    f"{type(error).__name__}: {error}\n{SERVES_OLD}"
+                ) from error
+            if state.vote is not None:
+                state.vote(None)
 
 
 current_call: contextvars.ContextVar[list[tuple[LoadWeights, BaseException]] | None] = contextvars.ContextVar(

@@ -1,0 +1,58 @@
+"""Real frameworks on a CPU, in an environment of their own (`examples/run.py --with frameworks`).
+
+TRL's own `GRPOTrainer` with the engine in its process: after every push the engine's logprobs are those of
+the trainer's model within what bf16 rounds, and at the end its digest is that of an engine started on the
+model that the trainer saved.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
+
+import environment
+
+SCRIPT = Path(__file__).resolve().parent.parent / "trl_digests.py"
+STEPS = 4
+ROUNDED = 0.05
+"""Largest difference of a logprob between a bf16 engine and a float32 trainer that is taken for rounding; one
+step of the optimizer changes some by more than ten times that."""
+
+
+@pytest.fixture(scope="module")
+def python() -> Path:
+    return environment.ready_with("frameworks")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["dense", "experts"])
+def test_trl_trains_with_the_engine_in_its_process(python: Path, kind: str, tmp_path: Path) -> None:
+    said = run(python, kind, str(STEPS), str(tmp_path))
+    assert said["steps"] == STEPS
+    assert said["version"] >= STEPS, "not every push was served"
+    assert said["known"]
+    assert max(said["gaps"]) < ROUNDED, said["gaps"]
+    assert said["moved"] > 5 * ROUNDED, "the policy hardly changed, so the comparison shows nothing"
+    assert said["warm"]
+    assert said["warm"] == run(python, "cold", str(tmp_path / "end"))
+
+
+def run(python: Path, *arguments: str) -> Any:
+    """What the script says in its last line."""
+    variables = {name: value for name, value in os.environ.items() if not name.startswith("VLLM_")}
+    done = subprocess.run(
+        [python, str(SCRIPT), *arguments],
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+        env=variables | {"PYTHONPATH": str(SCRIPT.parent.parent), "OMP_NUM_THREADS": "2"},
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
