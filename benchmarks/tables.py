@@ -31,7 +31,8 @@ class Way:
     only_changed: bool = False
     """Whether only the changed weights are sent, as a partial update."""
     comes: str = "folder"
-    """``folder``, or an iterator in order (``ordered``) or at random (``shuffled``)."""
+    """``folder``, an iterator in order (``ordered``) or at random (``shuffled``), or ``pushed``: a call of
+    ``model.load_weights`` on the served model for each tensor."""
     disk: str = "warm"
     """``cold``: the files are not in the page cache."""
     by_loader: bool = False
@@ -164,6 +165,11 @@ def _replayed(_: Model) -> tuple[Way, ...]:
     return replayed, Way("by the model's loader", comes="ordered", by_loader=True, sides=("ours",))
 
 
+def _roads(_: Model) -> tuple[Way, ...]:
+    gathered = Way("ordered iterator", comes="ordered", options={"policy": "host"}, sides=("ours",))
+    return gathered, Way("pushed, a call a tensor", comes="pushed", sides=("ours",))
+
+
 TABLES = {
     table.name: table
     for table in (
@@ -176,6 +182,7 @@ TABLES = {
         Table(
             "replay", "Weights by the copy plan, and by the model's loader", MAIN[:3], _replayed, reloads=6
         ),
+        Table("roads", "An iterator, and a live push of one call a tensor", (MAIN[0], MAIN[2]), _roads),
         Table("repeated", "First and repeated reloads", MAIN[:1], _whole, reloads=10),
     )
 }

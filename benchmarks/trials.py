@@ -121,6 +121,9 @@ def prepare(llm: Any, number: int, step: Mapping[str, Any]) -> Any:
         asked["weights_path"] = step["folder"]
         return lambda: llm.collective_rpc("reload_weights", kwargs=asked)
     weights = stream(step["folder"], step["comes"] == "shuffled", number)
+    if step["comes"] == "pushed":
+        pairs = list(weights)
+        return lambda: llm.collective_rpc(push_in_worker, args=(pairs,))
     if step["by_loader"]:
         return lambda: llm.collective_rpc(load_in_worker, args=(weights,))
     return lambda: llm.collective_rpc(reload_in_worker, args=(asked, weights))
@@ -129,6 +132,13 @@ def prepare(llm: Any, number: int, step: Mapping[str, Any]) -> Any:
 def reload_in_worker(worker: Any, options: dict[str, Any], weights: Any) -> None:
     """Reload through the runner in the worker, which takes an iterator."""
     worker.model_runner.reload_weights(weights_iterator=weights, **options)
+
+
+def push_in_worker(worker: Any, pairs: list[tuple[str, Any]]) -> None:
+    """A live push, one call a tensor, as TRL and OpenRLHF do."""
+    load_weights = worker.get_model().load_weights
+    for pair in pairs:
+        load_weights([pair])
 
 
 def load_in_worker(worker: Any, weights: Any) -> None:

@@ -1,7 +1,7 @@
 """Make `.venv` and run an example or a benchmark: `python3 examples/run.py [SCRIPT [ARGUMENT ...]]`.
 
 `--with EXTRA` before the script makes `.venv-EXTRA`, which has that extra of the package too, and runs it
-there. The default script is the quickstart. Needs a Python from 3.11 to 3.14 and an index for pip; nothing more.
+there. The default script is the quickstart. Needs a Python from 3.11 to 3.14 and an index for pip.
 """
 
 import os

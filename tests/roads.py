@@ -369,7 +369,7 @@ def main(arguments: list[str] | None = None) -> None:
         cells = [one[road.__name__] for one in found.values()]
         right = "right" if road in PUSHES else "old weights"
         if asked.table:
-            print(f"| {road.__name__} |", " | ".join(cell or right for cell in cells), "|")
+            print(f"| `{road.__name__}` |", " | ".join(cell or right for cell in cells), "|")
         else:
             print(road.__name__, {name: cell or right for name, cell in zip(found, cells, strict=True)})
     sys.exit(any(cell for one in found.values() for cell in one.values()))

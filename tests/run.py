@@ -4,6 +4,7 @@ The checks are lint, format, types and tests. All of them run; the exit status i
 Needs a Python from 3.11 to 3.14 and pip's package index; nothing else.
 """
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,11 @@ if not (3, 11) <= sys.version_info[:2] < (3, 15):
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
 
 import environment
+
+PROCESSES = ["-n", str(min(2, os.cpu_count() or 1)), "--dist", "loadfile"]
+"""Processes of pytest. Each holds engines of up to 3 GB; the tests of a file share theirs."""
+THREADS = {"OMP_NUM_THREADS": "1"}
+"""One thread an engine: two threads that wait for each other on a busy machine are ten times slower."""
 
 
 def main(arguments: list[str]) -> int:
@@ -26,7 +32,7 @@ def main(arguments: list[str]) -> int:
         ("lint", ["ruff", "check"]),
         ("format", ["ruff", "format", "--check"]),
         ("types", ["mypy"]),
-        ("tests", ["pytest", *arguments]),
+        ("tests", ["pytest", *PROCESSES, *arguments]),
     )
     failed = {named[0]: status for named in checks if (status := check(str(python), *named))}
     if failed:
@@ -37,7 +43,11 @@ def main(arguments: list[str]) -> int:
 def check(python: str, label: str, command: list[str]) -> int:
     """Run one tool of the environment and return its exit status."""
     print(f"=== {label}: {' '.join(command)}", flush=True)
-    return subprocess.run([python, "-m", *command], cwd=environment.ROOT, stdin=subprocess.DEVNULL).returncode
+    command = [python, "-m", *command]
+    variables = THREADS | os.environ
+    return subprocess.run(
+        command, cwd=environment.ROOT, stdin=subprocess.DEVNULL, env=variables, check=False
+    ).returncode
 
 
 if __name__ == "__main__":

@@ -431,8 +431,8 @@ def live_push_fails_on_one_rank(engine: Engine) -> None:
                 engine_raises(lambda a=arguments: engine.llm.collective_rpc(on_rank, args=a), "failed")
             else:
                 engine.llm.collective_rpc(on_rank, args=arguments)
-        # No request in between: who goes on after an error did not hear of it, so the next forward pass raises,
-        # on both ranks, and vLLM's engine does not outlive an error there.
+        # No request in between: who goes on after an error did not hear of it, so the next one raises
+        # on both ranks, and an engine of vLLM with several processes does not outlive that.
         assert engine.llm.collective_rpc(look) == engine.states["A"][1]
         live(engine, "B")
         engine.assert_is("B")

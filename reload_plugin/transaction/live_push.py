@@ -19,6 +19,7 @@ import itertools
 import logging
 import weakref
 from collections.abc import Iterable, Iterator
+from collections.abc import Set as AbstractSet
 from typing import Any
 
 import torch
@@ -46,19 +47,33 @@ class LivePush:
 
     Args:
         intake: takes its weights.
-        offered: name of each weight so far -> in how many calls it came.
+        expected: names that end it when all have come; empty if nothing is known.
 
     """
 
     gives_way = True
     failed: str | None = None
 
-    def __init__(self, intake: PushIntake) -> None:
+    def __init__(self, intake: PushIntake, expected: AbstractSet[str]) -> None:
         self.intake = intake
         self.names: set[str] = set()
         """Names of the weights so far."""
         self.repeats = False
         """Whether a name came in more than one call."""
+        self._expected = bool(expected)
+        self._waiting = set(expected)
+
+    def note(self, names: list[str]) -> None:
+        """These came in a call."""
+        before = len(self.names)
+        self.names.update(names)
+        self.repeats = self.repeats or len(self.names) < before + len(names)
+        self._waiting.difference_update(names)
+
+    @property
+    def is_over(self) -> bool:
+        """Whether all expected names have come."""
+        return self._expected and not self._waiting
 
     def describe(self) -> str:
         """Source, who opened it, how many weights arrived."""
@@ -245,11 +260,11 @@ class LoadWeights:
         try:
             loaded = push.intake.load(named)
         except BaseException as error:
-            self._note_names(push, named.names)
-            self._drop(state, push, error, self.kinds.is_over(push.names, self._names_at_start(model, state)))
+            push.note(named.names)
+            self._drop(state, push, error)
             raise
-        self._note_names(push, named.names)
-        if self.kinds.is_over(push.names, self._names_at_start(model, state)):
+        push.note(named.names)
+        if push.is_over:
             self._commit(state, push)
         return loaded
 
@@ -263,20 +278,12 @@ class LoadWeights:
         state.refuse_while_update_open()
         last = self.kinds.last
         stream = last is not None and last.whole and not last.repeats and not isinstance(push, LivePush)
-        opened = LivePush(open_intake(model, state, SOURCE, stream))
+        opened = LivePush(open_intake(model, state, SOURCE, stream), self._expected(model, state))
         state.open(opened)
         return opened
 
-    @staticmethod
-    def _note_names(push: LivePush, names: list[str]) -> None:
-        before = len(push.names)
-        push.names.update(names)
-        push.repeats = push.repeats or len(push.names) < before + len(names)
-
-    def _names_at_start(self, model: nn.Module, state: EngineState) -> frozenset[str]:
-        if self.kinds.last is not None:
-            return frozenset()  # not asked for
-        return frozenset(state.start.shapes(model, state.record))
+    def _expected(self, model: nn.Module, state: EngineState) -> frozenset[str]:
+        return self.kinds.expected(lambda: state.start.shapes(model, state.record))
 
     def _commit(self, state: EngineState, push: LivePush) -> ReloadReport | None:
         """Finish a push on all ranks or on none; it is over either way."""
@@ -308,12 +315,12 @@ class LoadWeights:
 
     # -- failures ----------------------------------------------------------------------------------
 
-    def _drop(self, state: EngineState, push: LivePush, error: BaseException, over: bool) -> None:
-        """A call raised. ``over``: the push would have ended with it."""
+    def _drop(self, state: EngineState, push: LivePush, error: BaseException) -> None:
+        """A call raised."""
         state.close(push)
         push.abort()
         self._note_failure(state, push.names, error)
-        if (over or counts_calls()) and self.failed is not None:
+        if (push.is_over or counts_calls()) and self.failed is not None:
             self._tell_other_ranks(state)
 
     def _tell_other_ranks(self, state: EngineState) -> None:
@@ -335,8 +342,8 @@ class LoadWeights:
         for _ in named:
             pass
         self.failed.names.update(named.names)
-        over = self.kinds.is_over(self.failed.names, self._names_at_start(model, state))
-        self._refuse(state, over)
+        expected = self._expected(model, state)
+        self._refuse(state, over=bool(expected) and expected <= self.failed.names)
 
     def _refuse(self, state: EngineState, over: bool) -> None:
         """Raises for what comes of a push that failed. ``over``: other ranks commit it now, unless told."""

@@ -7,6 +7,7 @@ that they fill differ from rank to rank.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 
@@ -45,17 +46,15 @@ class PushKinds:
             del self._kinds[self._last.names]
             self.learn(PushKind(self._last.names | names, self._last.whole, self._last.repeats))
 
-    def is_over(self, offered: AbstractSet[str], at_start: AbstractSet[str]) -> bool:
-        """Whether a push has brought every name of the last one.
+    def expected(self, at_start: Callable[[], Iterable[str]]) -> frozenset[str]:
+        """Names that end a push when all have come: those of the last one. Empty if nothing is known.
 
         Args:
-            offered: names of the push so far.
-            at_start: names that the engine's own checkpoint holds, which the first push is measured by; empty
-                if they are not known.
+            at_start: gives the names that the engine's own checkpoint holds, which the first push is measured
+                by.
 
         """
-        expected = self._last.names if self._last is not None else at_start
-        return bool(expected) and expected <= offered
+        return self._last.names if self._last is not None else frozenset(at_start())
 
     def is_half(self, offered: AbstractSet[str]) -> bool:
         """Whether more weights have to come: a push of this kind was larger, and none was just this large."""

@@ -13,8 +13,8 @@ import torch
 
 from tests import oracle
 from tests.oracle import Result
-from tests.processor import packs_bf16, skip_without
-from tests.zoo import CASES, DIES, RIGHT, Case, case_named
+from tests.processor import packs_bf16, packs_with_amx, skip_without
+from tests.zoo import CASES, DIES, MOVED, RIGHT, Case, case_named
 
 # Enough of vLLM's own failures to show that each kind of difference is seen; `--table` runs them all.
 OWN_FAILURES = ("llama_tied", "mixtral", "mamba2", "w8a8_dynamic")
@@ -85,7 +85,10 @@ def test_the_oracle_sees_what_vllm_gets_wrong(runs: Runs, own_failure: str) -> N
     if own_failure in PACKED and not packs_bf16():
         pytest.skip("nothing of it is packed on this processor, so vLLM's own reload gets it right")
     result = runs.futures[own_failure, False].result(VOTE_TIMEOUT)
-    assert result.verdict == case_named(own_failure).own, result.summary()
+    expected = case_named(own_failure).own
+    if own_failure == "w8a8_dynamic" and packs_with_amx():
+        expected = MOVED  # its INT8 kernels for AMX pack anew
+    assert result.verdict == expected, result.summary()
     assert result.reload_from.startswith("vllm.")
 
 

@@ -12,21 +12,22 @@ def seen(*kinds: str) -> PushKinds:
     return known
 
 
+def expected(known: PushKinds, at_start: frozenset[str] = ALL) -> frozenset[str]:
+    return known.expected(lambda: at_start)
+
+
 def test_the_first_push_is_measured_by_the_engines_own_checkpoint() -> None:
-    assert not seen().is_over({"a", "b", "c"}, ALL)
-    assert seen().is_over({"a", "b", "c", "d"}, ALL)
-    assert seen().is_over({"a", "b", "c", "d", "tied head"}, ALL)
+    assert expected(seen()) == ALL
 
 
 def test_without_a_checkpoint_the_first_push_does_not_end_by_its_names() -> None:
-    assert not seen().is_over({"a"}, frozenset())
+    assert expected(seen(), frozenset()) == frozenset()
 
 
 def test_later_ones_are_measured_by_the_last_push_only() -> None:
-    assert seen("abcd").is_over(set("abcd"), frozenset())
-    assert not seen("abcd").is_over(set("abc"), frozenset("a"))
-    assert seen("abcd", "ab").is_over(set("ab"), frozenset())
-    assert not seen("ab", "abcd").is_over(set("ab"), frozenset()), "it may be a beginning"
+    assert expected(seen("abcd"), frozenset("x")) == ALL
+    assert expected(seen("abcd", "ab")) == frozenset("ab")
+    assert expected(seen("ab", "abcd")) == ALL, "ab may be the beginning of the larger one"
 
 
 def test_a_part_of_a_larger_push_is_half_of_it_unless_it_came_alone_before() -> None:
@@ -40,8 +41,7 @@ def test_a_part_of_a_larger_push_is_half_of_it_unless_it_came_alone_before() -> 
 def test_what_comes_right_after_a_push_belongs_to_it() -> None:
     known = seen("abcd")
     known.extend_last({"head"})
-    assert not known.is_over(set("abcd"), frozenset())
-    assert known.is_over({*"abcd", "head"}, frozenset())
+    assert expected(known) == {*"abcd", "head"}
     assert known.last is not None
     assert known.last.whole
 

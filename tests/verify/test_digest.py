@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from reload_plugin import vllm_api
-from reload_plugin.device import hashing
+from reload_plugin.device import cpu
 from reload_plugin.device.hashing import Hash
 from reload_plugin.device.value_hashes import _CHUNK, device_sums
 from reload_plugin.process import native_handles as native
@@ -62,7 +62,7 @@ def test_a_matrix_that_a_kernel_took_transposed_is_hashed_where_it_lies(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     expected = hashed(BASE.t())
-    monkeypatch.setattr(hashing, "contiguous_parts", None)
+    monkeypatch.setattr(cpu, "contiguous_parts", None)
     assert hashed(BASE.t()) == expected != hashed(BASE.t().clone(memory_format=torch.contiguous_format))
     with pytest.raises(TypeError):
         hashed(BASE[:, ::2])
