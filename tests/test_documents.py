@@ -134,7 +134,7 @@ def test_the_readme_begins_with_what_was_measured_and_what_was_not_run() -> None
         "Xeon",
         "**Not run:**",
         "GPU",
-        "**Not covered yet:**",
+        "**Frameworks:**",
     ):
         assert words in head
 
