@@ -144,7 +144,7 @@ def _print_states(states: list[ReloadStatus], in_json: bool) -> None:
     rows = [
         (
             s.rank,
-            s.state,
+            s.state if s.known else f"{s.state}, unknown weights",
             s.version,
             s.weight_version or "-",
             time.strftime("%F %T", time.localtime(s.since)),

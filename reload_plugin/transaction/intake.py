@@ -26,6 +26,7 @@ from ..plan.mismatches import Mismatches
 from ..plan.source import DirectRead
 from ..plan.tracer import LoadTrace
 from ..record.model_view import ModelView
+from ..record.staged_group import StagedGroup
 from .dispatch import untraced
 from .engine_state import EngineState
 from .group_pipeline import GroupPipeline
@@ -116,6 +117,24 @@ class Intake:
         names = returned[-1] if returned else None
         return names if self.needs_view else self._written_since(before, names)
 
+    def load_planned(self, name: str, tensor: torch.Tensor) -> list[StagedGroup] | None:
+        """Copy one weight by the copy plan, outside the session's loading context.
+
+        Returns:
+            The groups that it completed, for ``close_groups``. None where it has to come through ``load``:
+            then nothing has changed.
+
+        """
+        known = self._trace.loaded
+        if self._mismatches or tensor.is_meta or known.has(name):
+            return None
+        if self._completeness.plan_for_tensor(name, tensor) is None:
+            return None
+        if not self._put_aside(name, tensor):
+            self.copy_by_plan(name, tensor)
+            return self._complete()
+        return []
+
     def load_aside(self, load: Callable[..., object]) -> None:
         """Load what was put aside, by ``load`` of the session, now that it can be sorted."""
         if self._overflow is None or not self._overflow.nbytes:
@@ -162,9 +181,14 @@ class Intake:
 
     def close_complete(self) -> None:
         """Between two weights: close the groups that have everything."""
-        recent = self._trace.take_recent()
-        complete = self._completeness.complete_after(self._trace.current, recent)
+        self.close_groups(self._complete())
+
+    def close_groups(self, complete: list[StagedGroup]) -> None:
+        """Close groups that have everything."""
         self._pipeline.close_complete(complete, bool(self._mismatches))
+
+    def _complete(self) -> list[StagedGroup]:
+        return self._completeness.complete_after(self._trace.current, self._trace.take_recent())
 
     # -- small things ------------------------------------------------------------------------------
 

@@ -33,7 +33,7 @@ from .chunked_update import GatheredUpdate
 from .engine_state import EngineState, state_of
 from .push_intake import PushIntake, open_intake
 from .push_kinds import PushKind, PushKinds
-from .reload_call import as_reload_errors, with_all_ranks
+from .reload_call import as_reload_errors, refuse_shared_weights, with_all_ranks
 
 logger = logging.getLogger("vllm.reload_plugin")
 
@@ -62,6 +62,11 @@ class LivePush:
         """Whether a name came in more than one call."""
         self._expected = bool(expected)
         self._waiting = set(expected)
+
+    def takes_alone(self, name: str) -> bool:
+        """Whether nothing but loading is to be done for this weight: it is new and not the last."""
+        waiting = len(self._waiting)
+        return name not in self.names and (waiting > 1 or (waiting == 1 and name not in self._waiting))
 
     def note(self, names: list[str]) -> None:
         """These came in a call."""
@@ -117,6 +122,8 @@ class LoadWeights:
         self._model: weakref.ref[nn.Module] = weakref.ref(model)
         self.kinds = PushKinds()
         self.failed: FailedPush | None = None
+        self._fast: LivePush | None = None
+        """The push that was opened last; under way only while the state says so."""
         self._unheard: BaseException | None = None
         """What failed without anybody having been told; raised at the next forward pass."""
         self._active = False
@@ -152,6 +159,37 @@ class LoadWeights:
             if isinstance(state.update, GatheredUpdate):
                 return state.update.load(_Named(weights))
             return self._take(model, state, weights)
+
+    def load_one(self, weights: object) -> set[str] | None:
+        """Load a weight that comes alone, in a push that is under way. This is what a push of many thousand
+        calls consists of.
+
+        Returns:
+            Its name; None where the call is any other, and then nothing has changed.
+
+        """
+        if type(weights) is not list or len(weights) != 1 or self._fast is None:
+            return None
+        push, item = self._fast, weights[0]
+        name = _name_of(item)
+        if name is None or len(item) != 2 or not isinstance(item[1], torch.Tensor) or ".base_layer." in name:
+            return None
+        model = self._require_model()
+        state = state_of(model)
+        if state.update is not push or state.asleep or not push.takes_alone(name):
+            return None
+        try:
+            with as_reload_errors(state):
+                taken = push.intake.load_one(name, item[1].detach())
+        except BaseException as error:
+            push.note([name])
+            self._drop(state, push, error)
+            raise
+        if not taken:
+            return None
+        self._active = True
+        push.note([name])
+        return {name}
 
     def pass_through(self, weights: Weights, writer: str, args: Any = (), kwargs: Any = None) -> Any:
         """The model's own ``load_weights``, into the weights that are served, for somebody who knows how.
@@ -258,7 +296,8 @@ class LoadWeights:
             self.failed = None
         push = self._push_for(model, state, named)
         try:
-            loaded = push.intake.load(named)
+            with as_reload_errors(state):
+                loaded = push.intake.load(named)
         except BaseException as error:
             push.note(named.names)
             self._drop(state, push, error)
@@ -275,11 +314,13 @@ class LoadWeights:
             if named.first is None or named.first not in push.names or not push.intake.in_order:
                 return push
             logger.info("%s begins again, and what came of it before is dropped.", push.describe())
+        refuse_shared_weights(state)
         state.refuse_while_update_open()
         last = self.kinds.last
         stream = last is not None and last.whole and not last.repeats and not isinstance(push, LivePush)
         opened = LivePush(open_intake(model, state, SOURCE, stream), self._expected(model, state))
         state.open(opened)
+        self._fast = opened
         return opened
 
     def _expected(self, model: nn.Module, state: EngineState) -> frozenset[str]:
@@ -288,6 +329,7 @@ class LoadWeights:
     def _commit(self, state: EngineState, push: LivePush) -> ReloadReport | None:
         """Finish a push on all ranks or on none; it is over either way."""
         state.close(push)
+        self._fast = None
         try:
             with with_all_ranks(state), as_reload_errors(state):
                 report, whole = push.intake.finish(self.kinds.missing(push.names))

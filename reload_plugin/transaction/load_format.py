@@ -43,6 +43,11 @@ class LoadFormat:
         self._untouched: UntouchedLayers | None = None
         """Layers that are not reloaded, as they were; None before the first ``enter``."""
 
+    @property
+    def entered(self) -> bool:
+        """Whether the groups are in load format, shown or not."""
+        return self._untouched is not None
+
     def enter(self, change: Change, show: bool = True) -> None:
         """Put the groups into load format, if they are not, and show it, or only have it at hand.
 

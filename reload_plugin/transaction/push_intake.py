@@ -54,6 +54,9 @@ class PushIntake(Protocol):
 
         """
 
+    def load_one(self, name: str, tensor: torch.Tensor) -> bool:
+        """Take one weight in a shorter way, if there is one for it. If not, nothing has changed."""
+
     def finish(self, missing: list[str]) -> tuple[ReloadReport | None, bool]:
         """Commit. The report is None where the model uses none of the weights; the bool says whether they
         are the whole model.
@@ -131,6 +134,9 @@ class StreamingIntake:
             raise weights_error(self._session.source, SERVES_OLD, **vars(self._session.mismatches))
         return loaded
 
+    def load_one(self, name: str, tensor: torch.Tensor) -> bool:
+        return self._session.load_one(name, tensor)
+
     def finish(self, missing: list[str]) -> tuple[ReloadReport | None, bool]:
         del missing  # the session names the slots
         session, state = self._session, self._state
@@ -171,6 +177,12 @@ class GatheringIntake:
         if mismatches:
             raise weights_error(self._kept.description, SERVES_OLD, **vars(mismatches))
         return self._parameters_of(names)
+
+    def load_one(self, name: str, tensor: torch.Tensor) -> bool:
+        if tensor.is_meta or self._chosen.check_finite or self._shapes.get(name) != tuple(tensor.shape):
+            return False
+        self._kept.add(name, tensor)
+        return True
 
     def _check(self, name: str, tensor: torch.Tensor, mismatches: Mismatches) -> None:
         if self._chosen.check_finite and (reason := not_finite(tensor)) is not None:

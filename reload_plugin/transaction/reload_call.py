@@ -7,10 +7,14 @@ from collections.abc import Iterator
 
 from torch import nn
 
-from ..errors import SERVES_OLD, ReloadError
+from .. import vllm_api
+from ..errors import SERVES_OLD, ReloadError, UnsupportedError
 from ..interrupts import held
 from ..ranks.votes import vote_for
 from .engine_state import EngineState, state_of
+
+SHARED = "ipc_cache"
+"""vLLM's name of the loader that maps weights of a daemon."""
 
 
 @contextlib.contextmanager
@@ -23,6 +27,7 @@ def reload_call(model: nn.Module, spans_calls: bool = False) -> Iterator[EngineS
             of the session each.
 
     Raises:
+        UnsupportedError: see ``refuse_shared_weights``.
         SessionError: a weight update is open and well, or another thread is in a call; it says whose.
 
     """
@@ -30,11 +35,24 @@ def reload_call(model: nn.Module, spans_calls: bool = False) -> Iterator[EngineS
     with held(), state.in_a_call() if not spans_calls else contextlib.nullcontext():
         try:
             with with_all_ranks(state):
+                refuse_shared_weights(state)
                 state.refuse_while_update_open()
                 yield state
         except BaseException as error:
             state.outcome.failed(error)
             raise
+
+
+def refuse_shared_weights(state: EngineState) -> None:
+    """Raises UnsupportedError where the weights are the memory of vLLM's weight cache, which other engines of
+    this machine serve too.
+    """
+    if vllm_api.load_format(state.record.vllm_config) == SHARED:
+        raise UnsupportedError(
+            f"This engine serves weights out of the memory of vLLM's weight cache (load_format={SHARED!r}), "
+            f"and so do others: a reload would change theirs too. {SERVES_OLD} Start the engine with another "
+            "load format to reload it."
+        )
 
 
 @contextlib.contextmanager

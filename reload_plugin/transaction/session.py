@@ -31,6 +31,7 @@ from ..plan.arrivals import Loaded
 from ..plan.known_checkpoint import KnownCheckpoint
 from ..plan.mismatches import Mismatches
 from ..report import ReloadReport
+from .dispatch import untraced
 from .engine_state import opened_by, state_of
 from .intake import Inspect
 from .session_parts import SessionOptions, SessionParts, wire
@@ -178,6 +179,27 @@ class ReloadSession:
 
         """
         return self._load(weights, fetching, last=False)
+
+    def load_one(self, name: str, tensor: torch.Tensor) -> bool:
+        """Load one weight by the copy plan, without the context that a loader and processing need: that costs
+        more than copying a small weight does.
+
+        Returns:
+            False where it has to come through ``load``; then nothing has changed.
+
+        """
+        parts = self._parts
+        if self.state is not SessionState.OPEN or not parts.load_format.entered or parts.intake.needs_view:
+            return False
+        if torch.is_inference_mode_enabled() or torch.get_default_device().type != "cpu":
+            return False
+        with parts.state.in_a_call():
+            with torch.no_grad(), untraced():
+                complete = parts.intake.load_planned(name, tensor)
+            if complete:
+                with held(), full_gc_paused(), self._noting_failure(), self.loading(show=False):
+                    parts.intake.close_groups(complete)
+        return complete is not None
 
     def load_last(self, weights: Iterable[tuple[str, torch.Tensor]], fetching: Fetching = call_out) -> None:
         """Like ``load``, but leaves the model in load format because ``finish`` follows at once."""

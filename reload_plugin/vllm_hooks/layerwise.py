@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from .. import vllm_api
+from .live import owner_of
 from .transfer_backends import foreign_caller
 
 
@@ -31,7 +32,8 @@ def finishing(original: Callable[..., None]) -> Callable[..., None]:
     """``finalize_layerwise_reload`` and ``finalize_layerwise_processing``: commits the open update.
 
     A model without a record gets vLLM's own, and so does one that starts: vLLM's loaders end the cold load
-    of online quantization with ``finalize_layerwise_processing``.
+    of online quantization with ``finalize_layerwise_processing``. A part of a recorded model gets vLLM's own
+    too; then nobody knows which weights the whole serves.
     """
 
     def finalize(model: nn.Module, *args: Any, **kwargs: Any) -> None:
@@ -43,6 +45,10 @@ def finishing(original: Callable[..., None]) -> Callable[..., None]:
         record = record_of(model)
         if record is None or not record.complete:
             original(model, *args, **kwargs)
+            owner = owner_of(model) if record is None else None
+            if owner is not None:
+                what = "written by vLLM's layerwise reload of a part of the model"
+                state_of(owner).mark_unknown(what)
         elif (backend := foreign_caller()) is not None:
             original(model, *args, **kwargs)
             state_of(model).mark_unknown(f"written by {backend.name}", heals=backend.whole)

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import functools
 import os
+import weakref
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -30,13 +31,28 @@ def is_on() -> bool:
 def guard(model: nn.Module) -> None:
     """From now on ``model.load_weights`` is ours; the model is served."""
     live = LoadWeights(model)
+    _guarded.add(model)
     vllm_api.attach(model, GUARD_ATTRIBUTE, live)
     vllm_api.attach(model, "load_weights", functools.partial(_load_weights, live))
+
+
+def owner_of(part: nn.Module) -> nn.Module | None:
+    """The served model that a module is a part of, if there is one."""
+    for model in list(_guarded):
+        if model is not part and any(module is part for module in model.modules()):
+            return model
+    return None
+
+
+# Which models of this process are served; says nothing of any engine.
+_guarded: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 
 def _load_weights(
     live: LoadWeights, weights: Iterable[tuple[str, torch.Tensor]], *args: Any, **kwargs: Any
 ) -> Any:
+    if not args and not kwargs and (loaded := live.load_one(weights)) is not None:
+        return loaded
     backend = foreign_caller()
     if backend is not None:
         return live.pass_through(weights, f"written by {backend.name}", args, kwargs)

@@ -15,14 +15,18 @@ from reload_plugin import (
     ReloadError,
     SessionError,
     SourceError,
+    UnsupportedError,
     WeightsError,
     reload_weights,
     restore_for_reloading,
     status,
+    vllm_api,
 )
+from reload_plugin.transaction.chunked_update import open_layerwise
 from reload_plugin.transaction.engine_state import state_of
-from reload_plugin.transaction.live_push import live_push_of
-from reload_plugin.vllm_hooks import live, transfer_backends, workers
+from reload_plugin.transaction.live_push import LoadWeights, live_push_of
+from reload_plugin.transaction.push_kinds import PushKind
+from reload_plugin.vllm_hooks import layerwise, live, transfer_backends, workers
 from tests.transaction.test_session import (
     METHODS,
     A,
@@ -272,6 +276,36 @@ def test_two_names_for_one_matrix_push_like_any_others() -> None:
         assert values(model) == values(cold(Model, B))
 
 
+def test_a_weight_that_comes_alone_takes_the_short_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a push of many thousand calls only the first and the last are more than a copy."""
+    model = pushed_before()
+    long_way: list[object] = []
+    take = LoadWeights._take
+    monkeypatch.setattr(LoadWeights, "_take", lambda self, *rest: long_way.append(rest) or take(self, *rest))
+    three = {FIRST: B[FIRST], "ignored": B[FIRST], HEAD: B[HEAD]}
+    guard = live_push_of(model)
+    guard.kinds.learn(PushKind(frozenset(three), whole=True))
+    for name in (FIRST, HEAD):
+        model.load_weights([(name, B[name])])
+    assert len(long_way) == 1
+    assert guard._fast.names == {FIRST, HEAD}
+    assert_whole(model)
+    assert values(model) == values(cold(Model, A))
+
+
+@pytest.mark.parametrize("mode", [torch.inference_mode, lambda: torch.device("meta"), torch.enable_grad])
+def test_the_callers_modes_do_not_reach_the_weights(mode: Callable) -> None:
+    for make in (Model, Tied):
+        model = cold(make, A)
+        for weights in (B, A, B):
+            with mode():
+                for name, tensor in weights.items():
+                    model.load_weights([(name, torch.nn.Parameter(tensor, requires_grad=True))])
+            forward_pass(model)
+            assert values(model) == values(cold(make, weights))
+            assert not any(p.is_inference() or p.requires_grad for p in model.parameters())
+
+
 # --- errors ---
 
 
@@ -465,3 +499,28 @@ def test_a_guard_does_not_keep_its_model_alive() -> None:
     guard = live_push_of(model)
     assert guard is not None
     assert state_of(model).update is None
+
+
+def test_a_layerwise_reload_of_a_part_leaves_the_whole_unknown(monkeypatch: pytest.MonkeyPatch) -> None:
+    """NeMo-RL reloads some submodules by vLLM's own functions, with ModelOpt."""
+    model = cold(lambda: Model(Method), A)
+    calls: list[nn.Module] = []
+    layerwise.finishing(calls.append)(model.first)
+    assert calls == [model.first]
+    said = status(model)[0]
+    assert (said.known, said.digest, said.version) == (False, None, 1)
+    assert "layerwise reload of a part" in said.source
+
+
+def test_weights_that_other_engines_serve_too_are_not_reloaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = cold(Model, A)
+    before = values(model)
+    monkeypatch.setattr(vllm_api, "load_format", lambda _: "ipc_cache")
+    for reload in (
+        lambda: reload_weights(model, iter(B.items())),
+        lambda: model.load_weights(B.items()),
+        lambda: open_layerwise(model),
+    ):
+        with pytest.raises(UnsupportedError, match="weight cache"):
+            reload()
+    assert values(model) == before

@@ -17,6 +17,7 @@ import reload_plugin
 from reload_plugin import vllm_api
 from reload_plugin.record.model_record import record_of
 from tests import oracle
+from tests.checkpoints import read_tensors
 from tests.zoo import case_named
 
 CASE = case_named("llama_tied")
@@ -111,6 +112,36 @@ def test_the_target_is_reloaded_and_the_draft_is_not(folders: dict[str, Path]) -
     with oracle.running(CASE, folders["B"], speculative_config=draft) as llm:
         assert oracle.differing_answers(warm, oracle.answer(llm)) == []
     assert oracle.differing_answers(warm, on_a)
+
+
+def test_a_push_reaches_target_and_draft_each_for_itself(folders: dict[str, Path]) -> None:
+    """As checkpoint-engine does: both in one RPC, both processed with the config of the target."""
+
+    def push(worker: object, folder: str) -> None:
+        from vllm.model_executor.model_loader.utils import process_weights_after_loading
+
+        runner = worker.model_runner
+        weights = list(read_tensors(Path(folder)).items())
+        for start in range(0, len(weights), 5):
+            runner.model.load_weights(weights[start : start + 5])
+            runner.drafter.model.load_weights(weights[start : start + 5])
+        for model in (runner.model, runner.drafter.model):
+            process_weights_after_loading(model, worker.model_config, torch.device("cpu"))
+
+    def draft_on(letter: str) -> dict[str, object]:
+        return {"model": str(folders[letter]), "num_speculative_tokens": 2, "method": "draft_model"}
+
+    def looked_at(llm: object) -> list[dict[str, str]]:
+        models = llm.collective_rpc(lambda w: (w.model_runner.model, w.model_runner.drafter.model))[0]
+        return [{path: one.digest for path, one in oracle.live_tensors(model).items()} for model in models]
+
+    with oracle.running(CASE, folders["B"], speculative_config=draft_on("B")) as llm:
+        cold, answers = looked_at(llm), oracle.answer(llm)
+    with oracle.running(CASE, folders["A"], speculative_config=draft_on("A")) as llm:
+        for letter in "BAB":
+            llm.collective_rpc(push, args=(str(folders[letter]),))
+        assert looked_at(llm) == cold
+        assert oracle.differing_answers(oracle.answer(llm), answers) == []
 
 
 # --- the V2 model runner ---
