@@ -126,6 +126,8 @@ class LoadWeights:
         """The push that was opened last; under way only while the state says so."""
         self._unheard: BaseException | None = None
         """What failed without anybody having been told; raised at the next forward pass."""
+        self._version = 0
+        """The generation that was served when a push failed last."""
         self._active = False
         """Whether anything was pushed since the last forward pass; the same on every rank."""
         self._served_since = True
@@ -155,6 +157,7 @@ class LoadWeights:
                 f"are those of {type(model).__name__}'s own loader, which cannot load into it. {SERVES_OLD}"
             )
         state, self._active = state_of(model), True
+        self._forget_if_outdated(state)
         with held(), state.in_a_call():
             if isinstance(state.update, GatheredUpdate):
                 return state.update.load(_Named(weights))
@@ -230,6 +233,7 @@ class LoadWeights:
         """
         model = self._require_model()
         state, self._active = state_of(model), True
+        self._forget_if_outdated(state)
         with held(), state.in_a_call():
             push = state.update
             try:
@@ -258,6 +262,7 @@ class LoadWeights:
         if state.asleep:
             return
         self._active = False
+        self._forget_if_outdated(state)
         self._raise_unheard(state)
         push = state.update
         if isinstance(push, LivePush):
@@ -357,6 +362,11 @@ class LoadWeights:
 
     # -- failures ----------------------------------------------------------------------------------
 
+    def _forget_if_outdated(self, state: EngineState) -> None:
+        """New weights are served since a push failed, by whatever road: its failure is of no interest."""
+        if state.generation.version != self._version:
+            self.failed, self._unheard, self._version = None, None, state.generation.version
+
     def _drop(self, state: EngineState, push: LivePush, error: BaseException) -> None:
         """A call raised."""
         state.close(push)
@@ -373,6 +383,7 @@ class LoadWeights:
 
     def _note_failure(self, state: EngineState, names: set[str], error: BaseException) -> None:
         state.outcome.failed(error)
+        self._version = state.generation.version
         unused = error.unexpected.keys() if isinstance(error, WeightsError) else ()
         lost = names.difference(unused)
         self.failed = FailedPush(lost, error) if lost else None

@@ -377,6 +377,18 @@ def test_processing_half_of_a_known_push_is_refused_there_and_at_the_next_forwar
     assert values(model) == before
 
 
+def test_a_failure_is_forgotten_when_new_weights_came_by_another_road() -> None:
+    model = pushed_before()
+    with pytest.raises(WeightsError):
+        model.load_weights([(FIRST, torch.ones(5, 5))])
+    with pytest.raises(SessionError):
+        model.load_weights([(HEAD, B[HEAD])])
+    reload_weights(model, iter(B.items()))
+    forward_pass(model)
+    push(model, dict(reversed(A.items())))
+    assert values(model) == values(cold(Model, A))
+
+
 def call_worker(call: Callable[[], object]) -> None:
     live.hearing(call)()
 
