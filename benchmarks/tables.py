@@ -166,8 +166,8 @@ def _replayed(_: Model) -> tuple[Way, ...]:
 
 
 def _roads(_: Model) -> tuple[Way, ...]:
-    gathered = Way("ordered iterator", comes="ordered", options={"policy": "host"}, sides=("ours",))
-    return gathered, Way("pushed, a call a tensor", comes="pushed", sides=("ours",))
+    iterator = Way("ordered iterator", comes="ordered", options={"policy": "host"})
+    return iterator, Way("pushed, a call a tensor", comes="pushed", sides=("ours",))
 
 
 TABLES = {
@@ -237,7 +237,8 @@ def measure(
 
 def beside(way: Way, ways: tuple[Way, ...]) -> str:
     """The way whose figures of vLLM's own reload are compared: the same weights from the same place."""
-    same = [other for other in ways if (other.to, other.comes, other.disk) == (way.to, way.comes, way.disk)]
+    comes = "ordered" if way.comes == "pushed" else way.comes  # vLLM's own has no live push
+    same = [other for other in ways if (other.to, other.comes, other.disk) == (way.to, comes, way.disk)]
     return next(other.name for other in same if "vllm" in other.sides)
 
 

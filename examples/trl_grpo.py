@@ -12,8 +12,17 @@ rounds. Needs the extra `trl` (see examples/README.md); under five minutes on tw
 import argparse
 import json
 import os
+import socket
 import sys
 from pathlib import Path
+
+
+def free_port() -> str:
+    """A port that nobody listens on."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return str(found.getsockname()[1])
+
 
 for name, value in {
     "VLLM_CPU_KVCACHE_SPACE": "1",
@@ -23,7 +32,7 @@ for name, value in {
     "LOCAL_RANK": "0",
     "WORLD_SIZE": "1",
     "MASTER_ADDR": "127.0.0.1",
-    "MASTER_PORT": "29511",
+    "MASTER_PORT": free_port(),
 }.items():
     os.environ.setdefault(name, value)
 
@@ -81,7 +90,7 @@ def even(completions: list[str], **_: object) -> list[float]:
     return [sum(word % 2 == 0 for word in found) / max(1, len(found)) for found in words]
 
 
-def train(folder: Path, steps: int, experts: bool) -> GRPOTrainer:
+def train(folder: Path, steps: int, experts: bool, learning_rate: float = 1e-2) -> GRPOTrainer:
     """Write a model, and train it with TRL as its documents say."""
     write_model(folder / "start", experts)
     prompts = Dataset.from_dict({"prompt": [f"{n} {n + 1} {n + 2}" for n in range(100)]})
@@ -96,7 +105,8 @@ def train(folder: Path, steps: int, experts: bool) -> GRPOTrainer:
         max_completion_length=16,
         per_device_train_batch_size=16,
         num_generations=8,
-        learning_rate=2e-3,
+        learning_rate=learning_rate,
+        lr_scheduler_type="constant",
         max_steps=steps,
         logging_steps=1,
         save_strategy="no",

@@ -16,7 +16,7 @@ from tests.zoo import INT4
 
 TINY = ["--layers", "1", "--hidden", "128", "--vocabulary", "256", "--experts", "8"]
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
-TABLES = ("main", "tensors", "bytes", "changed", "order", "disk", "replay", "repeated")
+TABLES = ("main", "tensors", "bytes", "changed", "order", "disk", "replay", "roads", "repeated")
 QUANTIZED = ("dense, INT8 W8A8", "dense, W4A16", "dense, INT8 online")
 """Their processing leaves more behind than new parameters, and the floor has to undo all of it."""
 PNG = b"\x89PNG"

@@ -15,6 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
 import trl_grpo
 
 import torch  # isort: skip
+from transformers import AutoModelForCausalLM
 from vllm import LLM, SamplingParams
 
 import reload_plugin
@@ -41,18 +42,18 @@ def main() -> None:
     kind, steps, folder = sys.argv[1], int(sys.argv[2]), Path(sys.argv[3])
     trainer = trl_grpo.train(folder, steps, kind == "experts")
     engine = trainer.vllm_generation.llm
-    first = logprobs(engine)
     trainer.vllm_generation.sync_weights()  # the last step's weights, which nothing was generated with
     last = logprobs(engine)
     trainer.model.to(torch.bfloat16).save_pretrained(folder / "end")
     trl_grpo.tokenizer().save_pretrained(folder / "end")
     said = reload_plugin.status(engine)[0]
+    start = AutoModelForCausalLM.from_pretrained(folder / "start", dtype=torch.float32)
     rows = [row for row in trainer.state.log_history if "reward" in row]
     answer = {
         "steps": len(rows),
         "gaps": [row["sampling/sampling_logp_difference/max"] for row in rows]
         + [float((last - trainers_logprobs(trainer.model.float())).abs().max())],
-        "moved": float((last - first).abs().max()),
+        "moved": float((last - trainers_logprobs(start)).abs().max()),
         "version": said.version,
         "known": said.known,
         "warm": said.digest,

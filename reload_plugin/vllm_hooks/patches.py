@@ -68,6 +68,9 @@ def undo_all() -> None:
     for patch in reversed(_patches):
         if vars(patch.owner).get(patch.name) is patch.replacement:
             setattr(patch.owner, patch.name, patch.original)
+        # Modules that were imported since then bound the replacement by its name.
+        for binder, attribute in list(vllm_api.binders_of(patch.replacement)):
+            setattr(binder, attribute, patch.original)
     for owner, name in _additions:
         delattr(owner, name)
     _patches.clear()

@@ -333,6 +333,7 @@ def scenarios(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str],
 EACH = [(kind, scenario.__name__) for kind, chosen in two_ranks.SCENARIOS.items() for scenario in chosen]
 
 
+@pytest.mark.alone
 @pytest.mark.slow
 @pytest.mark.parametrize(("kind", "scenario"), EACH)
 def test_on_two_ranks(scenarios: dict[tuple[str, str], str], kind: str, scenario: str) -> None:
