@@ -18,16 +18,20 @@ def cpu_by_default() -> Iterator[None]:
     The caller may have chosen another default (``torch.set_default_device``, ``with torch.device(...)``):
     ``callers_default_device`` tells which, and it is the default again afterwards.
     """
-    device = torch.get_default_device()
-    if device.type == "cpu":
+    if cpu_is_default():
         yield
         return
-    token = _callers.set(device)
+    token = _callers.set(torch.get_default_device())
     try:
         with torch.device("cpu"):
             yield
     finally:
         _callers.reset(token)
+
+
+def cpu_is_default() -> bool:
+    """Whether torch's factories allocate on the CPU as it is."""
+    return torch.get_default_device().type == "cpu"
 
 
 def callers_default_device() -> torch.device | None:

@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from ..commit.strategies import StrategyName
+from ..device.default_device import cpu_is_default
 from ..device.gc_pause import full_gc_paused, gc_paused
 from ..device.ops import ops_for
 from ..errors import SERVES_OLD, LateLoaderError, SessionError
@@ -191,7 +192,7 @@ class ReloadSession:
         parts = self._parts
         if self.state is not SessionState.OPEN or not parts.load_format.entered or parts.intake.needs_view:
             return False
-        if torch.is_inference_mode_enabled() or torch.get_default_device().type != "cpu":
+        if torch.is_inference_mode_enabled() or not cpu_is_default():
             return False
         with parts.state.in_a_call():
             with torch.no_grad(), untraced():
