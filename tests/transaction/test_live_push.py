@@ -28,30 +28,21 @@ from reload_plugin.transaction.live_push import LoadWeights, live_push_of
 from reload_plugin.transaction.push_kinds import PushKind
 from reload_plugin.vllm_hooks import layerwise, live, transfer_backends, workers
 from tests.transaction.test_session import (
-    METHODS,
     A,
     B,
-    Hooked,
     Make,
     Method,
     Model,
     Tied,
     Twice,
-    ViewedByAnother,
     cold,
     identities,
     registered,  # noqa: F401 - the fixture is used by itself
     values,
 )
-from tests.transaction.test_whole_at_rest import assert_whole
+from tests.transaction.test_whole_at_rest import MAKES, assert_whole
 from tests.vllm_hooks.test_worker_hooks import Worker
 
-MAKES: list[Make] = [
-    *(lambda method=method: Model(method) for method in METHODS),
-    Tied,
-    ViewedByAnother,
-    Hooked,
-]
 FIRST, HEAD = "first.weight", "lm_head.weight"
 
 
