@@ -22,7 +22,7 @@ from reload_plugin import (
     status,
     vllm_api,
 )
-from reload_plugin.transaction.chunked_update import open_layerwise
+from reload_plugin.transaction.chunked_update import GatheredUpdate, finish_layerwise, open_layerwise
 from reload_plugin.transaction.engine_state import state_of
 from reload_plugin.transaction.live_push import LoadWeights, live_push_of
 from reload_plugin.transaction.push_kinds import PushKind
@@ -526,4 +526,45 @@ def test_weights_that_other_engines_serve_too_are_not_reloaded(monkeypatch: pyte
     ):
         with pytest.raises(UnsupportedError, match="weight cache"):
             reload()
+    assert values(model) == before
+
+
+def test_zeros_by_reset_weights_are_nobodys_generation() -> None:
+    model = cold(Model, A)
+    workers.resetting(nothing)(Worker(model))
+    said = status(model)[0]
+    assert (said.known, said.digest, said.version) == (False, None, 1)
+    assert "reset_weights" in said.source
+
+
+@pytest.mark.parametrize("kind", ["block", "layerwise"])
+def test_an_update_in_several_calls_goes_through_a_file_when_asked(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = cold(Model, B)
+    reload_weights(model, iter(A.items()), keep_load_format="host")
+    before = values(model)
+    monkeypatch.setenv("RELOAD_PLUGIN_OPTIONS", '{"policy": "spill"}')
+    if kind == "block":
+        with restore_for_reloading(model, policy="spill"):
+            push(model, B)
+            assert values(model) == before
+    else:
+        open_layerwise(model)
+        assert isinstance(state_of(model).update, GatheredUpdate)
+        push(model, B)
+        forward_pass(model)
+        assert values(model) == before
+        finish_layerwise(model)
+    assert values(model) == values(cold(Model, B))
+
+
+def test_a_gathered_update_that_lacks_weights_changes_nothing() -> None:
+    model = cold(Model, B)
+    reload_weights(model, iter(A.items()), keep_load_format="host")
+    before = values(model)
+    with pytest.raises(MissingWeightsError), restore_for_reloading(model, policy="spill"):
+        model.load_weights([(FIRST, B[FIRST])])
+    assert values(model) == before
+    forward_pass(model)
     assert values(model) == before
