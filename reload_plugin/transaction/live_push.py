@@ -15,11 +15,8 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
-import itertools
 import logging
 import weakref
-from collections.abc import Iterable, Iterator
-from collections.abc import Set as AbstractSet
 from typing import Any
 
 import torch
@@ -31,83 +28,13 @@ from ..ranks.votes import counts_calls
 from ..report import ReloadReport
 from .chunked_update import GatheredUpdate
 from .engine_state import EngineState, state_of
-from .push_intake import PushIntake, open_intake
+from .named_weights import NamedWeights, Weights, name_of
+from .push import SOURCE, FailedPush, LivePush
+from .push_intake import open_intake
 from .push_kinds import PushKind, PushKinds
 from .reload_call import as_reload_errors, refuse_shared_weights, with_all_ranks
 
 logger = logging.getLogger("vllm.reload_plugin")
-
-SOURCE = "model.load_weights"
-
-Weights = Iterable[tuple[str, torch.Tensor]]
-
-
-class LivePush:
-    """One push that is under way.
-
-    Args:
-        intake: takes its weights.
-        expected: names that end it when all have come; empty if nothing is known.
-
-    """
-
-    gives_way = True
-    failed: str | None = None
-
-    def __init__(self, intake: PushIntake, expected: AbstractSet[str]) -> None:
-        self.intake = intake
-        self.names: set[str] = set()
-        """Names of the weights so far."""
-        self.repeats = False
-        """Whether a name came in more than one call."""
-        self._expected = bool(expected)
-        self._waiting = set(expected)
-
-    def takes_alone(self, name: str) -> bool:
-        """Whether nothing but loading is to be done for this weight: it is new and not the last."""
-        waiting = len(self._waiting)
-        return name not in self.names and (waiting > 1 or (waiting == 1 and name not in self._waiting))
-
-    def note(self, names: list[str]) -> None:
-        """These came in a call."""
-        before = len(self.names)
-        self.names.update(names)
-        self.repeats = self.repeats or len(self.names) < before + len(names)
-        self._waiting.difference_update(names)
-
-    @property
-    def is_over(self) -> bool:
-        """Whether all expected names have come."""
-        return self._expected and not self._waiting
-
-    def describe(self) -> str:
-        """Source, who opened it, how many weights arrived."""
-        return f"{SOURCE}, {self.intake.opened_by}, {len(self.names)} weights so far"
-
-    def abort(self) -> None:
-        """Drop what was loaded."""
-        self.intake.abort()
-
-
-class FailedPush:
-    """A push of which a call raised: what follows of it is refused until it begins anew.
-
-    A framework may swallow the error and go on with the next weights. Those alone would make a mixture.
-    """
-
-    def __init__(self, names: set[str], error: BaseException) -> None:
-        self.names = names
-        """Names that came until then, and those that were refused since."""
-        self.error = error
-        self.told_before_forward_pass = False
-        """Whether the other ranks, which may have it open still, were told at a forward pass."""
-
-    def refusal(self) -> SessionError:
-        """The error for what still comes of it."""
-        return SessionError(
-            f"An earlier call of this push failed with {type(self.error).__name__}: {self.error}\n"
-            "Send all of its weights again, from the first."
-        )
 
 
 class LoadWeights:
@@ -160,7 +87,7 @@ class LoadWeights:
         self._forget_if_outdated(state)
         with held(), state.in_a_call():
             if isinstance(state.update, GatheredUpdate):
-                return state.update.load(_Named(weights))
+                return state.update.load(NamedWeights(weights))
             return self._take(model, state, weights)
 
     def load_one(self, weights: object) -> set[str] | None:
@@ -174,7 +101,7 @@ class LoadWeights:
         if type(weights) is not list or len(weights) != 1 or self._fast is None:
             return None
         push, item = self._fast, weights[0]
-        name = _name_of(item)
+        name = name_of(item)
         if name is None or len(item) != 2 or not isinstance(item[1], torch.Tensor) or ".base_layer." in name:
             return None
         model = self._require_model()
@@ -294,7 +221,7 @@ class LoadWeights:
                 'The engine sleeps, and its weights are not in memory. Wake it up first (tags=["weights"] is '
                 "enough), then push."
             )
-        named = _Named(weights)
+        named = NamedWeights(weights)
         if self.failed is not None:
             if named.first not in self.failed.names:
                 self._refuse_call(model, state, named)
@@ -312,7 +239,7 @@ class LoadWeights:
             self._commit(state, push)
         return loaded
 
-    def _push_for(self, model: nn.Module, state: EngineState, named: _Named) -> LivePush:
+    def _push_for(self, model: nn.Module, state: EngineState, named: NamedWeights) -> LivePush:
         """The open push, or a new one."""
         push = state.update
         if isinstance(push, LivePush):
@@ -389,7 +316,7 @@ class LoadWeights:
         self.failed = FailedPush(lost, error) if lost else None
         self._note_unheard(error, direct=False)
 
-    def _refuse_call(self, model: nn.Module, state: EngineState, named: _Named) -> None:
+    def _refuse_call(self, model: nn.Module, state: EngineState, named: NamedWeights) -> None:
         """Raises for a call that goes on with a push that failed."""
         assert self.failed is not None
         for _ in named:
@@ -440,49 +367,6 @@ current_call: contextvars.ContextVar[list[tuple[LoadWeights, BaseException]] | N
     "current_call", default=None
 )
 """Inside a call of the executor to its worker: pushes that failed in it, with their errors."""
-
-
-class _Named:
-    """Weights whose names are noted as they pass. ``first`` is the name of the first, before it is loaded."""
-
-    def __init__(self, weights: Weights) -> None:
-        self.names: list[str] = []
-        self.first: str | None = None
-        try:
-            items = iter(weights)
-            head = list(itertools.islice(items, 1))
-        except Exception as error:  # noqa: BLE001 - raised where the weights are loaded
-            self._weights: Iterator[Any] = _raising(error)
-            return
-        self._weights = itertools.chain(head, items)
-        if head and (name := _name_of(head[0])) is not None:
-            self.first = _without_wrapper(name)
-
-    def __iter__(self) -> Iterator[Any]:
-        for item in self._weights:
-            if (name := _name_of(item)) is None:
-                yield item
-                continue
-            self.names.append(_without_wrapper(name))
-            yield (self.names[-1], *item[1:])
-            del item  # the caller may overwrite the tensor from now on
-
-
-def _raising(error: Exception) -> Iterator[Any]:
-    raise error
-    yield
-
-
-def _name_of(item: object) -> str | None:
-    name = item[0] if isinstance(item, (tuple, list)) and item else None
-    return name if isinstance(name, str) else None
-
-
-def _without_wrapper(name: str) -> str:
-    """A name as it is without LoRA: trainers that send a wrapped model's names have ``.base_layer.`` in
-    them.
-    """
-    return name.replace(".base_layer.", ".")
 
 
 def live_push_of(model: nn.Module) -> LoadWeights | None:
