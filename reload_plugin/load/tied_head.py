@@ -9,6 +9,7 @@ decide anew; a reload cannot, because kernels and graphs hold the addresses of t
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -19,6 +20,10 @@ from ..plan.known_checkpoint import KnownCheckpoint
 from ..record.model_record import ModelRecord
 
 _EMBEDDING = re.compile(r"(emb\w*|wte)\.weight$")
+OTHER_HEAD = (
+    "differs from the embedding, to which this engine's head is tied since its start; start an engine on "
+    "these weights"
+)
 
 
 class TiedHead:
@@ -53,11 +58,41 @@ class TiedHead:
         """
         if not self._embeddings:
             return {}
-        reason = (
-            "differs from the embedding, to which this engine's head is tied since its start; "
-            "start an engine on these weights"
-        )
-        return {name: reason for name, digest in self._heads.items() if digest not in self._embeddings}
+        return {name: OTHER_HEAD for name, digest in self._heads.items() if digest not in self._embeddings}
+
+
+def differing_from_served(record: ModelRecord, weights: Iterable[tuple[str, torch.Tensor]]) -> dict[str, str]:
+    """Heads that came without their embedding and are not the one that is served -> why they are refused.
+
+    Args:
+        record: of the model; one whose head is not tied has no such heads.
+        weights: (checkpoint name, tensor of shape (vocabulary, hidden)). With tensor parallelism a rank has
+            some rows of the embedding only: the weights are compared with none, and none is refused.
+
+    """
+    embedding = _served_embedding(record)
+    found = {}
+    for name, tensor in weights:
+        if embedding is None or not is_head(name) or tensor.shape[1:] != embedding.shape[1:]:
+            continue
+        if len(tensor) > len(embedding):
+            continue
+        served = embedding[: len(tensor)]
+        if not torch.equal(tensor.to(served.device, served.dtype), served):
+            found[name] = OTHER_HEAD
+    return found
+
+
+def _served_embedding(record: ModelRecord) -> torch.Tensor | None:
+    """The one matrix of a tied head; None where the head is not tied or the matrix cannot be told."""
+    if record.world_size > 1 or not _is_tied(record):
+        return None
+    for layer in record.layers:
+        module = layer.ref()
+        weight = module._parameters.get("weight") if module is not None else None
+        if weight is not None and weight.dim() == 2 and _EMBEDDING.search(f"{layer.name}.weight"):
+            return weight.detach()
+    return None
 
 
 def _digest_of(tensor: torch.Tensor) -> bytes:

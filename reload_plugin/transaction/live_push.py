@@ -248,12 +248,19 @@ class LoadWeights:
             logger.info("%s begins again, and what came of it before is dropped.", push.describe())
         refuse_shared_weights(state)
         state.refuse_while_update_open()
-        last = self.kinds.last
-        stream = last is not None and last.whole and not last.repeats and not isinstance(push, LivePush)
-        opened = LivePush(open_intake(model, state, SOURCE, stream), self._expected(model, state))
+        known_whole = self._will_be_whole(named) and not isinstance(push, LivePush)
+        opened = LivePush(open_intake(model, state, SOURCE, known_whole), self._expected(model, state))
         state.open(opened)
         self._fast = opened
         return opened
+
+    def _will_be_whole(self, named: NamedWeights) -> bool:
+        """Whether a push that begins now will be like the last one, and that was the whole model."""
+        last = self.kinds.last
+        if last is None or not last.whole or last.repeats:
+            return False
+        # What comes right after a push, and was not in it, belongs to it: a head that is tied, say.
+        return self._latest is not Latest.COMMIT or named.first in last.names
 
     def _expected(self, model: nn.Module, state: EngineState) -> frozenset[str]:
         return self.kinds.expected(lambda: state.start.shapes(model, state.record))

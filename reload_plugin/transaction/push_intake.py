@@ -17,6 +17,7 @@ from torch import nn
 from ..checkpoint import HostCopy, SpillFile, TensorInfo
 from ..errors import SERVES_OLD, weights_error
 from ..load.stream import WeightStream
+from ..load.tied_head import differing_from_served
 from ..options import ReloadOptions, road_options
 from ..plan.checkpoint_plan import Plan, PlanUnavailableError
 from ..plan.mismatches import Mismatches
@@ -213,6 +214,8 @@ class GatheringIntake:
         model, state, kept = self._model, self._state, self._kept
         plan = plan_for(model, state, kept)
         if plan is not None and _uses_nothing(plan):
+            if other := differing_from_served(state.record, kept.read()):
+                raise weights_error(kept.description, SERVES_OLD, unexpected=other)
             kept.close()
             return None, False
         if plan is not None and plan.mismatches.missing:
