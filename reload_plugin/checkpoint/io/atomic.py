@@ -49,6 +49,27 @@ def written_atomically(target: Path, overwrite: bool) -> Iterator[Path]:
         _remove(partial)
 
 
+def exchanged(one: Path, other: Path) -> None:
+    """Exchange two names in one step.
+
+    Raises:
+        OSError: the file system cannot, or one of them is not there.
+
+    """
+    if not _renamed(one, other, _EXCHANGE):
+        raise OSError(errno.ENOTSUP, "two folders cannot be exchanged in one step", str(other))
+
+
+def moved_to_free_name(source: Path, target: Path) -> bool:
+    """Rename in one step; False where ``target`` exists."""
+    if _renamed(source, target, _NOREPLACE):
+        return True
+    if os.path.lexists(target):
+        return False
+    source.rename(target)  # where the file system cannot make sure in the same step
+    return True
+
+
 def sync_folder(folder: Path) -> None:
     """Flush the directory entries of a folder to disk (fsync)."""
     handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)

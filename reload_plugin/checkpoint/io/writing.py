@@ -34,7 +34,12 @@ class FilePlan:
 
     @property
     def nbytes(self) -> int:
-        return sum(info.meta().nbytes for info in self.infos)
+        """Bytes of all its tensors."""
+        return sum(info.nbytes for info in self.infos)
+
+    def header(self, metadata: Mapping[str, str]) -> bytes:
+        """What the file begins with, its length included; the tensors follow without gaps."""
+        return _header(self, metadata)
 
 
 def plan_files(infos: Iterable[TensorInfo], max_file_bytes: int | None) -> list[FilePlan]:
@@ -105,7 +110,7 @@ def write_file(
 
     """
     with path.open("xb") as file:
-        file.write(_header(plan, metadata))
+        file.write(plan.header(metadata))
         for info in plan.infos:
             _write_tensor(file, info, tensors, wrote)
         file.flush()
