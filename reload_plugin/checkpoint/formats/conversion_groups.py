@@ -90,9 +90,11 @@ def conversions_of(model: Any, infos: Sequence[TensorInfo]) -> Conversions:
     meta = {info.name: info.meta() for info in infos}
     if not meta:
         return Conversions((), model, {})
+    together: list[frozenset[str]] = []
+    ancestry = _Ancestry(meta)
     shown = copy.copy(model)  # the same modules and config, with a table of its own
-    shown._weight_conversions = exact_conversions(model)
-    with _Ancestry(meta) as ancestry:
+    shown._weight_conversions = exact_conversions(model, lambda t: together.append(ancestry.sources_of(*t)))
+    with ancestry:
         whole = _reverted(shown, meta)
     made_of = {name: ancestry.sources_of(tensor) for name, tensor in whole.items()}
     lost = meta.keys() - set().union(*made_of.values())
@@ -103,7 +105,7 @@ def conversions_of(model: Any, infos: Sequence[TensorInfo]) -> Conversions:
             dict.fromkeys(lost, "no tensor of the checkpoint is made of it"),
         )
     found = Conversions((), shown, meta)
-    groups = [_group(found, sources, names, whole) for sources, names in _connected(made_of)]
+    groups = [_group(found, sources, names, whole) for sources, names in _connected(made_of, together)]
     return Conversions(tuple(groups), shown, meta)
 
 
@@ -128,23 +130,33 @@ def _info(name: str, tensor: torch.Tensor) -> TensorInfo:
     return TensorInfo(name, tuple(tensor.shape), tensor.dtype)
 
 
-def _connected(made_of: Mapping[str, frozenset[str]]) -> list[tuple[list[str], list[str]]]:
-    """Sources and outputs in groups such that each output's sources are in its group, in the order of
-    outputs.
+def _connected(
+    made_of: Mapping[str, frozenset[str]], together: Sequence[frozenset[str]]
+) -> list[tuple[list[str], list[str]]]:
+    """Sources and outputs in groups, in the order of the outputs.
+
+    Args:
+        made_of: output -> its sources, which come into one group.
+        together: sets of sources that come into one group.
+
     """
-    group_of: dict[str, tuple[list[str], list[str]]] = {}
+    root = {source: source for sources in made_of.values() for source in sources}
+
+    def found(name: str) -> str:
+        while root[name] != name:
+            root[name] = name = root[root[name]]
+        return name
+
+    for sources in (*made_of.values(), *(some & root.keys() for some in together)):
+        first = found(min(sources)) if sources else ""
+        for source in sources:
+            root[found(source)] = first
+    groups: dict[str, tuple[list[str], list[str]]] = {}
     for output, sources in made_of.items():
-        merged: tuple[list[str], list[str]] = ([], [])
-        for source in sorted(sources):
-            known = group_of.get(source, ([source], []))
-            if known is not merged:
-                merged[0].extend(known[0])
-                merged[1].extend(known[1])
-                for name in known[0]:
-                    group_of[name] = merged
-        merged[1].append(output)
-    distinct = {id(group): group for group in group_of.values()}
-    return list(distinct.values())
+        groups.setdefault(found(min(sources)), ([], []))[1].append(output)
+    for source in sorted(root):
+        groups[found(source)][0].append(source)
+    return list(groups.values())
 
 
 def _reverted(model: Any, tensors: Mapping[str, Any]) -> Tensors:
@@ -201,17 +213,16 @@ class _Ancestry(TorchDispatchMode):
         self._alive: list[torch.Tensor] = []
         """Tensors are told apart by address, so none may be freed."""
 
-    def sources_of(self, tensor: torch.Tensor) -> frozenset[str]:
-        """Names of the tensors that one is made of."""
-        return self._of.get(id(tensor), frozenset())
+    def sources_of(self, *tensors: torch.Tensor) -> frozenset[str]:
+        """Names of the given ones that some tensors are made of."""
+        return frozenset().union(*(self._of.get(id(tensor), ()) for tensor in tensors))
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         del types
         result = func(*args, **(kwargs or {}))
-        known = map(self.sources_of, _tensors((args, kwargs)))
-        names = functools.reduce(frozenset.union, known, frozenset[str]())
+        names = self.sources_of(*_tensors((args, kwargs)))
         for tensor in _tensors(result):
             self._alive.append(tensor)
             self._of[id(tensor)] = self.sources_of(tensor) | names

@@ -4,18 +4,25 @@ from __future__ import annotations
 
 import copy
 import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
 from ...errors import ExportError
 
+Seen = Callable[[Sequence[torch.Tensor]], None]
 
-def exact_conversions(model: Any) -> list[Any] | None:
+
+def exact_conversions(model: Any, seen: Seen) -> list[Any] | None:
     """The conversions that transformers applied to a model, or would apply; None for no conversion.
 
     Copies: of each one that is undone by an operation, the first step of undoing checks that all sources are
     there, and experts that are taken apart keep their dimensions of size 1.
+
+    Args:
+        model: a ``PreTrainedModel``.
+        seen: called in that first step with all tensors that are converted together.
 
     Raises:
         ExportError: this transformers has no such tables.
@@ -35,20 +42,20 @@ def exact_conversions(model: Any) -> list[Any] | None:
         found = [entry for entry in tables if not isinstance(entry, PrefixChange)]
     if not found:
         return None
-    return [_exact(entry) if isinstance(entry, WeightConverter) else entry for entry in found]
+    return [_exact(entry, seen) if isinstance(entry, WeightConverter) else entry for entry in found]
 
 
-def _exact(converter: Any) -> Any:
+def _exact(converter: Any, seen: Seen) -> Any:
     """A copy of a converter whose inverse is checked."""
-    _, whole_experts, complete = _operations()
+    whole_experts, complete = _operations()
     exact = copy.copy(converter)
     operations = [whole_experts(op) for op in converter.operations]
-    exact.operations = [*operations, complete()]
+    exact.operations = [*operations, complete(seen)]
     return exact
 
 
 @functools.cache
-def _operations() -> tuple[type, Any, type]:
+def _operations() -> tuple[Callable[[Any], Any], Callable[[Seen], Any]]:
     """Operations that subclass transformers' own, which is imported when it is used."""
     from transformers.core_model_loading import ConversionOps, MergeModulelist, SplitModulelist
 
@@ -72,6 +79,12 @@ def _operations() -> tuple[type, Any, type]:
     class Complete(ConversionOps):
         """Passes tensors on if every source of the conversion is among them."""
 
+        def __init__(self, seen: Seen) -> None:
+            self._seen = seen
+
+        def __deepcopy__(self, memo: object) -> Any:
+            return self  # transformers copies a converter for each of its outputs
+
         def convert(
             self, input_dict: dict[str, Any], source_patterns: list[str], **kwargs: Any
         ) -> dict[str, Any]:
@@ -83,6 +96,7 @@ def _operations() -> tuple[type, Any, type]:
                     "Nothing was written. Put the weights back, or save with save_original_format=False.",
                     {name: f"{', '.join(missing)} is missing"},
                 )
+            self._seen([tensor for found in input_dict.values() for tensor in _listed(found)])
             return input_dict
 
         @property
@@ -92,4 +106,8 @@ def _operations() -> tuple[type, Any, type]:
     def whole_experts(operation: Any) -> Any:
         return Merge(operation.dim) if type(operation) is MergeModulelist else operation
 
-    return Split, whole_experts, Complete
+    return whole_experts, Complete
+
+
+def _listed(found: Any) -> list[torch.Tensor]:
+    return found if isinstance(found, list) else [found]
