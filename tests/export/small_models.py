@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -21,6 +21,10 @@ class Family:
     conversion: str
     """What undoing does: many-to-one, one-to-many, …"""
     make: Callable[[], Any]
+    squeezed: dict[str, int] = field(default_factory=dict)
+    """End of a name -> dimension of size 1 that transformers 5.19 loses when it saves."""
+    cast_buffers: bool = False
+    """Whether transformers itself loads a buffer in another dtype where it offloads buffers."""
 
 
 def _made(model: str, config: str, **options: Any) -> Callable[[], Any]:
@@ -135,6 +139,7 @@ FAMILIES = (
         "mixtral, inner size 1",
         "one-to-many",
         _made("MixtralForCausalLM", "MixtralConfig", **NARROW, **EXPERTS),
+        {".w1.weight": 0, ".w3.weight": 0, ".w2.weight": 1},
     ),
     Family(
         "qwen3_moe", "one-to-many", _made("Qwen3MoeForCausalLM", "Qwen3MoeConfig", **DECODER, **QWEN_EXPERTS)
@@ -148,6 +153,7 @@ FAMILIES = (
         "kimi_k25",
         "many-to-one with a rope permutation, one-to-many",
         _made("Kimi_K25ForConditionalGeneration", "Kimi_K25Config", **KIMI),
+        cast_buffers=True,
     ),
     Family(
         "step3p7",
