@@ -1,4 +1,4 @@
-"""``save_offloaded`` on real models: each tensor the original's, from wherever it was, in files of any size."""
+"""``save_offloaded`` on real models: each tensor the original's, from wherever it was, in any files."""
 
 from __future__ import annotations
 
