@@ -87,7 +87,7 @@ def test_files_that_the_model_needs_and_that_would_go_are_named(place: Path) -> 
     model = PLACEMENTS["full disk"](place / "own", place / "scratch")
     before = answers(model)
     with pytest.raises(
-        ExportError, match="would no longer be in .*own, where the model reads them"
+        ExportError, match=r"would no longer be in .*own, where the model reads them"
     ) as raised:
         save_offloaded(model, place / "own")
     assert "model.layers.0.mlp.experts.gate_up_proj" in raised.value.tensors
