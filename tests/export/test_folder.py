@@ -25,7 +25,7 @@ from reload_plugin.export import replacement, target
 from reload_plugin.export.outputs import OutputGroup, plan_export
 from reload_plugin.export.writer import write_export
 from reload_plugin.plan.source import TensorInfo
-from tests.export.folders import as_hugging_face_loads, as_vllm_loads, files_of, tensors_of
+from tests.export.folders import as_hugging_face_loads, as_vllm_loads, files_of, tensors_of, vllm_files
 from tests.offloaded_saves import scratch_folder
 
 OLD = {f"model.layers.{i}.weight": torch.full((4, 5), float(i)) for i in range(6)}
@@ -169,6 +169,20 @@ def test_killed_at_any_call_there_is_no_folder_or_a_whole_one(work: Path) -> Non
     assert is_equal(tensors_of(work / "out"), NEW)
     assert files_of(work) == ["out"]  # what the killed ones left is gone
     assert step > 20
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("indexed", [True, False])
+def test_what_vllm_reads_is_what_these_tests_take_it_to_read(work: Path, size: str, indexed: bool) -> None:
+    from vllm.model_executor.model_loader.weight_utils import filter_duplicate_safetensors_files
+
+    out = old_save(work, size)
+    shutil.copy(next(out.glob("*.safetensors")), out / "other.safetensors")
+    if not indexed:
+        (out / target.INDEX).unlink(missing_ok=True)
+    files = sorted(map(str, out.glob("*.safetensors")))
+    kept = filter_duplicate_safetensors_files(files, str(out), target.INDEX)
+    assert [Path(file) for file in kept] == vllm_files(out)
 
 
 # -- writing fails --------------------------------------------------------------------------------
