@@ -175,6 +175,30 @@ def table() -> str:
     return "\n".join(lines)
 
 
+def accidents() -> str:
+    """A row for each accident, a column for each saver."""
+    import transformers
+
+    from tests.offloaded_accidents import ACCIDENTS
+
+    lines = [
+        f"| accident | `save_pretrained` {transformers.__version__} | `save_offloaded` |",
+        "|---|---|---|",
+    ]
+    family = next(family for family in FAMILIES if family.name == "mixtral")
+    for name, happens in ACCIDENTS.items():
+        cells = []
+        for saver in (their_own, ours):
+            with scratch_folder() as folder:
+                original = make_original(family, Path(folder, "original"))
+                outcomes = happens(saver, Path(folder), original)
+                right = f"{sum(outcomes)}/{len(outcomes)}"
+                cells.append(right if all(outcomes) else f"**{right}**")
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+        print(lines[-1], flush=True)
+    return "\n".join(lines)
+
+
 # -- memory ---------------------------------------------------------------------------------------
 
 LARGE = {
@@ -243,6 +267,7 @@ def main() -> None:
     chosen = parser.parse_args()
     quiet()
     if chosen.table:
+        print(accidents())
         print(table())
     if chosen.memory:
         print(measure_memory())
