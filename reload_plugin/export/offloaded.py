@@ -63,6 +63,7 @@ def save_offloaded(
         ExportError: it cannot be saved, or writing failed; the old folder is as it was.
 
     """
+    model = getattr(model, "_orig_mod", model)  # of torch.compile
     _refuse_others(model)
     try:
         saved = saved_weights_of(model)
@@ -117,11 +118,23 @@ def _refuse_others(model: Any) -> None:
             "save_pretrained."
         )
     quantizer = getattr(model, "hf_quantizer", None)
-    if quantizer is not None and not quantizer.is_serializable():
-        method = getattr(quantizer.quantization_config, "quant_method", type(quantizer).__name__)
+    if quantizer is not None:
+        _refuse_quantizer(name, quantizer)
+
+
+def _refuse_quantizer(name: str, quantizer: Any) -> None:
+    from transformers.quantizers.base import HfQuantizer
+
+    method = getattr(quantizer.quantization_config, "quant_method", type(quantizer).__name__)
+    if not quantizer.is_serializable():
         raise ExportError(
             f"{name} is quantized with {method}, which cannot be saved. Nothing was written. Save the model "
             "before it is quantized."
+        )
+    if type(quantizer).get_state_dict_and_metadata is not HfQuantizer.get_state_dict_and_metadata:
+        raise ExportError(
+            f"{name} is quantized with {method}, whose weights transformers rearranges when it saves them. "
+            "Nothing was written. Use save_pretrained."
         )
 
 

@@ -71,7 +71,12 @@ class Replacement:
             exchanged(self.path, target)
         elif not moved_to_free_name(self.path, target):
             raise OSError(errno.EEXIST, "it was made by somebody else meanwhile", str(target))
-        sync_folder(target.parent)
+        try:
+            sync_folder(target.parent)
+        except BaseException:  # it may not last, so the old folder comes back
+            undo = exchanged if self._target.exists else moved_to_free_name
+            undo(target, self.path)
+            raise
         if self._target.exists:  # what others put into the old folder while the new one was made
             for entry in _that_stay(self.path, old):
                 if not os.path.lexists(target / entry.name):
@@ -151,7 +156,8 @@ def _can_exchange(parent: Path, name: str) -> bool:
 
 def _that_stay(folder: Path, old: Sequence[str]) -> list[Path]:
     gone = set(old)
-    return sorted(entry for entry in folder.iterdir() if entry.name not in gone)
+    found = (entry for entry in folder.iterdir() if entry.name not in gone)
+    return sorted(entry for entry in found if not entry.name.endswith(PARTIAL))
 
 
 def _index(plans: Sequence[FilePlan], stay: Sequence[Path]) -> str | None:
@@ -245,7 +251,7 @@ class _Inside:
             (self._folder / INDEX).unlink(missing_ok=True)
 
     def _remove_old(self) -> None:
-        stay = [entry for entry in _that_stay(self._folder, self._old) if entry != self._staged]
+        stay = _that_stay(self._folder, self._old)
         tagged = {plan.name for plan in self._tagged}
         index = _index(self._plans, [entry for entry in stay if entry.name not in tagged])
         self._put_index(index or index_of(self._plans, {}))

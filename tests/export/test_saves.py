@@ -213,6 +213,32 @@ def test_what_is_no_transformers_model_is_refused(place: Path) -> None:
     refused(torch.nn.Linear(2, 2), place, "Linear is no transformers model")
 
 
+@pytest.mark.parametrize(
+    ("quantizer", "serializable", "says"),
+    [("FineGrainedFP8HfQuantizer", False, "cannot be saved"), ("Mxfp4HfQuantizer", True, "rearranges")],
+)
+def test_quantizers_that_save_in_their_own_way_are_refused(
+    originals: dict[str, Original], place: Path, quantizer: str, serializable: bool, says: str
+) -> None:
+    from unittest import mock
+
+    from transformers.quantizers import auto
+
+    model = PLACEMENTS["in memory"](originals["llama, tied"][1], place)
+    cls = next(c for c in auto.AUTO_QUANTIZER_MAPPING.values() if c.__name__ == quantizer)
+    model.hf_quantizer = cls.__new__(cls)
+    model.hf_quantizer.quantization_config = mock.Mock(quant_method="some")
+    with mock.patch.object(cls, "is_serializable", return_value=serializable):
+        refused(model, place, f"LlamaForCausalLM is quantized with some, .*{says}")
+
+
+def test_a_compiled_model_is_saved_as_itself(originals: dict[str, Original], place: Path) -> None:
+    _, folder, original = originals["llama, tied"]
+    report = save_offloaded(torch.compile(PLACEMENTS["in memory"](folder, place)), place / "out")
+    assert report.source == "LlamaForCausalLM"
+    assert why_wrong(place / "out", original) is None
+
+
 def test_tied_weights_that_differ_are_both_kept(originals: dict[str, Original], place: Path) -> None:
     model = PLACEMENTS["in memory"](originals["llama, tied"][1], place)
     model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach() + 1)
