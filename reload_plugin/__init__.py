@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from .errors import (
         DuplicateWeightsError,
         EngineBrokenError,
+        ExportError,
         KernelFormatError,
         MisshapenWeightsError,
         MissingWeightsError,
@@ -28,7 +29,8 @@ if TYPE_CHECKING:
         UnsupportedError,
         WeightsError,
     )
-    from .report import ReloadReport
+    from .export.offloaded import save_offloaded
+    from .report import ExportReport, ReloadReport
     from .tools.conversion import convert, is_stale, read_nested
     from .tools.fsdp import RestoreReport, restore_fsdp
     from .tools.nested import flatten, unflatten
@@ -40,6 +42,8 @@ if TYPE_CHECKING:
 _HOME = {
     "DuplicateWeightsError": "errors",
     "EngineBrokenError": "errors",
+    "ExportError": "errors",
+    "ExportReport": "report",
     "KernelFormatError": "errors",
     "MisshapenWeightsError": "errors",
     "MissingWeightsError": "errors",
@@ -69,6 +73,7 @@ _HOME = {
     "reload_weights": "transaction.reload",
     "restore_for_reloading": "transaction.chunked_update",
     "restore_fsdp": "tools.fsdp",
+    "save_offloaded": "export.offloaded",
     "status": "transaction.status",
     "unflatten": "tools.nested",
 }
@@ -76,6 +81,8 @@ _HOME = {
 __all__ = [
     "DuplicateWeightsError",
     "EngineBrokenError",
+    "ExportError",
+    "ExportReport",
     "KernelFormatError",
     "MisshapenWeightsError",
     "MissingWeightsError",
@@ -105,6 +112,7 @@ __all__ = [
     "reload_weights",
     "restore_for_reloading",
     "restore_fsdp",
+    "save_offloaded",
     "status",
     "unflatten",
 ]

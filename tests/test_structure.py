@@ -40,6 +40,8 @@ only from its own folder and from those before it. On the ground floor that hold
 PUBLIC = [
     "DuplicateWeightsError",
     "EngineBrokenError",
+    "ExportError",
+    "ExportReport",
     "KernelFormatError",
     "MisshapenWeightsError",
     "MissingWeightsError",
@@ -69,6 +71,7 @@ PUBLIC = [
     "reload_weights",
     "restore_for_reloading",
     "restore_fsdp",
+    "save_offloaded",
     "status",
     "unflatten",
 ]
