@@ -50,7 +50,7 @@ class ReloadReport(BaseModel):
     weight_version: str | None = None
     """The caller's name for the weights served now."""
     digest: str | None = None
-    """Of all that the kernels read; see ``verify.digest``. None with ``digest=False`` and ``later``."""
+    """Of all that the kernels read; see ``digest.digest``. None with ``digest=False`` and ``later``."""
     spilled_bytes: int = 0
     """Bytes of weights that were spilled to a file because too many layers were incomplete."""
     partial: bool = False
