@@ -20,6 +20,7 @@
     ├── ProcessingError            process_weights_after_loading raised on the new weights
     ├── KernelFormatError          weights in kernel format that do not match it exactly
     ├── RanksDisagreeError         another rank failed or did not answer, so no rank committed
+    ├── ExportError                weights could not be written out; lists every tensor concerned
     └── SessionError               a call that the state of the reload does not allow
         └── EngineBrokenError      the engine holds a mixture and refuses to serve until healed
 """
@@ -94,6 +95,22 @@ class SessionError(ReloadError):
 
 class EngineBrokenError(SessionError):
     """The engine holds a mixture of two generations and does not serve. A good reload heals it."""
+
+
+class ExportError(ReloadError):
+    """Weights could not be written out. Nothing was written: what was at the target before is still there.
+
+    Attributes:
+        tensors: name -> why it cannot be written; empty where no single tensor is the reason.
+
+    """
+
+    def __init__(self, message: str, tensors: Mapping[str, str] | None = None) -> None:
+        super().__init__(message)
+        self.tensors = dict(tensors or {})
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return type(self), (str(self), self.tensors)
 
 
 class WeightsError(ReloadError):
@@ -192,8 +209,21 @@ def weights_error(source: str, consequence: str, **offenders: Mapping[str, str])
     return cls("\n".join(lines), **present)
 
 
-def _list(kind: str, found: Mapping[str, str]) -> str:
+def export_error(what: str, next_step: str, tensors: Mapping[str, str]) -> ExportError:
+    """One error for all tensors that cannot be written.
+
+    Args:
+        what: a clause that the list follows ("cannot be written under the names of a checkpoint").
+        next_step: sentences that end the message.
+        tensors: name -> why.
+
+    """
+    noun = "tensor" if len(tensors) == 1 else "tensors"
+    return ExportError(f"{_list(f'{noun} {what}', tensors, 'tensors').strip()}\n{next_step}", tensors)
+
+
+def _list(kind: str, found: Mapping[str, str], attribute: str | None = None) -> str:
     names = sorted(found)
     shown = [f"{name} ({found[name]})" if found[name] else name for name in names[:SHOWN]]
-    more = f", and {len(names) - SHOWN} more (see .{kind})" if len(names) > SHOWN else ""
+    more = f", and {len(names) - SHOWN} more (see .{attribute or kind})" if len(names) > SHOWN else ""
     return f"  {len(names)} {kind}: {', '.join(shown)}{more}."

@@ -1,6 +1,8 @@
-"""The report of a reload."""
+"""The reports of a reload and of an export."""
 
 from __future__ import annotations
+
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -59,3 +61,45 @@ class ReloadReport(BaseModel):
     """Weights that were read again from the old source, because weights of the same layers were sent."""
     caches: dict[str, str] = Field(default_factory=dict)
     """Cache that depends on the weights -> whether it was reset."""
+
+
+Tier = Literal["source", "plan", "kept", "inverse", "dequantized", "converted"]
+"""How exactly an exported tensor is known.
+
+- ``source``: its bytes as they were, copied.
+- ``plan``: the copy plan inverted; the parameter that serves holds the checkpoint's bytes.
+- ``kept``: from a copy in load format that was kept for this.
+- ``inverse``: a known inverse of the processing, proven by loading the result again.
+- ``converted``: exact, by the inverse of the operations that the model's library applied when it loaded.
+- ``dequantized``: not exact; ``ExportReport.largest_error`` says by how much.
+"""
+
+
+class ExportReport(BaseModel):
+    """What one export wrote."""
+
+    model_config = ConfigDict(frozen=True)
+
+    source: str
+    """What the weights were taken from."""
+    directory: str
+    tensors: int
+    nbytes: int
+    """Bytes of all tensors, headers not counted."""
+    tiers: dict[str, Tier]
+    """Tensor -> how exactly it is known."""
+    dtypes: dict[str, str]
+    """Tensor -> dtype as written, by torch's name (``bfloat16``)."""
+    files: dict[str, str]
+    """Tensor -> the file in ``directory`` that holds it."""
+    largest_error: dict[str, float] = Field(default_factory=dict)
+    """Dequantized tensor -> largest absolute difference, over its elements, to a weight that packs to what is
+    served."""
+    copied: tuple[str, ...] = ()
+    """Files written beside the weights: config, tokenizer."""
+    replaced: tuple[str, ...] = ()
+    """Weight files of an older save that are no longer there, or were written anew."""
+    peak_bytes: int
+    """Bytes of the largest group of tensors that were in memory together: what they were made from, and what
+    was made."""
+    seconds: float

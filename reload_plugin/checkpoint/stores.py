@@ -127,7 +127,15 @@ class SpillFile:
 
 
 def bytes_of(tensor: torch.Tensor) -> Iterator[memoryview]:
-    """A tensor's elements in order, as pieces of plain memory on the CPU."""
+    """A tensor's elements in order, as pieces of plain memory on the CPU; at most one piece is copied at a
+    time, whatever the layout.
+    """
+    if tensor.ndim and tensor.nbytes > _PIECE and not tensor.is_contiguous():
+        rows = max(1, _PIECE * len(tensor) // tensor.nbytes)
+        slabs = tensor.detach().split(rows) if len(tensor) > 1 else (tensor.detach()[0],)
+        for slab in slabs:
+            yield from bytes_of(slab)
+        return
     dense = tensor.detach().resolve_conj().resolve_neg().contiguous()
     flat = dense.as_strided((dense.numel(),), (1,))  # one element may have any stride and count as contiguous
     step = max(1, _PIECE // max(1, flat.element_size()))

@@ -17,10 +17,11 @@ from pydantic import BaseModel, ConfigDict
 
 from ..checkpoint import FileSource, open_source
 from ..checkpoint.formats.safetensors_files import read_header
-from ..checkpoint.io.writing import FilePlan, index_of, plan_files, write_file, written_atomically
+from ..checkpoint.io.atomic import carry_over, written_atomically
+from ..checkpoint.io.writing import FilePlan, index_of, plan_files, write_file
 from ..checkpoint.sidecar import KEY, WRITTEN, file_digest, origin_of_files, why_stale
 from ..errors import SourceError
-from .foreign_files import carry_over, foreign_files, refuse_collisions
+from .foreign_files import foreign_files, refuse_collisions
 from .nested import NestedFile, Structure, unflatten
 
 STRUCTURE = "reload_plugin.structure"

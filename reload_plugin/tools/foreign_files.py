@@ -1,10 +1,8 @@
-"""Files in a converted folder that no conversion wrote: found, and carried over to the next conversion."""
+"""Files in a converted folder that no conversion wrote: found, and protected from the next conversion."""
 
 from __future__ import annotations
 
 import filecmp
-import os
-import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -55,34 +53,6 @@ def refuse_collisions(foreign: Iterable[Path], names: Iterable[str], beside: Ite
             f"The conversion would replace files that it did not write, or that were changed since: {shown}. "
             "Move them elsewhere, or convert with overwrite, which replaces the whole target."
         )
-
-
-def carry_over(foreign: Iterable[Path], new: Path) -> None:
-    """Put foreign files of the old folder into the new one, as hard links where the file system has them.
-
-    The old folder is not changed: it can be removed, or kept if the conversion fails.
-
-    Raises:
-        OSError: a file can be neither linked nor copied.
-
-    """
-    for entry in foreign:
-        if not (new / entry.name).exists():  # a copied file with the same content is there
-            _carry(entry, new / entry.name)
-
-
-def _carry(source: Path, target: Path) -> None:
-    if source.is_dir() and not source.is_symlink():
-        shutil.copytree(source, target, symlinks=True, copy_function=_link)
-    else:
-        _link(source, target)
-
-
-def _link(source: str | Path, target: str | Path) -> None:
-    try:
-        os.link(source, target, follow_symlinks=False)
-    except OSError:  # no hard links on this file system, or none to a file of another owner
-        shutil.copy2(source, target, follow_symlinks=False)
 
 
 def _same(one: Path, other: Path) -> bool:

@@ -130,7 +130,7 @@ def test_the_bar_is_drawn_in_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     source = kept(1000)
     with looking():
         weights = progress.with_progress(source.read(), source, True)
-        monkeypatch.setattr(weights._bar, "update", drawn.append)
+        monkeypatch.setattr(weights._bar._bar, "update", drawn.append)
         list(weights)
     assert len(drawn) <= progress.STEPS
     assert sum(drawn) == source.nbytes
@@ -152,7 +152,7 @@ def test_an_error_closes_the_bar_and_the_stream() -> None:
         with pytest.raises(SourceError, match="the disk is gone"):
             next(weights)
     assert closed == [True]
-    assert weights._bar is None
+    assert weights._bar._bar is None
     assert shown.getvalue().endswith("\n")
 
 

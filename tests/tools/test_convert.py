@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 
 from reload_plugin import convert, is_stale, read_nested, unflatten
 from reload_plugin.checkpoint import open_folder, open_source
-from reload_plugin.checkpoint.io import writing
+from reload_plugin.checkpoint.io import atomic, writing
 from reload_plugin.errors import SourceError
 from reload_plugin.tools.nested import NestedFile
 from tests.checkpoint.test_sources import DTYPES, SHAPES
@@ -293,7 +293,7 @@ def test_an_empty_folder_is_no_obstacle(trainer: Path) -> None:
 
 
 def leftovers(folder: Path) -> list[str]:
-    return [file.name for file in folder.rglob("*") if file.name.endswith(writing.PARTIAL)]
+    return [file.name for file in folder.rglob("*") if file.name.endswith(atomic.PARTIAL)]
 
 
 FAULTS = {
@@ -343,7 +343,7 @@ def failed_at(step: int, monkeypatch: pytest.MonkeyPatch, fault: Callable, actio
     with monkeypatch.context() as patches:
         patches.setattr(writing, "bytes_of", counting(writing.bytes_of))
         patches.setattr(writing.os, "fsync", counting(os.fsync))
-        patches.setattr(writing, "_rename_into_place", counting(writing._rename_into_place))
+        patches.setattr(atomic, "_rename_into_place", counting(atomic._rename_into_place))
         try:
             action()
         except SourceError as error:

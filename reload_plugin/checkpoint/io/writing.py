@@ -1,4 +1,4 @@
-"""Safetensors files written from a stream, and outputs that appear whole or not at all.
+"""Safetensors files written from a stream.
 
 The safetensors library wants all tensors in memory. The format itself (its description in the safetensors
 project) needs a header with names, dtypes, shapes and offsets, and then the bytes without gaps: names and
@@ -7,14 +7,8 @@ shapes are enough to begin.
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
-import errno
-import functools
 import json
 import os
-import secrets
-import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,12 +21,8 @@ from .. import TensorInfo
 from ..dtypes import METADATA_KEY, SAFETENSORS_NAMES
 from ..stores import bytes_of
 
-PARTIAL = ".partial"
-"""Suffix of the name of an output under construction; the name begins with a dot as well."""
 _ALIGN = 8
 """Where the data begins, for readers that map the file."""
-_NOREPLACE, _EXCHANGE = 1, 2
-_AT_FDCWD = -100
 
 
 @dataclass(frozen=True)
@@ -44,7 +34,12 @@ class FilePlan:
 
     @property
     def nbytes(self) -> int:
-        return sum(info.meta().nbytes for info in self.infos)
+        """Bytes of all its tensors."""
+        return sum(info.nbytes for info in self.infos)
+
+    def header(self, metadata: Mapping[str, str]) -> bytes:
+        """What the file begins with, its length included; the tensors follow without gaps."""
+        return _header(self, metadata)
 
 
 def plan_files(infos: Iterable[TensorInfo], max_file_bytes: int | None) -> list[FilePlan]:
@@ -115,7 +110,7 @@ def write_file(
 
     """
     with path.open("xb") as file:
-        file.write(_header(plan, metadata))
+        file.write(plan.header(metadata))
         for info in plan.infos:
             _write_tensor(file, info, tensors, wrote)
         file.flush()
@@ -160,96 +155,3 @@ def index_of(plans: Sequence[FilePlan], metadata: Mapping[str, str]) -> str:
     table = {info.name: plan.name for plan in plans for info in plan.infos}
     total = sum(plan.nbytes for plan in plans)
     return json.dumps({"metadata": {"total_size": total, **metadata}, "weight_map": table}, indent=2) + "\n"
-
-
-# -- whole or not at all --------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def written_atomically(target: Path, overwrite: bool) -> Iterator[Path]:
-    """Yield a temporary path beside ``target`` to write to; on success rename it to ``target``.
-
-    On any failure, Ctrl-C included, the temporary path is removed. With ``overwrite`` an existing target is
-    exchanged for the new one in one step where the file system can (Linux), and then removed.
-
-    Raises:
-        SourceError: ``target`` exists and ``overwrite`` is False; an empty folder does not count.
-        OSError: its folder cannot be written.
-
-    """
-    _refuse_existing(target, overwrite)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.parent / f".{target.name}.{secrets.token_hex(4)}{PARTIAL}"
-    try:
-        yield partial
-        if partial.is_dir():
-            sync_folder(partial)
-        back = _rename_into_place(partial, target, overwrite)
-        try:
-            sync_folder(target.parent)
-        except BaseException:
-            _renamed(target, partial, back)
-            raise
-    finally:
-        _remove(partial)
-
-
-def sync_folder(folder: Path) -> None:
-    """Flush the directory entries of a folder to disk (fsync)."""
-    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _refuse_existing(target: Path, overwrite: bool) -> None:
-    there = target.exists() or target.is_symlink()
-    if there and not overwrite and not (target.is_dir() and not any(target.iterdir())):
-        raise SourceError(
-            f"{target} exists already. Choose another place, or say that it may be overwritten."
-        )
-
-
-def _rename_into_place(partial: Path, target: Path, overwrite: bool) -> int:
-    """Rename ``partial`` to ``target``; returns the kind of rename that would undo it."""
-    if target.is_dir() and not target.is_symlink() and not any(target.iterdir()):
-        target.rmdir()
-    if _renamed(partial, target, _NOREPLACE):
-        return _NOREPLACE
-    _refuse_existing(target, overwrite)
-    if not (overwrite and _renamed(partial, target, _EXCHANGE)):
-        _replace(partial, target)
-    return _EXCHANGE
-
-
-def _replace(partial: Path, target: Path) -> None:
-    """Remove, then rename, where the file system cannot exchange two names; not atomic."""
-    if target.is_dir() and not target.is_symlink():
-        _remove(target)
-    partial.replace(target)
-
-
-def _renamed(source: Path, target: Path, flags: int) -> bool:
-    """Rename in one step (renameat2 of Linux); False where that is not supported, or a file is in the way."""
-    rename = _renameat2()
-    if rename is None:
-        return False
-    if rename(_AT_FDCWD, os.fsencode(source), _AT_FDCWD, os.fsencode(target), flags) == 0:
-        return True
-    code = ctypes.get_errno()
-    if code in (errno.EEXIST, errno.ENOENT, errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.ENOTEMPTY):
-        return False
-    raise OSError(code, os.strerror(code), str(target))
-
-
-@functools.cache
-def _renameat2() -> Callable[..., int] | None:
-    return getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        path.unlink(missing_ok=True)
