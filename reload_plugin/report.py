@@ -92,9 +92,11 @@ class ExportReport(BaseModel):
     """Tensor -> dtype as written, by torch's name (``bfloat16``)."""
     files: dict[str, str]
     """Tensor -> the file in ``directory`` that holds it."""
+    omitted: dict[str, str] = Field(default_factory=dict)
+    """Tensor of the checkpoint that was not written -> why: the model does not use it and nothing holds it."""
     largest_error: dict[str, float] = Field(default_factory=dict)
-    """Dequantized tensor -> largest absolute difference, over its elements, to a weight that packs to what is
-    served."""
+    """Dequantized tensor -> largest absolute difference that its elements may have to those that were loaded:
+    half a step of the quantization, as far as its values show the steps."""
     copied: tuple[str, ...] = ()
     """Files written beside the weights: config, tokenizer."""
     replaced: tuple[str, ...] = ()

@@ -15,6 +15,7 @@ from ..record.load_format import alive_holders
 from ..record.model_record import Group, TensorRecord
 from ..record.snapshot import tables_of
 from ..record.tensor_layout import Geometry
+from ..tensors import wraps_others
 
 _ROWS = 512
 """Rows of the identity matrix that are multiplied at one time."""
@@ -23,13 +24,15 @@ _ROWS = 512
 def candidates_of(group: Group) -> dict[str, torch.Tensor]:
     """Load-format tensor -> values of its shape and dtype, for each that a guess can be made of.
 
-    A tensor of the same shape and dtype in its place is taken for it, whatever processing did to it. A
-    floating-point matrix that a kernel has packed is read back through the layer: fed an identity matrix, its
-    kernel answers with the weight (but for the sign of zeros, and for values that it takes for zero).
+    A tensor of the same shape in its place is taken for it, whatever processing did to it. A floating-point
+    matrix that a kernel has packed is read back through the layer: fed an identity matrix, its kernel answers
+    with the weight (but for the sign of zeros, and for values that it takes for zero).
     """
     found: dict[str, torch.Tensor] = {}
     for module, name, record in places(group):
         served = standing(module, name, record)
+        if served is None:
+            served = cast_back(module, name, record)
         if served is None and name == "weight":
             served = read_back(module, record)
         if served is not None:
@@ -43,18 +46,31 @@ def places(group: Group) -> Iterator[tuple[nn.Module, str, TensorRecord]]:
         if not isinstance(held, nn.Module):
             continue
         for (kind, name), record in holder.constructed.items():
-            if kind in ("_parameters", "_buffers"):
+            if kind in ("_parameters", "_buffers") and isinstance(record, TensorRecord):
                 yield held, str(name), record
 
 
 def standing(module: nn.Module, name: str, record: TensorRecord) -> torch.Tensor | None:
     """The tensor that is served in the place of a load-format tensor, if it has its shape and dtype."""
+    found = (served for served in _in_place(module, name) if has_load_format(served, record))
+    return next(found, None)
+
+
+def cast_back(module: nn.Module, name: str, record: TensorRecord) -> torch.Tensor | None:
+    """The tensor in the place of a load-format tensor, if processing only gave it another floating dtype."""
+    shape, dtype = record.format.shape, record.format.dtype
+    for served in _in_place(module, name):
+        if served.shape == shape and served.is_floating_point() and dtype.is_floating_point:
+            return served.to(dtype)
+    return None
+
+
+def _in_place(module: nn.Module, name: str) -> Iterator[torch.Tensor]:
     tables = tables_of(module)
     for kind in ("_parameters", "_buffers", "attribute"):
         served = tables[kind].get(name)
-        if isinstance(served, torch.Tensor) and has_load_format(served, record):
-            return served.detach()
-    return None
+        if isinstance(served, torch.Tensor) and not wraps_others(type(served)) and not served.is_meta:
+            yield served.detach()
 
 
 def has_load_format(served: torch.Tensor, record: TensorRecord) -> bool:
@@ -83,8 +99,8 @@ def multiplied_by_identity(
     device: torch.device | None,
     one: float = 1.0,
 ) -> torch.Tensor | None:
-    """What a linear layer of [outputs, inputs] computes for an identity matrix, transposed: its weight, as its
-    kernel has it. None where its kernel cannot be called so. ``one``: the number in place of the ones.
+    """What a linear layer of [outputs, inputs] computes for an identity matrix, transposed: its weight, as
+    its kernel has it. None where its kernel cannot be called so. ``one``: the number in place of the ones.
     """
     method: Any = module.quant_method
     weight = torch.empty(shape, dtype=dtype, device=device)

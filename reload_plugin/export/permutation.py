@@ -21,10 +21,14 @@ Pair = tuple[torch.Tensor, torch.Tensor]
 """A served tensor, and the one that processing made for its place, of the same shape and dtype."""
 
 Process = Callable[[Mapping[str, torch.Tensor]], Sequence[Pair]]
-"""Processes values of load-format tensors; gives the pairs in the same order each time. Owns what it gives."""
+"""Processes values of load-format tensors; gives the pairs in the same order each time."""
 
 _DIGIT_BITS = {1: 6, 2: 14, 4: 30, 8: 46}
-"""Bytes of a floating-point dtype -> bits of a number that its elements can carry and stay ordinary numbers."""
+"""Bytes of a floating-point dtype -> bits of a number that an element carries and stays an ordinary number."""
+
+_FLOAT_TESTS, _BIT_TESTS = 2, 16
+"""Rounds with random digits. A bit that follows 16 of them by chance would be one in 65,536; values that are
+wrong all the same are refused when they are processed again."""
 
 
 @dataclass(frozen=True)
@@ -50,23 +54,29 @@ class _Units:
     def with_digit(self, place: int) -> torch.Tensor:
         """The values of the tensor that carry one digit of each number."""
         fmt = self.record.format
-        size, count = fmt.dtype.itemsize, fmt.geometry.numel
         numbers = torch.arange(self.first, self.first + self.count, dtype=torch.int64, device="cpu")
         if self.floating:
-            bits = _DIGIT_BITS[size]
-            digits = (numbers >> min(bits * place, 62)) & ((1 << bits) - 1)
-            return _from_words(digits + _zero_of(size), fmt.dtype).reshape(fmt.shape)
-        digits = ((numbers >> place) & 1).view(count, self.per_element)
-        words = (digits << torch.arange(self.per_element, device="cpu")).sum(-1)
-        return _from_words(words, fmt.dtype).reshape(fmt.shape)
+            bits = _DIGIT_BITS[fmt.dtype.itemsize]
+            return self.carrying((numbers >> min(bits * place, 62)) & ((1 << bits) - 1))
+        return self.carrying((numbers >> place) & 1)
 
-    def filled(self, ones: bool) -> torch.Tensor:
-        """All bits clear or set; digits 0 where elements are numbered."""
+    def with_random(self, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+        """Values that carry a random digit in each unit, and these digits."""
+        limit = 1 << (_DIGIT_BITS[self.record.format.dtype.itemsize] if self.floating else 1)
+        digits = torch.randint(limit, (self.count,), generator=generator, dtype=torch.int64, device="cpu")
+        return self.carrying(digits), digits
+
+    def carrying(self, digits: torch.Tensor) -> torch.Tensor:
+        """Values that carry a digit in each unit."""
         fmt = self.record.format
         if self.floating:
-            return self.with_digit(0)
-        words = torch.full((fmt.geometry.numel,), -1 if ones else 0, dtype=torch.int64, device="cpu")
+            return _from_words(digits + _zero_of(fmt.dtype.itemsize), fmt.dtype).reshape(fmt.shape)
+        words = (digits.view(-1, self.per_element) << torch.arange(self.per_element, device="cpu")).sum(-1)
         return _from_words(words, fmt.dtype).reshape(fmt.shape)
+
+    def filled(self, digit: int) -> torch.Tensor:
+        """Values that carry the same digit in each unit."""
+        return self.carrying(torch.full((self.count,), digit, dtype=torch.int64, device="cpu"))
 
 
 def _zero_of(size: int) -> int:
@@ -115,58 +125,90 @@ def _total(units: Sequence[_Units]) -> int:
 def _by_elements(
     floats: Sequence[_Units], whole: Sequence[_Units], process: Process
 ) -> dict[str, torch.Tensor]:
-    """Each dtype size carries its own number of bits, so as many digits as the smallest one needs."""
-    bits = {_DIGIT_BITS[unit.record.format.dtype.itemsize] for unit in floats}
-    digits = max(1, -(-max(1, (_total(floats) - 1).bit_length()) // min(bits)))
-    still = {unit.record.name: unit.filled(ones=False) for unit in whole}
+    """Each dtype carries its own number of bits, so there are as many digits as the smallest one needs."""
+    dtypes = {unit.record.format.dtype for unit in floats}
+    narrow = min(_DIGIT_BITS[dtype.itemsize] for dtype in dtypes)
+    places = max(1, -(-max(1, (_total(floats) - 1).bit_length()) // narrow))
+    still = {unit.record.name: unit.filled(0) for unit in whole}
     rounds = [
         process(still | {unit.record.name: unit.with_digit(place) for unit in floats})
-        for place in range(digits)
+        for place in range(places)
     ]
+    tests, expected = _random_rounds(floats, still, process, _FLOAT_TESTS)
     gathered = {unit.record.name: _Gathered(unit) for unit in floats}
-    for pairs in zip(*rounds, strict=True):
-        served = pairs[0][0]
-        size = served.element_size()
-        if not served.dtype.is_floating_point or size not in _DIGIT_BITS:
-            continue
-        width = _DIGIT_BITS[size]
-        numbers = torch.zeros(served.numel(), dtype=torch.int64, device=served.device)
-        valid = torch.ones(served.numel(), dtype=torch.bool, device=served.device)
-        for place, (_, made) in enumerate(pairs):
-            digit = _words(made) - _zero_of(size)
-            valid &= (digit >= 0) & (digit < 1 << width)
-            if width * place < 63:
-                numbers |= digit.clamp_min(0) << (width * place)
-        for one in gathered.values():
-            if one.units.record.format.dtype == served.dtype:
-                one.take(numbers, valid, as_bits(served).reshape(-1))
+    for number, (served, _) in enumerate(rounds[0]):
+        for dtype in dtypes if served.dtype.is_floating_point else ():
+            width = _DIGIT_BITS[dtype.itemsize]
+            numbers = torch.zeros(served.numel(), dtype=torch.int64, device="cpu")
+            valid = torch.ones(served.numel(), dtype=torch.bool, device="cpu")
+            for place, pairs in enumerate(rounds):
+                digit, carries = _digits(pairs[number][1], dtype)
+                valid &= carries
+                if width * place < 63:
+                    numbers |= digit.clamp_min(0) << (width * place)
+            valid &= numbers < _total(floats)
+            numbers.clamp_(0, _total(floats) - 1)
+            for pairs, digits in zip(tests, expected, strict=True):
+                valid &= _digits(pairs[number][1], dtype)[0] == digits[numbers]
+            values = as_bits(served.to(dtype)).reshape(-1).cpu()
+            for one in gathered.values():
+                if one.units.record.format.dtype == dtype:
+                    one.take(numbers, valid, values)
     return {name: values for name, one in gathered.items() if (values := one.elements()) is not None}
 
 
-def _by_bits(
-    whole: Sequence[_Units], floats: Sequence[_Units], process: Process
-) -> dict[str, torch.Tensor]:
-    still = {unit.record.name: unit.filled(ones=False) for unit in floats}
-    places = max(1, (_total(whole) - 1).bit_length())
-    zeros = process(still | {unit.record.name: unit.filled(ones=False) for unit in whole})
-    ones = process(still | {unit.record.name: unit.filled(ones=True) for unit in whole})
+def _digits(made: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """The digits that elements carry, and whether they do. Processing may have given them another floating
+    dtype, which keeps the value.
+    """
+    size = dtype.itemsize
+    digits = _words(made.to(dtype)) - _zero_of(size)
+    return digits, (digits >= 0) & (digits < 1 << _DIGIT_BITS[size])
+
+
+def _by_bits(whole: Sequence[_Units], floats: Sequence[_Units], process: Process) -> dict[str, torch.Tensor]:
+    still = {unit.record.name: unit.filled(0) for unit in floats}
+    zeros = process(still | {unit.record.name: unit.filled(0) for unit in whole})
+    ones = process(still | {unit.record.name: unit.filled(1) for unit in whole})
     rounds = [
         process(still | {unit.record.name: unit.with_digit(place) for unit in whole})
-        for place in range(places)
+        for place in range(max(1, (_total(whole) - 1).bit_length()))
     ]
+    tests, expected = _random_rounds(whole, still, process, _BIT_TESTS)
     gathered = {unit.record.name: _Gathered(unit) for unit in whole}
     for number, (served, clear) in enumerate(zeros):
         if not _is_whole_number(served.dtype):
             continue
         base = _bits(clear)
         valid = _bits(ones[number][1]) != base
-        numbers = torch.zeros(base.numel(), dtype=torch.int64, device=served.device)
+        numbers = torch.zeros(base.numel(), dtype=torch.int64, device="cpu")
         for place, pairs in enumerate(rounds):
             numbers |= (_bits(pairs[number][1]) ^ base).to(torch.int64) << place
+        valid &= numbers < _total(whole)
+        numbers.clamp_(0, _total(whole) - 1)
+        for pairs, digits in zip(tests, expected, strict=True):
+            valid &= (_bits(pairs[number][1]) ^ base).to(torch.int64) == digits[numbers]
         values = _bits(served) ^ base
         for one in gathered.values():
             one.take(numbers, valid, values)
     return {name: values for name, one in gathered.items() if (values := one.bits()) is not None}
+
+
+def _random_rounds(
+    units: Sequence[_Units], still: Mapping[str, torch.Tensor], process: Process, count: int
+) -> tuple[list[Sequence[Pair]], list[torch.Tensor]]:
+    """Rounds with random digits, and these digits by number of unit. What only looked like a moved unit (sums
+    that a kernel keeps beside the weights) does not follow them.
+    """
+    generator = torch.Generator("cpu").manual_seed(0)
+    tests: list[Sequence[Pair]] = []
+    expected: list[torch.Tensor] = []
+    for _ in range(count):
+        drawn = [unit.with_random(generator) for unit in units]
+        named = {unit.record.name: values for unit, (values, _) in zip(units, drawn, strict=True)}
+        tests.append(process({**still, **named}))
+        expected.append(torch.cat([digits for _, digits in drawn]))
+    return tests, expected
 
 
 class _Gathered:
@@ -181,12 +223,12 @@ class _Gathered:
         """Take the units whose numbers are this tensor's."""
         first, last = self.units.first, self.units.first + self.units.count
         mine = valid & (numbers >= first) & (numbers < last)
-        where = (numbers[mine] - first).cpu()
+        where = numbers[mine] - first
         if not len(where):
             return
         if self._values is None:
             self._values = torch.zeros(self.units.count, dtype=values.dtype, device="cpu")
-        self._values[where] = values[mine].cpu()
+        self._values[where] = values[mine]
         self._known[where] = True
 
     def elements(self) -> torch.Tensor | None:
@@ -200,20 +242,18 @@ class _Gathered:
         """The tensor, where units are bits; None if some of them went nowhere."""
         if self._values is None or not bool(self._known.all()):
             return None
-        fmt, width = self.units.record.format, self.units.per_element
-        words = (self._values.to(torch.int64).view(-1, width) << torch.arange(width, device="cpu")).sum(-1)
-        return _from_words(words, fmt.dtype).reshape(fmt.shape)
+        return self.units.carrying(self._values.to(torch.int64))
 
 
 def _words(tensor: torch.Tensor) -> torch.Tensor:
-    """The bits of each element as a number that is not negative, but for 8 bytes."""
+    """The bits of each element as a number, not negative but for 8 bytes. On the CPU."""
     size = tensor.element_size()
-    words = as_bits(tensor).reshape(-1).to(torch.int64)
+    words = as_bits(tensor).reshape(-1).cpu().to(torch.int64)
     return words if size == 8 else words & ((1 << (8 * size)) - 1)
 
 
 def _bits(tensor: torch.Tensor) -> torch.Tensor:
-    """The bits of each element, lowest first: bool, one behind the other."""
+    """The bits of each element, lowest first: bool, one behind the other. On the CPU."""
     width = 8 * tensor.element_size()
-    words = as_bits(tensor).reshape(-1).to(torch.int64)
-    return ((words[:, None] >> torch.arange(width, device=words.device)) & 1).to(torch.bool).reshape(-1)
+    words = as_bits(tensor).reshape(-1).cpu().to(torch.int64)
+    return ((words[:, None] >> torch.arange(width, device="cpu")) & 1).to(torch.bool).reshape(-1)

@@ -21,11 +21,11 @@ from ..record.model_record import Group, TensorRecord
 from ..record.staged_group import StagedGroup
 from ..tensors import storage_id
 from ..transaction.engine_state import EngineState
-from .candidates import candidates_of, places, standing
+from .candidates import as_load_format, candidates_of, places, standing
 from .int8_linear import int8_candidates
 from .native_twins import NativeTwins
 from .permutation import Pair, put_back
-from .trial import Trial, difference
+from .trial import Trial, as_bits, difference
 
 logger = logging.getLogger("vllm.reload_plugin")
 
@@ -38,12 +38,15 @@ Way = Literal["as it is", "guess", "permutation", "none"]
 
 @dataclass(frozen=True)
 class Recovery:
-    """How the load format of one group is recovered."""
+    """How the load format of some groups is recovered, all of them together."""
 
-    group: Group
+    groups: tuple[Group, ...]
     way: Way
     reason: str = ""
     """Why it cannot be, where it cannot."""
+    lossy: frozenset[str] = frozenset()
+    """Load-format tensors of which processing does not keep every bit: other values would be served the same
+    way, so those that were loaded cannot be known."""
 
 
 @dataclass
@@ -84,58 +87,91 @@ class Recoveries:
         """
         waiting = [group for group in groups if group.name not in self._found]
         for group in [group for group in waiting if group.needs_no_processing]:
-            self._found[group.name] = Recovery(group, "as it is")
+            self._note((group,), "as it is")
             yield group.nbytes
-        for batch in self._batches([group for group in waiting if not group.needs_no_processing]):
+        processed = [group for group in waiting if not group.needs_no_processing]
+        # Those that vLLM processes last make values of one another (MLA's of ``kv_b_proj``).
+        if last := tuple(group for group in processed if group.late or group.deferred):
+            self._try_together(last)
+            yield sum(group.nbytes for group in last)
+        for batch in _batches([group for group in processed if not (group.late or group.deferred)]):
             self._try_batch(batch)
             yield sum(group.nbytes for group in batch)
 
-    def _batches(self, groups: Sequence[Group]) -> Iterator[list[Group]]:
-        """Groups that are tried together. Those that vLLM processes last have to be."""
-        last = [group for group in groups if group.late or group.deferred]
-        if last:
-            yield last
-        batch: list[Group] = []
-        for group in groups:
-            if group.late or group.deferred:
-                continue
-            if batch and sum(one.nbytes for one in batch) + group.nbytes > TRIAL_BYTES:
-                yield batch
-                batch = []
-            batch.append(group)
-        if batch:
-            yield batch
+    def _note(self, groups: tuple[Group, ...], way: Way, reason: str = "", lossy: Iterable[str] = ()) -> None:
+        recovery = Recovery(groups, way, reason, frozenset(lossy))
+        self._found.update((group.name, recovery) for group in groups)
 
-    def _try_batch(self, batch: list[Group]) -> None:
-        values = {name: one for group in batch for name, one in self._guess(group).items()}
+    def _try_batch(self, batch: Sequence[Group]) -> None:
+        """Guess for several groups at once, and look for an inverse of each that differs."""
+        values = self._guess(batch)
         try:
             differing = self._differing(batch, values)
+            lossy = self._lossy([group for group in batch if group.name not in differing], values)
         except ReloadError as error:
-            if len(batch) > 1 and not batch[0].late and not batch[0].deferred:
+            if len(batch) > 1:
                 for group in batch:
                     self._try_batch([group])
                 return
-            logger.info("Layers could not be processed again: %s", error)
-            differing = dict.fromkeys((group.name for group in batch), "processing")
+            differing, lossy = {batch[0].name: f"what it takes ({error})"}, set()
         for group in batch:
-            if group.name not in differing:
-                self._found[group.name] = Recovery(group, "guess")
+            if group.name in differing:
+                self._invert((group,), differing[group.name])
             else:
-                self._found[group.name] = self._by_permutation(group, differing[group.name])
+                self._note((group,), "guess", lossy=lossy & {record.name for record in group.tensors})
 
-    def _by_permutation(self, group: Group, what: str) -> Recovery:
-        reason = f"no inverse of the processing of {group.name} is known: it changes {what}"
-        if group.deferred:
-            return Recovery(group, "none", reason)
+    def _try_together(self, groups: tuple[Group, ...]) -> None:
+        values = self._guess(groups)
         try:
-            values = self._guess(group) | self._moved_back(group)
-            what = self._differing([group], values).get(group.name, "")
+            differing = self._differing(groups, values)
+            lossy = set() if differing else self._lossy(groups, values, together=True)
+        except ReloadError as error:
+            differing, lossy = {groups[0].name: f"what it takes ({error})"}, set()
+        if differing:
+            self._invert(groups, next(iter(differing.values())))
+        else:
+            self._note(groups, "guess", lossy=lossy)
+
+    def _invert(self, groups: tuple[Group, ...], what: str) -> None:
+        names = ", ".join(group.name for group in groups if any(t.is_parameter for t in group.tensors))
+        reason = f"no inverse of what processing makes of {names} is known: it changes {what}"
+        try:
+            values = self._guess(groups) | self._moved_back(groups)
+            failed = bool(self._differing(groups, values))
         except (ReloadError, RuntimeError, ValueError) as error:
-            logger.info("%s could not be inverted: %s: %s", group.name, type(error).__name__, error)
-            return Recovery(group, "none", reason)
-        if what:
-            return Recovery(group, "none", reason)
-        return Recovery(group, "permutation")
+            logger.info("%s could not be inverted: %s: %s", names, type(error).__name__, error)
+            failed = True
+        self._note(groups, "none" if failed else "permutation", reason if failed else "")
+
+    def _lossy(
+        self, groups: Sequence[Group], values: Mapping[str, torch.Tensor], together: bool = False
+    ) -> set[str]:
+        """Load-format tensors of which processing does not keep every bit: with the lowest bit of the smallest
+        element changed, what is served comes out all the same. Quantization does that; packing does not.
+
+        Args:
+            groups: that were proven.
+            values: of them.
+            together: a change in one of them may show in another.
+
+        """
+        lossy: set[str] = set()
+        parameters = {
+            group.name: [r.name for r in group.tensors if r.is_parameter and r.name in values]
+            for group in groups
+        }
+        rounds = [
+            [(name, names[index]) for name, names in parameters.items() if index < len(names)]
+            for index in range(max(map(len, parameters.values()), default=0))
+        ]
+        if together:
+            rounds = [[one] for some in rounds for one in some]
+        for some in rounds:
+            changed = {parameter: with_a_bit_changed(values[parameter]) for _, parameter in some}
+            differing = self._differing(groups, {**values, **changed})
+            seen = differing.keys() if not (together and differing) else {name for name, _ in some}
+            lossy.update(parameter for name, parameter in some if name not in seen)
+        return lossy
 
     def _differing(self, groups: Sequence[Group], values: Mapping[str, torch.Tensor]) -> dict[str, str]:
         """Group -> what processing its values again does not give as it is served."""
@@ -154,36 +190,78 @@ class Recoveries:
     def values_of(self, groups: Iterable[Group]) -> LoadValues:
         """The load format of groups, as far as it can be recovered. The caller only reads the tensors."""
         recovered = LoadValues()
-        for group in groups:
-            way = self._found[group.name].way
-            if way == "none":
+        for found in {id(found): found for found in (self._found[group.name] for group in groups)}.values():
+            if found.way == "none":
                 continue
-            values = self._guess(group)
-            if way == "permutation":
-                values |= self._moved_back(group)
+            values = self._guess(found.groups)
+            if found.way == "permutation":
+                values |= self._moved_back(found.groups)
             recovered.values |= values
-            for module, name, record in places(group):
+            for module, name, record in (place for group in found.groups for place in places(group)):
                 if (value := values.get(record.name)) is not None:
                     served = standing(module, name, record)
                     if served is None or storage_id(served) != storage_id(value):
                         recovered.inverted.add(record.name)
+            _add_views(recovered, found.groups)
         return recovered
 
-    def _guess(self, group: Group) -> dict[str, torch.Tensor]:
-        return int8_candidates(group) | candidates_of(group)
+    def _guess(self, groups: Iterable[Group]) -> dict[str, torch.Tensor]:
+        found: dict[str, torch.Tensor] = {}
+        for group in groups:
+            found |= int8_candidates(group) | candidates_of(group)
+        return found
 
-    def _moved_back(self, group: Group) -> dict[str, torch.Tensor]:
+    def _moved_back(self, groups: Sequence[Group]) -> dict[str, torch.Tensor]:
         def process(values: Mapping[str, torch.Tensor]) -> list[Pair]:
             pairs: list[Pair] = []
 
             def see(_: StagedGroup, commit: Commit) -> None:
                 pairs.extend((served, new.clone()) for served, new in commit.copies)
 
-            Trial(self._model, self._state, frozenset({group.name})).run(values, see)
+            Trial(self._model, self._state, frozenset(group.name for group in groups)).run(values, see)
             return pairs
 
-        return put_back(_loadable(group), process)
+        return put_back([r for group in groups for r in group.tensors if r.is_parameter], process)
 
 
-def _loadable(group: Group) -> list[TensorRecord]:
-    return [record for record in group.tensors if record.is_parameter]
+def with_a_bit_changed(values: torch.Tensor) -> torch.Tensor:
+    """A copy with the lowest bit of the element changed that is closest to zero and not zero."""
+    copied = values.detach().clone(memory_format=torch.contiguous_format)
+    if not copied.numel():
+        return copied
+    sizes = copied.reshape(-1).to(torch.float64).abs()
+    index = int(sizes.masked_fill((sizes == 0) | sizes.isnan(), torch.inf).argmin())
+    bits = as_bits(copied).view(-1)
+    bits[index] = bits[index] ^ 1
+    return copied
+
+
+def _add_views(recovered: LoadValues, groups: Iterable[Group]) -> None:
+    """Load-format tensors that are views of the memory of others which were recovered."""
+    records = [record for group in groups for record in group.tensors]
+    whole: dict[int, TensorRecord] = {}
+    for record in records:
+        if record.name in recovered.values and record.format.geometry.offset == 0:
+            whole.setdefault(record.storage, record)
+    for record in records:
+        of = whole.get(record.storage)
+        if record.name in recovered.values or of is None or record.format.end > of.format.nbytes:
+            continue
+        memory = as_load_format(recovered.values[of.name], of.format.geometry).untyped_storage()
+        empty = torch.empty(0, dtype=record.format.dtype, device=memory.device)
+        geometry = record.format.geometry
+        recovered.values[record.name] = empty.set_(memory, geometry.offset, geometry.size, geometry.stride)
+        if of.name in recovered.inverted:
+            recovered.inverted.add(record.name)
+
+
+def _batches(groups: Sequence[Group]) -> Iterator[list[Group]]:
+    """Groups that are tried together: up to ``TRIAL_BYTES``, or a single one."""
+    batch: list[Group] = []
+    for group in groups:
+        if batch and sum(one.nbytes for one in batch) + group.nbytes > TRIAL_BYTES:
+            yield batch
+            batch = []
+        batch.append(group)
+    if batch:
+        yield batch

@@ -75,7 +75,7 @@ class Trial:
 
 
 def _fill(staged: StagedGroup, values: Mapping[str, torch.Tensor]) -> None:
-    staged.materialise()
+    staged.materialise()  # wrappers of other tensors have no staging, and stay as they were built
     for storage in staged.storages:
         for record in storage.records:
             if (found := values.get(record.name)) is not None:
@@ -111,7 +111,7 @@ def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 
 def as_bits(tensor: torch.Tensor) -> torch.Tensor:
-    """The elements as integers of their size, so that NaN and the sign of zero compare. A view if possible."""
+    """The elements as integers of their size, so that NaN and the sign of zero count. A view if possible."""
     kinds = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     plain = tensor.detach()
     if plain.is_conj() or plain.is_neg():
