@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from .errors import (
         DuplicateWeightsError,
         EngineBrokenError,
+        ExportError,
         KernelFormatError,
         MisshapenWeightsError,
         MissingWeightsError,
@@ -28,7 +29,9 @@ if TYPE_CHECKING:
         UnsupportedError,
         WeightsError,
     )
-    from .report import ReloadReport
+    from .export.served import export_checkpoint
+    from .export.verify import verify
+    from .report import ExportReport, ReloadReport, VerifyReport
     from .tools.conversion import convert, is_stale, read_nested
     from .tools.fsdp import RestoreReport, restore_fsdp
     from .tools.nested import flatten, unflatten
@@ -40,6 +43,8 @@ if TYPE_CHECKING:
 _HOME = {
     "DuplicateWeightsError": "errors",
     "EngineBrokenError": "errors",
+    "ExportError": "errors",
+    "ExportReport": "report",
     "KernelFormatError": "errors",
     "MisshapenWeightsError": "errors",
     "MissingWeightsError": "errors",
@@ -57,9 +62,11 @@ _HOME = {
     "SourceError": "errors",
     "UnexpectedWeightsError": "errors",
     "UnsupportedError": "errors",
+    "VerifyReport": "report",
     "WeightsError": "errors",
     "abort_weight_update": "transaction.chunked_update",
     "convert": "tools.conversion",
+    "export_checkpoint": "export.served",
     "flatten": "tools.nested",
     "is_stale": "tools.conversion",
     "open_source": "checkpoint",
@@ -71,11 +78,14 @@ _HOME = {
     "restore_fsdp": "tools.fsdp",
     "status": "transaction.status",
     "unflatten": "tools.nested",
+    "verify": "export.verify",
 }
 
 __all__ = [
     "DuplicateWeightsError",
     "EngineBrokenError",
+    "ExportError",
+    "ExportReport",
     "KernelFormatError",
     "MisshapenWeightsError",
     "MissingWeightsError",
@@ -93,9 +103,11 @@ __all__ = [
     "SourceError",
     "UnexpectedWeightsError",
     "UnsupportedError",
+    "VerifyReport",
     "WeightsError",
     "abort_weight_update",
     "convert",
+    "export_checkpoint",
     "flatten",
     "is_stale",
     "open_source",
@@ -107,6 +119,7 @@ __all__ = [
     "restore_fsdp",
     "status",
     "unflatten",
+    "verify",
 ]
 
 

@@ -40,6 +40,8 @@ only from its own folder and from those before it. On the ground floor that hold
 PUBLIC = [
     "DuplicateWeightsError",
     "EngineBrokenError",
+    "ExportError",
+    "ExportReport",
     "KernelFormatError",
     "MisshapenWeightsError",
     "MissingWeightsError",
@@ -57,9 +59,11 @@ PUBLIC = [
     "SourceError",
     "UnexpectedWeightsError",
     "UnsupportedError",
+    "VerifyReport",
     "WeightsError",
     "abort_weight_update",
     "convert",
+    "export_checkpoint",
     "flatten",
     "is_stale",
     "open_source",
@@ -71,6 +75,7 @@ PUBLIC = [
     "restore_fsdp",
     "status",
     "unflatten",
+    "verify",
 ]
 
 

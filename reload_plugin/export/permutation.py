@@ -24,7 +24,7 @@ Process = Callable[[Mapping[str, torch.Tensor]], Sequence[Pair]]
 """Processes values of load-format tensors; gives the pairs in the same order each time."""
 
 _DIGIT_BITS = {1: 6, 2: 14, 4: 30, 8: 46}
-"""Bytes of a floating-point dtype -> bits of a number that an element carries and stays an ordinary number."""
+"""Bytes of a floating-point dtype -> bits of a number that an element can carry."""
 
 _FLOAT_TESTS, _BIT_TESTS = 2, 16
 """Rounds with random digits. A bit that follows 16 of them by chance would be one in 65,536; values that are

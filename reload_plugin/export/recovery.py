@@ -25,12 +25,15 @@ from .candidates import as_load_format, candidates_of, places, standing
 from .int8_linear import int8_candidates
 from .native_twins import NativeTwins
 from .permutation import Pair, put_back
-from .trial import Trial, as_bits, difference
+from .trial import Trial, as_bits, difference, filling
 
 logger = logging.getLogger("vllm.reload_plugin")
 
 TRIAL_BYTES = 64 << 20
 """Load-format bytes of the layers that are tried together; a larger layer is tried alone."""
+
+KEPT_BYTES = 256 << 20
+"""Bytes of recovered values that are kept from the check to the writing; others are found out twice."""
 
 Way = Literal["as it is", "guess", "permutation", "none"]
 """How the load format of a group is recovered."""
@@ -73,6 +76,8 @@ class Recoveries:
         # After a foreign writer a new handle may lie where a known one was.
         self._twins = NativeTwins(state.handles if state.generation.known else {})
         self._found: dict[str, Recovery] = {}
+        self._kept: dict[int, dict[str, torch.Tensor]] = {}
+        """Recovery (by identity) -> values that were expensive to find out, up to ``KEPT_BYTES``."""
 
     def of(self, group: Group) -> Recovery:
         """How the load format of a group is recovered; found out before by ``find``."""
@@ -98,8 +103,17 @@ class Recoveries:
             self._try_batch(batch)
             yield sum(group.nbytes for group in batch)
 
-    def _note(self, groups: tuple[Group, ...], way: Way, reason: str = "", lossy: Iterable[str] = ()) -> None:
+    def _note(
+        self,
+        groups: tuple[Group, ...],
+        way: Way,
+        reason: str = "",
+        lossy: Iterable[str] = (),
+        moved: dict[str, torch.Tensor] | None = None,
+    ) -> None:
         recovery = Recovery(groups, way, reason, frozenset(lossy))
+        if moved is not None and self._kept_bytes() + _bytes_of(moved) <= KEPT_BYTES:
+            self._kept[id(recovery)] = moved
         self._found.update((group.name, recovery) for group in groups)
 
     def _try_batch(self, batch: Sequence[Group]) -> None:
@@ -113,10 +127,11 @@ class Recoveries:
                 for group in batch:
                     self._try_batch([group])
                 return
-            differing, lossy = {batch[0].name: f"what it takes ({error})"}, set()
+            logger.info("%s cannot be processed again: %s", batch[0].name, error)
+            differing, lossy = {batch[0].name: str(error)}, set()
         for group in batch:
             if group.name in differing:
-                self._invert((group,), differing[group.name])
+                self._invert((group,))
             else:
                 self._note((group,), "guess", lossy=lossy & {record.name for record in group.tensors})
 
@@ -126,28 +141,37 @@ class Recoveries:
             differing = self._differing(groups, values)
             lossy = set() if differing else self._lossy(groups, values, together=True)
         except ReloadError as error:
-            differing, lossy = {groups[0].name: f"what it takes ({error})"}, set()
+            logger.info("Layers cannot be processed again: %s", error)
+            differing, lossy = {groups[0].name: str(error)}, set()
         if differing:
-            self._invert(groups, next(iter(differing.values())))
+            self._invert(groups)
         else:
             self._note(groups, "guess", lossy=lossy)
 
-    def _invert(self, groups: tuple[Group, ...], what: str) -> None:
+    def _invert(self, groups: tuple[Group, ...]) -> None:
         names = ", ".join(group.name for group in groups if any(t.is_parameter for t in group.tensors))
-        reason = f"no inverse of what processing makes of {names} is known: it changes {what}"
+        reason = f"no inverse of what processing makes of {names} is known"
+        moved: dict[str, torch.Tensor] | None = None
         try:
-            values = self._guess(groups) | self._moved_back(groups)
-            failed = bool(self._differing(groups, values))
+            moved = self._moved_back(groups)
+            what = next(iter(self._differing(groups, self._guess(groups) | moved).values()), "")
         except (ReloadError, RuntimeError, ValueError) as error:
-            logger.info("%s could not be inverted: %s: %s", names, type(error).__name__, error)
-            failed = True
-        self._note(groups, "none" if failed else "permutation", reason if failed else "")
+            what = f"{type(error).__name__}: {error}"
+        if what:
+            logger.info("%s cannot be inverted: %s", names, what)
+            self._note(groups, "none", reason)
+        else:
+            self._note(groups, "permutation", moved=moved)
+
+    def _kept_bytes(self) -> int:
+        return sum(map(_bytes_of, self._kept.values()))
 
     def _lossy(
         self, groups: Sequence[Group], values: Mapping[str, torch.Tensor], together: bool = False
     ) -> set[str]:
-        """Load-format tensors of which processing does not keep every bit: with the lowest bit of the smallest
-        element changed, what is served comes out all the same. Quantization does that; packing does not.
+        """Load-format tensors of which processing does not keep every bit: with the lowest bit of the
+        smallest element changed, what is served comes out all the same. Quantization does that, packing
+        does not.
 
         Args:
             groups: that were proven.
@@ -182,7 +206,7 @@ class Recoveries:
             if what is not None:
                 differing[staged.group.name] = what
 
-        Trial(self._model, self._state, frozenset(group.name for group in groups)).run(values, see)
+        Trial(self._model, self._state, frozenset(group.name for group in groups)).run(filling(values), see)
         return differing
 
     # -- recovering --------------------------------------------------------------------------------
@@ -195,7 +219,7 @@ class Recoveries:
                 continue
             values = self._guess(found.groups)
             if found.way == "permutation":
-                values |= self._moved_back(found.groups)
+                values |= self._kept.get(id(found)) or self._moved_back(found.groups)
             recovered.values |= values
             for module, name, record in (place for group in found.groups for place in places(group)):
                 if (value := values.get(record.name)) is not None:
@@ -218,7 +242,9 @@ class Recoveries:
             def see(_: StagedGroup, commit: Commit) -> None:
                 pairs.extend((served, new.clone()) for served, new in commit.copies)
 
-            Trial(self._model, self._state, frozenset(group.name for group in groups)).run(values, see)
+            Trial(self._model, self._state, frozenset(group.name for group in groups)).run(
+                filling(values), see
+            )
             return pairs
 
         return put_back([r for group in groups for r in group.tensors if r.is_parameter], process)
@@ -234,6 +260,10 @@ def with_a_bit_changed(values: torch.Tensor) -> torch.Tensor:
     bits = as_bits(copied).view(-1)
     bits[index] = bits[index] ^ 1
     return copied
+
+
+def _bytes_of(values: Mapping[str, torch.Tensor]) -> int:
+    return sum(tensor.nbytes for tensor in values.values())
 
 
 def _add_views(recovered: LoadValues, groups: Iterable[Group]) -> None:

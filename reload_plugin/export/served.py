@@ -115,8 +115,8 @@ class ServedExport:
         if record.world_size > 1:
             raise ExportError(
                 f"{len(names)} tensors, such as {names[0]}, would have to be put together from what "
-                f"{record.world_size} ranks serve, which this version does not do. Nothing was written. Export "
-                "from one rank, or reload from files that stay where they are."
+                f"{record.world_size} ranks serve, which this version does not do. Nothing was written. "
+                "Export from one rank, or reload from files that stay where they are."
             )
         copy_plan = self._copy_plan(names)
         if copy_plan is None:
@@ -190,8 +190,8 @@ class ServedExport:
 
     def _help(self) -> str:
         text = (
-            f"Nothing was written. {SERVES_OLD} Reload with keep_load_format='host' or 'spill', or from files "
-            "that stay where they are, and export then"
+            f"Nothing was written. {SERVES_OLD} Reload with keep_load_format='host' or 'spill', or from "
+            "files that stay where they are, and export then"
         )
         quantized = any("quantized" in why or "inverse" in why for why in self.account.refused.values())
         if self._lossy is None and quantized:
@@ -274,6 +274,17 @@ def export_model(
             directory, plan, beside=beside, description="what is served", progress=progress
         )
         return _report(directory, plan, export.account, sources.description, written)
+
+
+def export_rank(
+    model: nn.Module, directory: str, rank: int, *, max_shard_size: int | str | None, lossy: Lossy | None
+) -> ExportReport | None:
+    """One rank's part of an export: the first writes, from files that hold whole tensors; the others do
+    nothing, and return None.
+    """
+    if rank:
+        return None
+    return export_model(model, directory, max_shard_size=max_shard_size, lossy=lossy)
 
 
 def _report(

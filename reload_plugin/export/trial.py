@@ -6,7 +6,8 @@ vLLM's own ``process_weights_after_loading``, and compared bit for bit with what
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 from torch import nn
@@ -14,6 +15,7 @@ from torch import nn
 from ..commit.group_commit import Commit
 from ..interrupts import held
 from ..plan.known_checkpoint import KnownCheckpoint
+from ..process.native_handles import Handles
 from ..record.module_state import reachable
 from ..record.staged_group import StagedGroup
 from ..transaction.engine_state import EngineState
@@ -24,6 +26,10 @@ See = Callable[[StagedGroup, Commit], None]
 """Gets a group that was processed, and what its commit would change."""
 
 
+Fill = Callable[[Sequence[StagedGroup]], None]
+"""Writes values into the load format of groups, which has its memory and the constructor's values."""
+
+
 class Trial:
     """Loads values into some groups and processes them. Nothing is committed and the live model serves what
     it served. Takes the load format and the kernel format of these groups, once each.
@@ -32,19 +38,22 @@ class Trial:
         model: a recorded model that is not being reloaded.
         state: of the model.
         groups: names of the groups.
+        from_served: load-format tensors start as they are served, where they have the load format; else as
+            the constructor made them.
 
     """
 
-    def __init__(self, model: nn.Module, state: EngineState, groups: frozenset[str]) -> None:
-        options = SessionOptions(known=KnownCheckpoint(groups=groups), from_served=True)
+    def __init__(
+        self, model: nn.Module, state: EngineState, groups: frozenset[str], from_served: bool = True
+    ) -> None:
+        options = SessionOptions(known=KnownCheckpoint(groups=groups), from_served=from_served)
         self._parts = wire(model, state, options)
 
-    def run(self, values: Mapping[str, torch.Tensor], see: See) -> None:
+    def run(self, fill: Fill, see: See) -> None:
         """Process the groups.
 
         Args:
-            values: load-format tensor -> its values, of its shape and dtype. Others start as they are served,
-                where they have the load format.
+            fill: writes the values that are tried.
             see: called for each group, while the values it was made of and its result exist.
 
         Raises:
@@ -53,12 +62,13 @@ class Trial:
 
         """
         parts = self._parts
-        with held(), parts.state.in_a_call():
+        with held(), parts.state.in_a_call(), handles_forgotten(parts.state.handles):
             try:
                 with parts.pipeline.context():
                     parts.load_format.enter(self)
                     for staged in parts.view.groups:
-                        _fill(staged, values)
+                        staged.materialise()
+                    fill(parts.view.groups)
                     parts.pipeline.process_all()
                     parts.pipeline.process_tail()
                 parts.load_format.check_untouched("an export")
@@ -74,12 +84,28 @@ class Trial:
         return False
 
 
-def _fill(staged: StagedGroup, values: Mapping[str, torch.Tensor]) -> None:
-    staged.materialise()  # wrappers of other tensors have no staging, and stay as they were built
-    for storage in staged.storages:
-        for record in storage.records:
-            if (found := values.get(record.name)) is not None:
-                storage.views[id(record)].copy_(found)
+def filling(values: Mapping[str, torch.Tensor]) -> Fill:
+    """Fills in whole load-format tensors: name -> values, of its shape and dtype."""
+
+    def fill(groups: Sequence[StagedGroup]) -> None:
+        for staged in groups:
+            for storage in staged.storages:  # wrappers of other tensors have none and stay as they were built
+                for record in storage.records:
+                    if (found := values.get(record.name)) is not None:
+                        storage.views[id(record)].copy_(found)
+
+    return fill
+
+
+@contextlib.contextmanager
+def handles_forgotten(handles: Handles) -> Iterator[None]:
+    """Native handles that are made inside are gone when it ends, and another may lie where they were."""
+    before = set(handles)
+    try:
+        yield
+    finally:
+        for handle in handles.keys() - before:
+            del handles[handle]
 
 
 def difference(commit: Commit, twins: NativeTwins) -> str | None:

@@ -46,9 +46,11 @@ def guarding(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def add_worker_calls(worker: type) -> None:
-    """Add what ``collective_rpc`` reaches by name: ``reload_status``, ``note_reset_caches`` and
-    ``abort_weight_update``.
+    """Add what ``collective_rpc`` reaches by name: ``reload_status``, ``note_reset_caches``,
+    ``abort_weight_update``, ``export_checkpoint`` and ``verify_checkpoint``.
     """
+    from ..export.served import export_rank
+    from ..export.verify import verify_model
     from ..transaction.chunked_update import abandon_updates
     from ..transaction.status import status_of
 
@@ -69,7 +71,22 @@ def add_worker_calls(worker: type) -> None:
         self._weight_update_active = False
         return abandon_updates(states_of(self))
 
-    for function in (reload_status, note_reset_caches, abort_weight_update):
+    def export_checkpoint(
+        self: Any, directory: str, max_shard_size: int | str | None = "5GB", lossy: Any = None
+    ) -> dict[str, Any] | None:
+        """Write what this engine serves, as JSON; see ``export.served``. None from all ranks but the first."""
+        model = vllm_api.unwrapped(self.model_runner.get_model())
+        rank = int(getattr(self, "rank", 0))
+        report = export_rank(model, directory, rank, max_shard_size=max_shard_size, lossy=lossy)
+        return None if report is None else report.model_dump(mode="json")
+
+    def verify_checkpoint(self: Any, path: str) -> dict[str, Any]:
+        """Whether this rank serves a checkpoint, as JSON; see ``export.verify``."""
+        model = vllm_api.unwrapped(self.model_runner.get_model())
+        return verify_model(model, path, rank=int(getattr(self, "rank", 0))).model_dump(mode="json")
+
+    added = (reload_status, note_reset_caches, abort_weight_update, export_checkpoint, verify_checkpoint)
+    for function in added:
         add_method(worker, function)
 
 
