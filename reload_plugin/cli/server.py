@@ -14,6 +14,7 @@ import httpx
 
 from ..checkpoint import open_source
 from ..errors import ReloadError
+from ..export.answers import reports_in
 from ..export.verify import worst
 from ..report import ExportReport, ReloadReport, VerifyReport
 from ..transaction.status import ReloadStatus
@@ -178,7 +179,7 @@ def export(server: Server, directory: str, options: dict[str, Any], in_json: boo
     place = str(Path(directory).absolute())
     with waiting(f"exporting to {place}"):
         found = _asked(server, "export_checkpoint", directory=place, **options)
-    report = ExportReport.model_validate(next(answer for answer in found if answer is not None))
+    report = ExportReport.model_validate(found[0])
     if in_json:
         as_json(report.model_dump(mode="json"))
         return FINE
@@ -230,19 +231,21 @@ def verify(server: Server, checkpoint: str, in_json: bool) -> int:
 
 
 def _asked(server: Server, method: str, **kwargs: Any) -> list[Any]:
-    """Call a method of every worker that this package adds.
+    """The reports of all ranks, of a call that this package adds to vLLM's workers.
 
     Raises:
-        CommandError: it failed there. The route may not pass on why, so the server's log has it.
+        CommandError: the server has no such call, or it failed there in a way that this package does not
+            know.
+        ReloadError: what this package raised there.
 
     """
     server.status()  # says what is wrong where the package is not loaded
     try:
-        return server.rpc(method, **kwargs)
+        return reports_in(server.rpc(method, **kwargs))
     except _ServerError as error:
         raise CommandError(
-            f"{server.url} could not do it: {error}",
-            "Its log names every tensor and what would help; it serves what it served before.",
+            f"{server.url} could not do it: {error}.",
+            "Install the same version of this package there and here; its log says more.",
         ) from error
 
 

@@ -28,6 +28,7 @@ from ..report import ExportReport, Tier
 from ..transaction.engine_state import EngineState, state_of
 from ..transaction.known import plan_listing
 from ..transaction.live_push import live_push_of
+from .answers import reports_in
 from .beside import write_beside
 from .components import Component, components_of
 from .generation_sources import GenerationSources
@@ -345,4 +346,4 @@ def export_checkpoint(
             "lossy": lossy,
         },
     )
-    return ExportReport.model_validate(next(answer for answer in answers if answer is not None))
+    return ExportReport.model_validate(reports_in(answers)[0])

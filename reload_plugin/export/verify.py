@@ -15,14 +15,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..checkpoint import Source, open_folder
+from ..checkpoint import HostCopy, Overlay, Source, open_folder
 from ..errors import ReloadError
 from ..plan.checkpoint_plan import Plan
 from ..record.model_record import Group
 from ..report import TensorDifference, VerifyReport
 from ..transaction.engine_state import EngineState
 from ..transaction.known import plan_for
-from .comparison import Comparison
+from .answers import reports_in
+from .comparison import Compared, Comparison
 from .components import components_of
 from .footprints import differing_tensors
 from .inverse_plan import InvertedTensor, inverted
@@ -46,10 +47,15 @@ class Verification:
     def __init__(self, model: nn.Module, state: EngineState, source: Source) -> None:
         self._model, self._state, self._source = model, state, source
         self._groups = {group.name: group for group in state.record.groups}
+        self._last = [group for group in state.record.groups if group.late or group.deferred]
+        start = state.start.shapes(model, state.record)
+        self._place = {name: index for index, name in enumerate(start)}
         self.different: dict[str, TensorDifference] = {}
         self.not_verifiable: dict[str, str] = {}
         self.ignored: dict[str, str] = {}
         self.layers: dict[str, str] = {}
+        self._served_values: dict[str, torch.Tensor] = {}
+        """Of tensors that differ, while others of their layers cannot be compared."""
         self.names: set[str] = set()
         """Every tensor of the source."""
 
@@ -66,17 +72,41 @@ class Verification:
             plan.raise_mismatches(self._source.description)
         comparison = Comparison(self._model, self._state, plan)
         compared = comparison.run(self._source, progress)
-        self.ignored = comparison.ignored
-        names_of = comparison.names_of_groups()
+        self.ignored = comparison.ignored | self._overwritten(plan)
+        names_of = self._joined(comparison.names_of_groups())
         infos = self._source.infos()
         self.names = {i.name for i in infos} if infos else set().union(*names_of.values())
-        differing = {name: what for name, what in compared.items() if what is not None}
+        differing = self._joined_differences(compared)
         for name, what in differing.items():
             if not names_of.get(name):
                 self.layers[name or "the model"] = what
         suspects = {name: sorted(names_of[name]) for name in differing if names_of.get(name)}
         if suspects:
             self._find(suspects, differing, plan)
+
+    def _joined(self, names_of: Mapping[str, set[str]]) -> dict[str, set[str]]:
+        """Group -> the tensors that may make it differ. Those that vLLM processes last make values of one
+        another (MLA's of ``kv_b_proj``), so they count as one, under the name of the first.
+        """
+        joined: dict[str, set[str]] = {}
+        for name, names in names_of.items():
+            joined.setdefault(self._lead(name), set()).update(names - self.ignored.keys())
+        return joined
+
+    def _joined_differences(self, compared: Compared) -> dict[str, str]:
+        return {self._lead(name): what for name, what in compared.items() if what is not None}
+
+    def _lead(self, name: str) -> str:
+        last = self._last
+        return last[0].name if last and any(group.name == name for group in last) else name
+
+    def _overwritten(self, plan: Plan | None) -> dict[str, str]:
+        """Tensors of which a start on the source would leave nothing, because others go to the same place."""
+        if plan is None or plan.copy_plan is None:
+            return {}
+        contested = set().union(*map(set, plan.copy_plan.contested.values()))
+        found = inverted(sorted(contested), plan.copy_plan, self._place).values()
+        return {one.name: one.lost for one in found if one.lost is not None and one.regions}
 
     def _find(
         self, suspects: Mapping[str, list[str]], differing: Mapping[str, str], plan: Plan | None
@@ -86,27 +116,39 @@ class Verification:
         unknown = dict.fromkeys(names, _NO_INVERSE)
         if plan is not None and plan.copy_plan is not None:
             unknown = self._compare_tensors(names, plan)
+            if unknown and self._served_values:
+                self._clear(suspects, unknown, plan)
         for group, some in suspects.items():
             self._blame(group, some, unknown, differing[group], plan)
         for name, reason in unknown.items():
             if name not in self.different:
                 self.not_verifiable[name] = reason
 
+    def _clear(self, suspects: Mapping[str, list[str]], unknown: dict[str, str], plan: Plan) -> None:
+        """Take tensors that cannot be compared off the list where, with those that differ replaced by what is
+        served of them, their group is served as it would be.
+        """
+        served = HostCopy("what is served")
+        for name, tensor in self._served_values.items():
+            served.add(name, tensor)
+        self._served_values = {}
+        compared = Comparison(self._model, self._state, plan).run(Overlay(self._source, served))
+        still = self._joined_differences(compared)
+        for group, names in suspects.items():
+            if group not in still:
+                for name in names:
+                    unknown.pop(name, None)
+
     def _compare_tensors(self, names: Iterable[str], plan: Plan) -> dict[str, str]:
         """Compare tensors with what is served of them; returns those that cannot be -> why."""
         assert plan.copy_plan is not None
-        place = {
-            name: index
-            for index, name in enumerate(self._state.start.shapes(self._model, self._state.record))
-        }
-        tensors = [one for one in inverted(names, plan.copy_plan, place).values() if not one.unused]
+        tensors = [one for one in inverted(names, plan.copy_plan, self._place).values() if not one.unused]
         served = ServedTensors(self._model, self._state)
         record = self._state.record
         held = {record.group_with(parameter).name for one in tensors for parameter in one.parameters}
         groups = [self._groups[name] for name in held]
         if any(group.late or group.deferred for group in groups):
-            last = [group for group in record.groups if group.late or group.deferred]
-            groups += [group for group in last if group.name not in held]
+            groups += [group for group in self._last if group.name not in held]
         for _ in served.recoveries.find(groups):
             pass
         bound = {id(found): found.groups for found in (served.recoveries.of(group) for group in groups)}
@@ -119,6 +161,7 @@ class Verification:
                     unknown[one.name] = _NO_INVERSE if one.lost is None else one.lost
                 elif (found := _difference(theirs[one.name], ours)) is not None:
                     self.different[one.name] = found
+                    self._served_values[one.name] = ours.to(theirs[one.name].dtype)
         return unknown
 
     def _blame(
@@ -148,7 +191,8 @@ class Verification:
             return None
         with contextlib.suppress(ReloadError, RuntimeError):
             tensors = self._read(names)
-            together: list[Group] = [self._groups[group]]
+            lead = self._groups[group]
+            together: list[Group] = self._last if lead in self._last else [lead]
             return differing_tensors(self._model, self._state, together, tensors, suspects, copy_plan)
         return None
 
@@ -230,7 +274,7 @@ def verify(llm_or_model: Any, source: str | Path | Source) -> VerifyReport:
     place = Path(source)
     path = str(place.absolute()) if place.exists() else str(source)
     answers = llm_or_model.collective_rpc("verify_checkpoint", kwargs={"path": path})
-    return worst([VerifyReport.model_validate(answer) for answer in answers])
+    return worst([VerifyReport.model_validate(answer) for answer in reports_in(answers)])
 
 
 def worst(reports: list[VerifyReport]) -> VerifyReport:
