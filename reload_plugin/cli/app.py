@@ -331,10 +331,11 @@ def export(
       reload-plugin export http://gpu-7:8000 /exports/step-12 --max-shard-size 2GB --json | jq .tiers
     """
     from . import server as remote
+    from . import weights_out
 
     options = {"max_shard_size": max_shard_size, "lossy": "dequantize" if dequantize else None}
     with remote.Server(url, api_key, timeout) as server:
-        return remote.export(server, directory, options, json)
+        return weights_out.export(server, directory, options, json)
 
 
 @_command
@@ -358,9 +359,10 @@ def verify(
       reload-plugin verify http://gpu-7:8000 /checkpoints/step-12 --json | jq '.different | keys'
     """
     from . import server as remote
+    from . import weights_out
 
     with remote.Server(url, api_key, timeout) as server:
-        return remote.verify(server, checkpoint, json)
+        return weights_out.verify(server, checkpoint, json)
 
 
 @_command

@@ -1,11 +1,10 @@
-"""``push``, ``status``, ``export`` and ``verify``: a running vLLM server, over HTTP."""
+"""``push`` and ``status``: a running vLLM server, over HTTP."""
 
 from __future__ import annotations
 
 import contextlib
 import time
-from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -14,9 +13,7 @@ import httpx
 
 from ..checkpoint import open_source
 from ..errors import ReloadError
-from ..export.answers import reports_in
-from ..export.verify import worst
-from ..report import ExportReport, ReloadReport, VerifyReport
+from ..report import ReloadReport
 from ..transaction.status import ReloadStatus
 from .show import FINE, NO, CommandError, as_json, human, progress, table, waiting
 
@@ -59,7 +56,7 @@ class Server:
         try:
             answer = self.rpc("reload_status", QUICK)
             return [ReloadStatus.model_validate(state) for state in answer]
-        except _ServerError as error:
+        except ServerError as error:
             raise CommandError(
                 f"{self.url} could not say what it serves: {error}.",
                 "Install this package beside its vLLM and start it again; its log says if it was loaded.",
@@ -81,7 +78,7 @@ class Server:
 
         Raises:
             CommandError: no server, no such route, not allowed, or no answer in time.
-            _ServerError: the server says that it failed.
+            ServerError: the server says that it failed.
 
         """
         seconds = self._timeout if timeout is None else timeout
@@ -115,11 +112,11 @@ class Server:
         except ValueError:
             body = {}
         if code >= 400:
-            raise _ServerError(_reason(body) or f"HTTP {code}")
+            raise ServerError(_reason(body) or f"HTTP {code}")
         return body if isinstance(body, dict) else {}
 
 
-class _ServerError(ReloadError):
+class ServerError(ReloadError):
     """The server answered that something failed there."""
 
 
@@ -171,89 +168,6 @@ def _described(report: ReloadReport) -> str:
     return f"{loaded}; {report.replayed:,} replayed, {report.computed:,} computed by the model's loader"
 
 
-# -- export and verify ----------------------------------------------------------------------------
-
-
-def export(server: Server, directory: str, options: dict[str, Any], in_json: bool) -> int:
-    """``export``: let a server write what it serves to a folder of its machine."""
-    place = str(Path(directory).absolute())
-    with waiting(f"exporting to {place}"):
-        found = _asked(server, "export_checkpoint", directory=place, **options)
-    report = ExportReport.model_validate(found[0])
-    if in_json:
-        as_json(report.model_dump(mode="json"))
-        return FINE
-    count = len(set(report.files.values()))
-    print(
-        f"{report.directory}: {report.tensors:,} tensors, {human(report.nbytes)} in {count} files, "
-        f"from {report.source}, {report.seconds:.1f} s"
-    )
-    for tier, number in sorted(Counter(report.tiers.values()).items()):
-        print(f"  {number:,} {_TIERS[tier]}")
-    if report.omitted:
-        print(f"  {len(report.omitted):,} left out, which the model does not use: {_some(report.omitted)}")
-    if report.largest_error:
-        print(f"  largest error of a dequantized tensor: {max(report.largest_error.values()):.3g}")
-    return FINE
-
-
-_TIERS = {
-    "source": "copied from the files that were loaded",
-    "kept": "from the copy that was kept",
-    "plan": "from parameters that hold them as they were loaded",
-    "inverse": "by a proven inverse of the processing",
-    "dequantized": "dequantized: not exact",
-    "converted": "converted back",
-}
-
-
-def verify(server: Server, checkpoint: str, in_json: bool) -> int:
-    """``verify``: exit code 1 where a server serves something else than a checkpoint."""
-    path = _path_on_server(checkpoint)
-    with waiting(f"verifying {path}"):
-        found = _asked(server, "verify_checkpoint", path=path)
-    report = worst([VerifyReport.model_validate(answer) for answer in found])
-    if in_json:
-        as_json(report.model_dump(mode="json"))
-        return FINE if report.serves else NO
-    verdict = "serves" if report.serves else "does not serve"
-    print(f"{server.url} {verdict} {path}: {report.equal:,} of {report.tensors:,} tensors are equal")
-    rows: list[tuple[object, ...]] = []
-    for name, one in report.different.items():
-        where = "" if one.first is None else f", first at {list(one.first)}"
-        rows.append(("different", name, "" if one.elements is None else f"{one.elements:,} elements{where}"))
-    rows += [("not verifiable", name, why) for name, why in report.not_verifiable.items()]
-    rows += [("ignored", name, why) for name, why in report.ignored.items()]
-    rows += [("layer", name, why) for name, why in report.layers.items()]
-    if rows:
-        table(("", "name", "what"), rows)
-    return FINE if report.serves else NO
-
-
-def _asked(server: Server, method: str, **kwargs: Any) -> list[Any]:
-    """The reports of all ranks, of a call that this package adds to vLLM's workers.
-
-    Raises:
-        CommandError: the server has no such call, or it failed there in a way that this package does not
-            know.
-        ReloadError: what this package raised there.
-
-    """
-    server.status()  # says what is wrong where the package is not loaded
-    try:
-        return reports_in(server.rpc(method, **kwargs))
-    except _ServerError as error:
-        raise CommandError(
-            f"{server.url} could not do it: {error}.",
-            "Install the same version of this package there and here; its log says more.",
-        ) from error
-
-
-def _some(names: Iterable[str]) -> str:
-    shown = sorted(names)
-    return ", ".join(shown[:3]) + (f" and {len(shown) - 3} more" if len(shown) > 3 else "")
-
-
 # -- push -----------------------------------------------------------------------------------------
 
 
@@ -279,7 +193,7 @@ def push(
         in_json: print the states of the ranks as JSON.
 
     """
-    path = _path_on_server(checkpoint)
+    path = path_on_server(checkpoint)
     before = server.status()
     started = time.perf_counter()
     if chunk_bytes is None:
@@ -312,7 +226,7 @@ def _reset_prefix_cache(server: Server) -> None:
     server.rpc("note_reset_caches", QUICK, outcomes={"prefix": "reset"})
 
 
-def _path_on_server(checkpoint: str) -> str:
+def path_on_server(checkpoint: str) -> str:
     """A checkpoint that is here is looked at here: what cannot be read need not trouble the server."""
     place = Path(checkpoint)
     if place.exists():
@@ -344,7 +258,7 @@ def _explained(server: Server) -> Iterator[None]:
     """What failed on the server, in the words of its workers, which the route may not pass on."""
     try:
         yield
-    except _ServerError as error:
+    except ServerError as error:
         reasons = {state.last_error for state in server.status() if state.last_error}
         text = "; ".join(sorted(reasons)) or str(error)
         raise CommandError(
