@@ -1,7 +1,7 @@
 """Train a little, push into a running engine, export from the engine, start another one on the export.
 
 The trainer keeps its weights in memory and writes no file: what is exported comes from the engine alone. It
-is the trainer's weights bit for bit, and an engine that is started on it answers as the one that was exported.
+is the trainer's weights bit for bit, and an engine started on it answers as the one that was exported.
 """
 
 import argparse

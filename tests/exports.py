@@ -116,37 +116,40 @@ def with_an_element_changed(folder: Path, weights: Tensors, name: str) -> tuple[
     return tuple(int(i) for i in torch.unravel_index(torch.tensor(place), weights[name].shape))
 
 
-def misjudged(report: VerifyReport, name: str, index: tuple[int, ...]) -> str:
-    """What `verify` says of weights with one changed element that is not so; empty if nothing."""
-    if report.serves or report.different.keys() != {name} or report.layers:
-        return f"different {sorted(report.different)}, layers {sorted(report.layers)}"
-    if report.not_verifiable:
-        return f"not verifiable {sorted(report.not_verifiable)}"
+def judged(report: VerifyReport, name: str, index: tuple[int, ...]) -> str:
+    """How `verify` found the one changed element: `element`, `name`, or `layer`, where it says of some
+    tensors that it cannot tell which of them differ. Anything else is wrong.
+    """
+    if name in report.ignored:
+        return "not served" if report.serves else f"{report.different}"
+    if report.serves or report.layers:
+        return f"serves {report.serves}, layers {sorted(report.layers)}"
+    if not report.different and name in report.not_verifiable:
+        return "layer"
+    if report.different.keys() != {name} or report.not_verifiable:
+        return f"different {sorted(report.different)}, not verifiable {sorted(report.not_verifiable)}"
     one = report.different[name]
-    known = one.elements is not None
-    return f"{one.elements} at {one.first}" if known and (one.elements, one.first) != (1, index) else ""
+    if one.elements is None:
+        return "name"
+    return "element" if (one.elements, one.first) == (1, index) else f"{one.elements} at {one.first}"
 
 
-def verified(
-    model: torch.nn.Module, copy: Path, weights: Tensors, names: list[str]
-) -> tuple[str, dict[str, str]]:
+def verified(model: torch.nn.Module, copy: Path, weights: Tensors, names: list[str]) -> Found:
     """Verify the weights, then with one element of each of some tensors changed.
 
-    Returns how many were found, and tensor -> what `verify` said wrongly.
+    Returns how many were found in which way, and tensor -> what `verify` said wrongly.
     """
     report = verify(model, copy)
     wrong = {} if report.serves else {"unchanged": f"{report.different} {report.not_verifiable}"}
-    exact = 0
+    ways: Counter[str] = Counter()
     for name in names:
         index = with_an_element_changed(copy, weights, name)
-        report = verify(model, copy)
-        if name in report.ignored:
-            continue
-        if text := misjudged(report, name, index):
+        text = judged(verify(model, copy), name, index)
+        if text in ("element", "name", "layer", "not served"):
+            ways[text] += 1
+        else:
             wrong[name] = text
-        elif report.different[name].elements == 1:
-            exact += 1
-    return f"{exact} to the element, {len(names) - exact - len(wrong)} by name", wrong
+    return "found: " + ", ".join(f"{count} {way}" for way, count in ways.most_common()), wrong
 
 
 def one_of_each_kind(weights: Tensors) -> list[str]:
@@ -192,10 +195,12 @@ def cold_start(case: Case, root: Path) -> str:
 
 def cell(found: Found) -> str:
     text, wrong = found
-    if not wrong:
-        return f"exact: {text}" if not text.endswith("by name") else f"all found: {text}"
-    reasons = Counter(why.split(",")[0].split(" model.")[0][:60] for why in wrong.values())
-    return f"{text} ({reasons.most_common(1)[0][0]})" if text.startswith("refused") else f"**wrong**: {wrong}"
+    if text.startswith("refused"):
+        reasons = Counter(why.split(",")[0].split(" model.")[0][:60] for why in wrong.values())
+        return f"{text} ({reasons.most_common(1)[0][0]})"
+    if wrong:
+        return f"**wrong**: {wrong}"
+    return text if text.startswith("found") else f"exact: {text}"
 
 
 def main(arguments: list[str] | None = None) -> None:
