@@ -29,6 +29,7 @@ if TYPE_CHECKING:
         UnsupportedError,
         WeightsError,
     )
+    from .export.offloaded import save_offloaded
     from .export.served import export_checkpoint
     from .export.verify import verify
     from .report import ExportReport, ReloadReport, VerifyReport
@@ -76,6 +77,7 @@ _HOME = {
     "reload_weights": "transaction.reload",
     "restore_for_reloading": "transaction.chunked_update",
     "restore_fsdp": "tools.fsdp",
+    "save_offloaded": "export.offloaded",
     "status": "transaction.status",
     "unflatten": "tools.nested",
     "verify": "export.verify",
@@ -117,6 +119,7 @@ __all__ = [
     "reload_weights",
     "restore_for_reloading",
     "restore_fsdp",
+    "save_offloaded",
     "status",
     "unflatten",
     "verify",

@@ -73,13 +73,13 @@ class Lab:
 
 
 @contextlib.contextmanager
-def lab(name: str, root: Path) -> Iterator[Lab]:
-    """The lab of one model of the zoo."""
+def lab(name: str, root: Path, **overrides: object) -> Iterator[Lab]:
+    """The lab of one model of the zoo; ``overrides`` are arguments of its engine."""
     case = case_named(name)
     folders = oracle.write(case, root)
     with oracle.running(case, folders["B"]) as llm:
         cold_b = oracle.snapshot(llm, case)
-    with oracle.running(case, folders["A"]) as llm:
+    with oracle.running(case, folders["A"], **overrides) as llm:
         cold_a = oracle.snapshot(llm, case)
         weights = {letter: list(read_tensors(folders[letter]).items()) for letter in "AB"}
         yield Lab(llm, case, weights, {"A": cold_a, "B": cold_b}, cold_a)

@@ -73,6 +73,7 @@ PUBLIC = [
     "reload_weights",
     "restore_for_reloading",
     "restore_fsdp",
+    "save_offloaded",
     "status",
     "unflatten",
     "verify",

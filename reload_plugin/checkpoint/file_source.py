@@ -126,7 +126,7 @@ class FileSource:
 
         """
         with contextlib.ExitStack() as stack:
-            if not self._open and len(self.stamps) <= _open_file_limit() // 4:
+            if not self._open and len(self.stamps) <= open_file_limit() // 4:
                 self._open = open_same(self.stamps, self.stamps, stack)
                 stack.callback(setattr, self, "_open", {})
             yield
@@ -143,7 +143,7 @@ class FileSource:
         return True
 
 
-def _open_file_limit() -> int:
+def open_file_limit() -> int:
     """How many files this process may have open."""
     try:
         import resource

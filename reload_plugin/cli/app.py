@@ -198,6 +198,48 @@ def convert(
 
 
 @_command
+def save(
+    src: Annotated[Path, typer.Argument(metavar="SRC", help="A folder that transformers can open.")],
+    dst: Annotated[Path, typer.Argument(metavar="DST", help="A folder; made if it does not exist.")],
+    max_shard_size: Annotated[str, typer.Option(help="Largest file, like 5GB or 500MiB.")] = "5GB",
+    own_format: Annotated[
+        bool,
+        typer.Option("--own-format", help="Names and shapes of transformers' modules, not the checkpoint's."),
+    ] = False,
+    scratch: Annotated[
+        Path | None,
+        typer.Option(help="Folder for weights that transformers converts; beside DST by default."),
+    ] = None,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run code that SRC brings along.")
+    ] = False,
+    json: Json = False,
+    debug: Debug = False,  # noqa: ARG001
+) -> int:
+    r"""Open a model with all its weights on disk and save it anew, one group of weights in memory at a time.
+
+    Fused and stacked weights become those of the checkpoint format, or transformers' own with --own-format.
+    An older save in DST is replaced whole, or not touched; DST may be SRC.
+
+    \b
+    Examples:
+      reload-plugin save /models/mixtral /exports/mixtral --max-shard-size 2GB
+      reload-plugin save /models/mixtral /models/mixtral --max-shard-size 500MB --json | jq .files
+    """
+    from .saving import save as saved
+
+    report = saved(src, dst, max_shard_size, own_format, scratch, trust_remote_code)
+    count = len(set(report.files.values()))
+    converted = sum(tier == "converted" for tier in report.tiers.values())
+    text = (
+        f"{dst}: {report.tensors:,} tensors, {human(report.nbytes)} in {count} files, of which {converted:,} "
+        f"tensors were converted, {report.seconds:.1f} s"
+    )
+    _say(json, report.model_dump(mode="json"), text)
+    return FINE
+
+
+@_command
 def plan(
     checkpoint: Checkpoint,
     model: Annotated[

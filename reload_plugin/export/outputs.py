@@ -112,6 +112,6 @@ def parse_size(size: int | str) -> int:
     if isinstance(size, bool) or not isinstance(size, int) or size <= 0:
         raise ExportError(
             f"max_shard_size is {size!r} and has to be a positive number of bytes, or one with a unit. "
-            'Write "5GB" or "500MiB". Nothing was written.'
+            'Nothing was written. Write "5GB" or "500MiB".'
         )
     return size

@@ -71,7 +71,12 @@ class Replacement:
             exchanged(self.path, target)
         elif not moved_to_free_name(self.path, target):
             raise OSError(errno.EEXIST, "it was made by somebody else meanwhile", str(target))
-        sync_folder(target.parent)
+        try:
+            sync_folder(target.parent)
+        except BaseException:  # it may not last, so the old folder comes back
+            undo = exchanged if self._target.exists else moved_to_free_name
+            undo(target, self.path)
+            raise
         if self._target.exists:  # what others put into the old folder while the new one was made
             for entry in _that_stay(self.path, old):
                 if not os.path.lexists(target / entry.name):
@@ -151,7 +156,8 @@ def _can_exchange(parent: Path, name: str) -> bool:
 
 def _that_stay(folder: Path, old: Sequence[str]) -> list[Path]:
     gone = set(old)
-    return sorted(entry for entry in folder.iterdir() if entry.name not in gone)
+    found = (entry for entry in folder.iterdir() if entry.name not in gone)
+    return sorted(entry for entry in found if not entry.name.endswith(PARTIAL))
 
 
 def _index(plans: Sequence[FilePlan], stay: Sequence[Path]) -> str | None:
@@ -204,6 +210,8 @@ class _Inside:
         self._staged = staged
         self._plans = plans
         self._old = old
+        self._moved = False
+        """Whether the index names the new files."""
         tag = secrets.token_hex(4)
         self._tagged = [
             dataclasses.replace(plan, name=plan.name.replace(".safetensors", f".{tag}.safetensors"))
@@ -211,25 +219,46 @@ class _Inside:
         ]
 
     def commit(self) -> None:
-        """See the class."""
-        stay = [entry for entry in _that_stay(self._folder, self._old) if entry != self._staged]
+        """See the class. What fails before the index moved is undone; after that the new files are loaded.
+
+        For the moment of the renames vLLM finds part of the new files where the old save is a ``.bin``
+        without an index: no order suits both loaders then.
+        """
         single = self._folder / "model.safetensors"
-        if single.exists() and INDEX not in self._old:
-            with contextlib.suppress(SourceError):  # a file that nobody can load needs no index
-                self._put_index(index_of([_plan_of(single)], {}))
-        for plan, tagged in zip(self._plans, self._tagged, strict=True):
-            (self._staged / plan.name).rename(self._folder / tagged.name)
-        self._put_index(index_of(self._tagged, {}))
+        try:
+            if single.exists() and INDEX not in self._old:
+                with contextlib.suppress(SourceError):  # a file that nobody can load needs no index
+                    self._put_index(index_of([_plan_of(single)], {}))
+            for plan, tagged in zip(self._plans, self._tagged, strict=True):
+                (self._staged / plan.name).rename(self._folder / tagged.name)
+            self._put_index(index_of(self._tagged, {}))
+        except BaseException:
+            self._undo()
+            raise
         if len(self._plans) > 1:
             single.unlink(missing_ok=True)
         self._final_names()
         for entry in sorted(self._staged.iterdir()):
             _moved_over(entry, self._folder / entry.name)
-        self._put_index(_index(self._plans, stay) or index_of(self._plans, {}))
+        self._remove_old()
+
+    def _undo(self) -> None:
+        if self._moved:
+            return
+        for tagged in self._tagged:
+            (self._folder / tagged.name).unlink(missing_ok=True)
+        if INDEX not in self._old:
+            (self._folder / INDEX).unlink(missing_ok=True)
+
+    def _remove_old(self) -> None:
+        stay = _that_stay(self._folder, self._old)
+        tagged = {plan.name for plan in self._tagged}
+        index = _index(self._plans, [entry for entry in stay if entry.name not in tagged])
+        self._put_index(index or index_of(self._plans, {}))
         made = {plan.name for plan in self._plans} | {INDEX}
-        for name in {*self._old, *(tagged.name for tagged in self._tagged)} - made:
+        for name in {*self._old, *tagged} - made:
             (self._folder / name).unlink(missing_ok=True)
-        if _index(self._plans, stay) is None:
+        if index is None:
             (self._folder / INDEX).unlink(missing_ok=True)
         sync_folder(self._folder)
 
@@ -250,6 +279,7 @@ class _Inside:
         staged = self._staged / INDEX
         _write(staged, text)
         staged.replace(self._folder / INDEX)
+        self._moved = any(plan.name in text for plan in self._tagged)
         sync_folder(self._folder)
 
 

@@ -13,101 +13,39 @@ over. So the calls are gathered into one update, and the served weights stay who
 
 from __future__ import annotations
 
-import contextlib
-import contextvars
-import itertools
+import enum
 import logging
 import weakref
-from collections.abc import Iterable, Iterator
-from collections.abc import Set as AbstractSet
 from typing import Any
 
 import torch
 from torch import nn
 
-from ..errors import SERVES_OLD, RanksDisagreeError, ReloadError, SessionError, WeightsError
+from ..errors import SERVES_OLD, RanksDisagreeError, ReloadError, SessionError
 from ..interrupts import held
 from ..ranks.votes import counts_calls
 from ..report import ReloadReport
 from .chunked_update import GatheredUpdate
 from .engine_state import EngineState, state_of
-from .push_intake import PushIntake, open_intake
+from .named_weights import NamedWeights, Weights, name_of
+from .push import SOURCE, LivePush
+from .push_failures import PushFailures
+from .push_intake import open_intake
 from .push_kinds import PushKind, PushKinds
 from .reload_call import as_reload_errors, refuse_shared_weights, with_all_ranks
 
 logger = logging.getLogger("vllm.reload_plugin")
 
-SOURCE = "model.load_weights"
 
-Weights = Iterable[tuple[str, torch.Tensor]]
+class Latest(enum.Enum):
+    """What came last; the same on every rank."""
 
-
-class LivePush:
-    """One push that is under way.
-
-    Args:
-        intake: takes its weights.
-        expected: names that end it when all have come; empty if nothing is known.
-
-    """
-
-    gives_way = True
-    failed: str | None = None
-
-    def __init__(self, intake: PushIntake, expected: AbstractSet[str]) -> None:
-        self.intake = intake
-        self.names: set[str] = set()
-        """Names of the weights so far."""
-        self.repeats = False
-        """Whether a name came in more than one call."""
-        self._expected = bool(expected)
-        self._waiting = set(expected)
-
-    def takes_alone(self, name: str) -> bool:
-        """Whether nothing but loading is to be done for this weight: it is new and not the last."""
-        waiting = len(self._waiting)
-        return name not in self.names and (waiting > 1 or (waiting == 1 and name not in self._waiting))
-
-    def note(self, names: list[str]) -> None:
-        """These came in a call."""
-        before = len(self.names)
-        self.names.update(names)
-        self.repeats = self.repeats or len(self.names) < before + len(names)
-        self._waiting.difference_update(names)
-
-    @property
-    def is_over(self) -> bool:
-        """Whether all expected names have come."""
-        return self._expected and not self._waiting
-
-    def describe(self) -> str:
-        """Source, who opened it, how many weights arrived."""
-        return f"{SOURCE}, {self.intake.opened_by}, {len(self.names)} weights so far"
-
-    def abort(self) -> None:
-        """Drop what was loaded."""
-        self.intake.abort()
-
-
-class FailedPush:
-    """A push of which a call raised: what follows of it is refused until it begins anew.
-
-    A framework may swallow the error and go on with the next weights. Those alone would make a mixture.
-    """
-
-    def __init__(self, names: set[str], error: BaseException) -> None:
-        self.names = names
-        """Names that came until then, and those that were refused since."""
-        self.error = error
-        self.told_before_forward_pass = False
-        """Whether the other ranks, which may have it open still, were told at a forward pass."""
-
-    def refusal(self) -> SessionError:
-        """The error for what still comes of it."""
-        return SessionError(
-            f"An earlier call of this push failed with {type(self.error).__name__}: {self.error}\n"
-            "Send all of its weights again, from the first."
-        )
+    FORWARD_PASS = enum.auto()
+    """Nothing was pushed since."""
+    PUSH = enum.auto()
+    """Something was pushed, and nothing was committed since the last forward pass."""
+    COMMIT = enum.auto()
+    """A push was committed since the last forward pass. What is pushed now belongs to it."""
 
 
 class LoadWeights:
@@ -121,17 +59,10 @@ class LoadWeights:
     def __init__(self, model: nn.Module) -> None:
         self._model: weakref.ref[nn.Module] = weakref.ref(model)
         self.kinds = PushKinds()
-        self.failed: FailedPush | None = None
+        self.failures = PushFailures()
         self._fast: LivePush | None = None
         """The push that was opened last; under way only while the state says so."""
-        self._unheard: BaseException | None = None
-        """What failed without anybody having been told; raised at the next forward pass."""
-        self._version = 0
-        """The generation that was served when a push failed last."""
-        self._active = False
-        """Whether anything was pushed since the last forward pass; the same on every rank."""
-        self._served_since = True
-        """Whether a forward pass came after the last push that was committed."""
+        self._latest = Latest.FORWARD_PASS
 
     def __call__(self, weights: Weights, *args: Any, **kwargs: Any) -> set[str] | None:
         """Load weights into the push that is under way, or begin one.
@@ -156,11 +87,12 @@ class LoadWeights:
                 "model.load_weights of a served model takes the weights and nothing else: further arguments "
                 f"are those of {type(model).__name__}'s own loader, which cannot load into it. {SERVES_OLD}"
             )
-        state, self._active = state_of(model), True
-        self._forget_if_outdated(state)
+        state = state_of(model)
+        self._note_push()
+        self.failures.forget_if_outdated(state)
         with held(), state.in_a_call():
             if isinstance(state.update, GatheredUpdate):
-                return state.update.load(_Named(weights))
+                return state.update.load(NamedWeights(weights))
             return self._take(model, state, weights)
 
     def load_one(self, weights: object) -> set[str] | None:
@@ -174,7 +106,7 @@ class LoadWeights:
         if type(weights) is not list or len(weights) != 1 or self._fast is None:
             return None
         push, item = self._fast, weights[0]
-        name = _name_of(item)
+        name = name_of(item)
         if name is None or len(item) != 2 or not isinstance(item[1], torch.Tensor) or ".base_layer." in name:
             return None
         model = self._require_model()
@@ -190,7 +122,7 @@ class LoadWeights:
             raise
         if not taken:
             return None
-        self._active = True
+        self._note_push()
         push.note([name])
         return {name}
 
@@ -232,19 +164,19 @@ class LoadWeights:
 
         """
         model = self._require_model()
-        state, self._active = state_of(model), True
-        self._forget_if_outdated(state)
+        state = state_of(model)
+        self._note_push()
+        self.failures.forget_if_outdated(state)
         with held(), state.in_a_call():
             push = state.update
             try:
-                if self.failed is not None:
-                    self._refuse(state, over=True)
+                self.failures.refuse_end(state)
                 if not isinstance(push, LivePush):
                     logger.debug("process_weights_after_loading: nothing was pushed, so nothing changes.")
                     return None
                 return self._commit(state, push)
             except BaseException as error:
-                self._note_unheard(error, direct=True)
+                self.failures.note_unheard(error, direct=True)
                 raise
 
     def before_forward_pass(self) -> None:
@@ -256,30 +188,28 @@ class LoadWeights:
 
         """
         model = self._model()
-        if model is None or not self._active:
+        if model is None or self._latest is Latest.FORWARD_PASS:
             return
         state = state_of(model)
         if state.asleep:
             return
-        self._active = False
-        self._forget_if_outdated(state)
-        self._raise_unheard(state)
-        push = state.update
-        if isinstance(push, LivePush):
-            with held(), state.in_a_call():
-                if self.kinds.is_half(push.names):
-                    logger.debug("%s: part of a push; the old weights answer.", push.describe())
-                else:
-                    self._commit_or_drop(state, push)
-        elif self.failed is not None and (counts_calls() or not self.failed.told_before_forward_pass):
-            self.failed.told_before_forward_pass = True
-            if counts_calls() or not self.kinds.is_half(self.failed.names):
-                self._tell_other_ranks(state)
-        self._served_since = True
+        try:
+            self._end_before_forward_pass(state)
+        finally:
+            self._latest = Latest.FORWARD_PASS
 
-    def note_swallowed(self, error: BaseException) -> None:
-        """The call in which a push failed with ``error`` returned as if it had not."""
-        self._unheard = error
+    def _end_before_forward_pass(self, state: EngineState) -> None:
+        self.failures.forget_if_outdated(state)
+        self.failures.raise_unheard(state)
+        push = state.update
+        if not isinstance(push, LivePush):
+            self.failures.tell_before_forward_pass(state, self.kinds.is_half)
+            return
+        with held(), state.in_a_call():
+            if self.kinds.is_half(push.names):
+                logger.debug("%s: part of a push; the old weights answer.", push.describe())
+            else:
+                self._commit_or_drop(state, push)
 
     # -- inside ------------------------------------------------------------------------------------
 
@@ -294,11 +224,8 @@ class LoadWeights:
                 'The engine sleeps, and its weights are not in memory. Wake it up first (tags=["weights"] is '
                 "enough), then push."
             )
-        named = _Named(weights)
-        if self.failed is not None:
-            if named.first not in self.failed.names:
-                self._refuse_call(model, state, named)
-            self.failed = None
+        named = NamedWeights(weights)
+        self.failures.admit(state, named, lambda: self._expected(model, state))
         push = self._push_for(model, state, named)
         try:
             with as_reload_errors(state):
@@ -312,7 +239,7 @@ class LoadWeights:
             self._commit(state, push)
         return loaded
 
-    def _push_for(self, model: nn.Module, state: EngineState, named: _Named) -> LivePush:
+    def _push_for(self, model: nn.Module, state: EngineState, named: NamedWeights) -> LivePush:
         """The open push, or a new one."""
         push = state.update
         if isinstance(push, LivePush):
@@ -331,6 +258,10 @@ class LoadWeights:
     def _expected(self, model: nn.Module, state: EngineState) -> frozenset[str]:
         return self.kinds.expected(lambda: state.start.shapes(model, state.record))
 
+    def _note_push(self) -> None:
+        if self._latest is Latest.FORWARD_PASS:
+            self._latest = Latest.PUSH
+
     def _commit(self, state: EngineState, push: LivePush) -> ReloadReport | None:
         """Finish a push on all ranks or on none; it is over either way."""
         state.close(push)
@@ -340,13 +271,14 @@ class LoadWeights:
                 report, whole = push.intake.finish(self.kinds.missing(push.names))
         except BaseException as error:
             push.abort()
-            self._note_failure(state, push.names, error)
+            self.failures.note(state, push.names, error)
             raise
-        if self._served_since or not self.kinds.last:
-            self.kinds.learn(PushKind(frozenset(push.names), whole, push.repeats))
-        else:
+        if self._latest is Latest.COMMIT and self.kinds.last:
             self.kinds.extend_last(push.names)
-        self._served_since, self._unheard = False, None
+        else:
+            self.kinds.learn(PushKind(frozenset(push.names), whole, push.repeats))
+        self._latest = Latest.COMMIT
+        self.failures.all_is_well()
         if report is not None:
             state.outcome.succeeded(report)
         return report
@@ -356,133 +288,16 @@ class LoadWeights:
         try:
             self._commit(state, push)
         except RanksDisagreeError as error:
-            if self.failed is not None:
-                self.failed.told_before_forward_pass = True
+            self.failures.other_ranks_know()
             logger.warning("%s was dropped: %s", push.describe(), error)
-
-    # -- failures ----------------------------------------------------------------------------------
-
-    def _forget_if_outdated(self, state: EngineState) -> None:
-        """New weights are served since a push failed, by whatever road: its failure is of no interest."""
-        if state.generation.version != self._version:
-            self.failed, self._unheard, self._version = None, None, state.generation.version
 
     def _drop(self, state: EngineState, push: LivePush, error: BaseException) -> None:
         """A call raised."""
         state.close(push)
         push.abort()
-        self._note_failure(state, push.names, error)
-        if (push.is_over or counts_calls()) and self.failed is not None:
-            self._tell_other_ranks(state)
-
-    def _tell_other_ranks(self, state: EngineState) -> None:
-        """Vote against the push that failed here and may be ready to be committed elsewhere."""
-        assert self.failed is not None
-        with contextlib.suppress(type(self.failed.error)), with_all_ranks(state):
-            raise self.failed.error
-
-    def _note_failure(self, state: EngineState, names: set[str], error: BaseException) -> None:
-        state.outcome.failed(error)
-        self._version = state.generation.version
-        unused = error.unexpected.keys() if isinstance(error, WeightsError) else ()
-        lost = names.difference(unused)
-        self.failed = FailedPush(lost, error) if lost else None
-        self._note_unheard(error, direct=False)
-
-    def _refuse_call(self, model: nn.Module, state: EngineState, named: _Named) -> None:
-        """Raises for a call that goes on with a push that failed."""
-        assert self.failed is not None
-        for _ in named:
-            pass
-        self.failed.names.update(named.names)
-        expected = self._expected(model, state)
-        # A rank that failed did not see all names of its call, so it cannot tell when the others are done.
-        # Within calls of an executor a vote that nobody waits for does no harm.
-        over = counts_calls() or (bool(expected) and expected <= self.failed.names)
-        self._refuse(state, over)
-
-    def _refuse(self, state: EngineState, over: bool) -> None:
-        """Raises for what comes of a push that failed. ``over``: other ranks commit it now, unless told."""
-        assert self.failed is not None
-        self._unheard = self.failed.error  # who goes on was not told, or did not listen
-        error = self.failed.refusal()
-        if over:
-            with with_all_ranks(state):
-                raise error from self.failed.error
-        raise error from self.failed.error
-
-    def _note_unheard(self, error: BaseException, direct: bool) -> None:
-        """Remember an error that the caller may swallow.
-
-        Inside an RPC the worker tells whether it was. Outside of one nobody does: errors of ``load_weights``
-        reach whoever pushes, those of processing (``direct``) are known to be swallowed.
-        """
-        call = current_call.get()
-        if call is not None:
-            call.append((self, error))
-        elif direct:
-            self._unheard = error
-
-    def _raise_unheard(self, state: EngineState) -> None:
-        """Raise what nobody heard of; on every rank, because one that goes on alone waits for the others."""
-        error, self._unheard = self._unheard, None
-        with with_all_ranks(state):
-            if error is not None:
-                raise ReloadError(
-                    "The last push of weights failed, and its caller did not say so: "
-                    f"{type(error).__name__}: {error}\n{SERVES_OLD}"
-                ) from error
-            if state.vote is not None:
-                state.vote(None)
-
-
-current_call: contextvars.ContextVar[list[tuple[LoadWeights, BaseException]] | None] = contextvars.ContextVar(
-    "current_call", default=None
-)
-"""Inside a call of the executor to its worker: pushes that failed in it, with their errors."""
-
-
-class _Named:
-    """Weights whose names are noted as they pass. ``first`` is the name of the first, before it is loaded."""
-
-    def __init__(self, weights: Weights) -> None:
-        self.names: list[str] = []
-        self.first: str | None = None
-        try:
-            items = iter(weights)
-            head = list(itertools.islice(items, 1))
-        except Exception as error:  # noqa: BLE001 - raised where the weights are loaded
-            self._weights: Iterator[Any] = _raising(error)
-            return
-        self._weights = itertools.chain(head, items)
-        if head and (name := _name_of(head[0])) is not None:
-            self.first = _without_wrapper(name)
-
-    def __iter__(self) -> Iterator[Any]:
-        for item in self._weights:
-            if (name := _name_of(item)) is None:
-                yield item
-                continue
-            self.names.append(_without_wrapper(name))
-            yield (self.names[-1], *item[1:])
-            del item  # the caller may overwrite the tensor from now on
-
-
-def _raising(error: Exception) -> Iterator[Any]:
-    raise error
-    yield
-
-
-def _name_of(item: object) -> str | None:
-    name = item[0] if isinstance(item, (tuple, list)) and item else None
-    return name if isinstance(name, str) else None
-
-
-def _without_wrapper(name: str) -> str:
-    """A name as it is without LoRA: trainers that send a wrapped model's names have ``.base_layer.`` in
-    them.
-    """
-    return name.replace(".base_layer.", ".")
+        self.failures.note(state, push.names, error)
+        if push.is_over or counts_calls():
+            self.failures.tell_other_ranks(state)
 
 
 def live_push_of(model: nn.Module) -> LoadWeights | None:

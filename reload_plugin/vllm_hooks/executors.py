@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 from ..ranks.votes import begin_call
-from ..transaction.live_push import current_call
+from ..transaction.push_failures import current_call
 
 
 def counting_calls(original: Callable[..., None]) -> Callable[..., None]:

@@ -15,7 +15,8 @@ from torch import nn
 
 from .. import vllm_api
 from ..record.model_record import record_of
-from ..transaction.live_push import GUARD_ATTRIBUTE, LoadWeights, current_call, live_push_of
+from ..transaction.live_push import GUARD_ATTRIBUTE, LoadWeights, live_push_of
+from ..transaction.push_failures import PushFailures, current_call
 from .patches import patched
 from .transfer_backends import foreign_caller
 
@@ -86,14 +87,14 @@ def hearing(original: Callable[..., Any]) -> Callable[..., Any]:
     """
 
     def run_method(*args: Any, **kwargs: Any) -> Any:
-        failed: list[tuple[LoadWeights, BaseException]] = []
+        failed: list[tuple[PushFailures, BaseException]] = []
         token = current_call.set(failed)
         try:
             returned = original(*args, **kwargs)
         finally:
             current_call.reset(token)
-        for live, error in failed:
-            live.note_swallowed(error)
+        for failures, error in failed:
+            failures.note_swallowed(error)
         return returned
 
     return run_method
@@ -104,8 +105,8 @@ def hearing_answers(original: Callable[..., Any]) -> Callable[..., Any]:
 
     def handle_output(self: Any, output: Any) -> Any:
         if not isinstance(output, BaseException):
-            for live, error in current_call.get() or ():
-                live.note_swallowed(error)
+            for failures, error in current_call.get() or ():
+                failures.note_swallowed(error)
         return original(self, output)
 
     return handle_output

@@ -302,7 +302,7 @@ def test_doctor_knows_the_torchvision_trap(run: Run, monkeypatch: pytest.MonkeyP
 def test_help_has_examples_and_exit_codes(run: Run) -> None:
     said = run("--help")
     assert (said.code, "Exit codes: 0 done" in said.out) == (0, True)
-    for command in ("inspect", "diff", "convert", "plan", "push", "status", "doctor"):
+    for command in ("inspect", "diff", "convert", "save", "plan", "push", "status", "doctor"):
         assert command in said.out
         told = run(command, "--help")
         assert told.code == 0

@@ -2,7 +2,7 @@
 
 TRL's own `GRPOTrainer` with the engine in its process: after every push the engine's logprobs are those of
 the trainer's model within what bf16 rounds, and at the end its digest is that of an engine started on the
-model that the trainer saved.
+model that the trainer saved. checkpoint-engine's own worker extension, fed over ZMQ.
 """
 
 import json
@@ -32,21 +32,29 @@ def python() -> Path:
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["dense", "experts"])
 def test_trl_trains_with_the_engine_in_its_process(python: Path, kind: str, tmp_path: Path) -> None:
-    said = run(python, kind, str(STEPS), str(tmp_path))
+    said = run(python, str(SCRIPT), kind, str(STEPS), str(tmp_path))[-1]
     assert said["steps"] == STEPS
     assert said["version"] >= STEPS, "not every push was served"
     assert said["known"]
     assert max(said["gaps"]) < ROUNDED, said["gaps"]
     assert said["moved"] > 4 * max(said["gaps"]), "the policy hardly changed, so that shows nothing"
     assert said["warm"]
-    assert said["warm"] == run(python, "cold", str(tmp_path / "end"))
+    assert said["warm"] == run(python, str(SCRIPT), "cold", str(tmp_path / "end"))[-1]
 
 
-def run(python: Path, *arguments: str) -> Any:
-    """What the script says in its last line."""
+@pytest.mark.slow
+def test_checkpoint_engines_extension_loads_what_comes_over_zmq(python: Path) -> None:
+    said = run(python, "-m", "tests.checkpoint_engine_push", "llama_tied", "mixtral")
+    assert [model["model"] for model in said] == ["llama_tied", "mixtral"]
+    assert [found for model in said for found in model["legs"].values() if found] == []
+    assert all(len(model["legs"]) == 5 for model in said)
+
+
+def run(python: Path, *arguments: str) -> list[Any]:
+    """What the script says, line by line."""
     variables = {name: value for name, value in os.environ.items() if not name.startswith("VLLM_")}
     done = subprocess.run(
-        [python, str(SCRIPT), *arguments],
+        [python, *arguments],
         capture_output=True,
         text=True,
         timeout=600,
@@ -54,4 +62,4 @@ def run(python: Path, *arguments: str) -> Any:
         env=variables | {"PYTHONPATH": str(SCRIPT.parent.parent), "OMP_NUM_THREADS": "2"},
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1])
+    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith(('{"', '"'))]

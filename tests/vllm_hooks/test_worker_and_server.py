@@ -144,6 +144,68 @@ def test_a_push_reaches_target_and_draft_each_for_itself(folders: dict[str, Path
         assert oracle.differing_answers(oracle.answer(llm), answers) == []
 
 
+def write_eagle(folder: Path, target: Path, seed: int) -> dict[str, torch.Tensor]:
+    """A random EAGLE drafter of one layer without embedding and head: vLLM shares the target's."""
+    config = json.loads((target / "config.json").read_text())
+    hidden, inner = config["hidden_size"], config["intermediate_size"]
+    heads = config["num_attention_heads"]
+    size = config.get("head_dim") or hidden // heads
+    shapes = {
+        "fc": (hidden, 2 * hidden),
+        "layers.0.self_attn.q_proj": (heads * size, hidden),
+        "layers.0.self_attn.k_proj": (config["num_key_value_heads"] * size, hidden),
+        "layers.0.self_attn.v_proj": (config["num_key_value_heads"] * size, hidden),
+        "layers.0.self_attn.o_proj": (hidden, heads * size),
+        "layers.0.mlp.gate_proj": (inner, hidden),
+        "layers.0.mlp.up_proj": (inner, hidden),
+        "layers.0.mlp.down_proj": (hidden, inner),
+        "layers.0.post_attention_layernorm": (hidden,),
+    }
+    made = torch.Generator().manual_seed(seed)
+    weights = {
+        f"{name}.weight": (torch.randn(shape, generator=made) * 0.05).to(torch.bfloat16)
+        for name, shape in shapes.items()
+    }
+    folder.mkdir()
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    changed = {"num_hidden_layers": 1, "architectures": ["LlamaForCausalLM"]}
+    (folder / "config.json").write_text(json.dumps(config | changed))
+    return weights
+
+
+def test_a_drafter_that_shares_embedding_and_head_with_its_target(tmp_path: Path) -> None:
+    """EAGLE: vLLM replaces modules of the drafter by the target's after its weights were processed."""
+    case = case_named("llama")
+    targets = oracle.write(case, tmp_path / "targets")
+    drafters = {letter: write_eagle(tmp_path / letter, targets["A"], ord(letter)) for letter in "XY"}
+
+    def drafter(letter: str) -> dict[str, object]:
+        return {"model": str(tmp_path / letter), "num_speculative_tokens": 2, "method": "eagle"}
+
+    def looked_at(llm: object) -> list[dict[str, str]]:
+        models = llm.collective_rpc(lambda w: (w.model_runner.model, w.model_runner.drafter.model))[0]
+        assert models[0].model.embed_tokens is models[1].model.embed_tokens
+        assert models[0].lm_head is models[1].lm_head
+        return [{path: one.digest for path, one in oracle.live_tensors(model).items()} for model in models]
+
+    def push_drafter(worker: object, weights: dict[str, torch.Tensor]) -> None:
+        worker.model_runner.drafter.model.load_weights(list(weights.items()))
+
+    with oracle.running(case, targets["B"], speculative_config=drafter("Y")) as llm:
+        cold, answers = looked_at(llm), oracle.answer(llm)
+    with oracle.running(case, targets["A"], speculative_config=drafter("X")) as llm:
+        at_first = looked_at(llm)
+        assert at_first != cold
+        oracle.reload_from_folder(llm, targets["B"])
+        llm.collective_rpc(push_drafter, args=(drafters["Y"],))
+        assert oracle.differing_answers(oracle.answer(llm), answers) == []
+        assert looked_at(llm) == cold
+        oracle.model_of(llm).load_weights(list(read_tensors(targets["A"]).items()))
+        llm.collective_rpc(push_drafter, args=(drafters["X"],))
+        oracle.answer(llm)
+        assert looked_at(llm) == at_first
+
+
 # --- the V2 model runner ---
 
 
