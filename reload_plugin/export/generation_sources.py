@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from ..checkpoint import DummyWeights, FileSource, Source, TensorInfo, held_open, overlaid_sources
+from ..errors import SourceError
 from ..report import Tier
 from ..transaction.engine_state import EngineState
 from ..transaction.rollback import has_rollback_source
@@ -47,7 +48,7 @@ class GenerationSources:
 
     def __enter__(self) -> GenerationSources:
         if self._owner:
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(OSError, SourceError):  # of files that changed nothing is read
                 self._held.enter_context(held_open(self._state.rollback_source))
         return self
 

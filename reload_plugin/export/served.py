@@ -220,6 +220,13 @@ def _together(infos: Iterable[TensorInfo]) -> Iterator[list[TensorInfo]]:
 # -- a call ---------------------------------------------------------------------------------------
 
 
+def end_push(model: nn.Module) -> None:
+    """Commit a push that is over, as the next forward pass would; all ranks have to, since they vote."""
+    live = live_push_of(model)
+    if live is not None:
+        live.before_forward_pass()
+
+
 @contextlib.contextmanager
 def reading_served(model: nn.Module, what: str) -> Iterator[EngineState]:
     """Around a call that reads what a model serves. A push that is over by now is committed first.
@@ -234,9 +241,7 @@ def reading_served(model: nn.Module, what: str) -> Iterator[EngineState]:
         SessionError: it sleeps, or an update is open.
 
     """
-    live = live_push_of(model)
-    if live is not None:
-        live.before_forward_pass()
+    end_push(model)
     state = state_of(model)
     with state.in_a_call():
         if state.broken is not None:
@@ -284,6 +289,7 @@ def export_rank(
     nothing, and return None.
     """
     if rank:
+        end_push(model)
         return None
     return export_model(model, directory, max_shard_size=max_shard_size, lossy=lossy)
 
