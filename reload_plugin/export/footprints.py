@@ -67,10 +67,10 @@ def differing_tensors(
     guilty = {name for name, reach in found.items() if _meets(differs, reach)}
     for name in guilty:
         others = [torch.zeros_like(mask) for mask in differs]
-        for other in guilty - {name}:
-            for mask, more in zip(others, found[other], strict=True):
+        for second in guilty - {name}:
+            for mask, more in zip(others, found[second], strict=True):
                 mask |= more
-        alone = [mask & ~other for mask, other in zip(found[name], others, strict=True)]
+        alone = [mask & ~rest for mask, rest in zip(found[name], others, strict=True)]
         if not _meets(differs, alone):
             return None
     return guilty

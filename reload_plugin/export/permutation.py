@@ -154,7 +154,8 @@ def _by_elements(
             for one in gathered.values():
                 if one.units.record.format.dtype == dtype:
                     one.take(numbers, valid, values)
-    return {name: values for name, one in gathered.items() if (values := one.elements()) is not None}
+    made = {name: one.elements() for name, one in gathered.items()}
+    return {name: tensor for name, tensor in made.items() if tensor is not None}
 
 
 def _digits(made: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
@@ -191,7 +192,8 @@ def _by_bits(whole: Sequence[_Units], floats: Sequence[_Units], process: Process
         values = _bits(served) ^ base
         for one in gathered.values():
             one.take(numbers, valid, values)
-    return {name: values for name, one in gathered.items() if (values := one.bits()) is not None}
+    made = {name: one.bits() for name, one in gathered.items()}
+    return {name: tensor for name, tensor in made.items() if tensor is not None}
 
 
 def _random_rounds(

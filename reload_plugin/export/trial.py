@@ -121,8 +121,8 @@ def difference(commit: Commit, twins: NativeTwins) -> str | None:
             return "a tensor of its kernel format"
     if commit.moves:
         return f"the layout of {commit.moves[0][2]}"
-    for served, new in commit.exchanges:
-        if not twins.equal(served, new):
+    for owner, other in commit.exchanges:
+        if not twins.equal(owner, other):
             return "a packed weight"
     values = [value for _, _, value in commit.writes] + [value for _, value in commit.cells]
     values += [attributes for _, _, attributes in commit.tensor_attributes]
