@@ -149,8 +149,13 @@ def _cell(outcomes: Counter[str]) -> str:
     return f"**{outcomes['right']}/{tried}** ({rest})"
 
 
-def table() -> str:
-    """A row for each family and placement, a column for each saver."""
+def table(count: int | None) -> str:
+    """A row for each family and placement, a column for each saver.
+
+    Args:
+        count: sizes of files for each row; None for all at which the number of files changes.
+
+    """
     import transformers
 
     lines = [
@@ -166,7 +171,7 @@ def table() -> str:
                 for saver in (their_own, ours):
                     model = place(Path(folder, "original"), Path(folder, f"{name} {saver.__name__}"))
                     right = expected(original, family, name)
-                    found = Counter(outcome(saver, model, size, right) for size in sizes_of(original))
+                    found = Counter(outcome(saver, model, size, right) for size in sizes_of(original, count))
                     total[saver] += found
                     cells.append(_cell(found))
                 lines.append(f"| {family.name} | {family.conversion} | {name} | {' | '.join(cells)} |")
@@ -263,12 +268,13 @@ def main() -> None:
     """See the module."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--table", action="store_true", help="all families, placements and sizes of files")
+    parser.add_argument("--sizes", type=int, help="so many sizes of files for each row, not all")
     parser.add_argument("--memory", action="store_true", help="a model of 2 GB")
     chosen = parser.parse_args()
     quiet()
     if chosen.table:
         print(accidents())
-        print(table())
+        print(table(chosen.sizes))
     if chosen.memory:
         print(measure_memory())
 
