@@ -30,7 +30,9 @@ if TYPE_CHECKING:
         WeightsError,
     )
     from .export.offloaded import save_offloaded
-    from .report import ExportReport, ReloadReport
+    from .export.served import export_checkpoint
+    from .export.verify import verify
+    from .report import ExportReport, ReloadReport, VerifyReport
     from .tools.conversion import convert, is_stale, read_nested
     from .tools.fsdp import RestoreReport, restore_fsdp
     from .tools.nested import flatten, unflatten
@@ -61,9 +63,11 @@ _HOME = {
     "SourceError": "errors",
     "UnexpectedWeightsError": "errors",
     "UnsupportedError": "errors",
+    "VerifyReport": "report",
     "WeightsError": "errors",
     "abort_weight_update": "transaction.chunked_update",
     "convert": "tools.conversion",
+    "export_checkpoint": "export.served",
     "flatten": "tools.nested",
     "is_stale": "tools.conversion",
     "open_source": "checkpoint",
@@ -76,6 +80,7 @@ _HOME = {
     "save_offloaded": "export.offloaded",
     "status": "transaction.status",
     "unflatten": "tools.nested",
+    "verify": "export.verify",
 }
 
 __all__ = [
@@ -100,9 +105,11 @@ __all__ = [
     "SourceError",
     "UnexpectedWeightsError",
     "UnsupportedError",
+    "VerifyReport",
     "WeightsError",
     "abort_weight_update",
     "convert",
+    "export_checkpoint",
     "flatten",
     "is_stale",
     "open_source",
@@ -115,6 +122,7 @@ __all__ = [
     "save_offloaded",
     "status",
     "unflatten",
+    "verify",
 ]
 
 

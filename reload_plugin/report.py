@@ -52,7 +52,7 @@ class ReloadReport(BaseModel):
     weight_version: str | None = None
     """The caller's name for the weights served now."""
     digest: str | None = None
-    """Of all that the kernels read; see ``verify.digest``. None with ``digest=False`` and ``later``."""
+    """Of all that the kernels read; see ``digest.digest``. None with ``digest=False`` and ``later``."""
     spilled_bytes: int = 0
     """Bytes of weights that were spilled to a file because too many layers were incomplete."""
     partial: bool = False
@@ -92,9 +92,11 @@ class ExportReport(BaseModel):
     """Tensor -> dtype as written, by torch's name (``bfloat16``)."""
     files: dict[str, str]
     """Tensor -> the file in ``directory`` that holds it."""
+    omitted: dict[str, str] = Field(default_factory=dict)
+    """Tensor of the checkpoint that was not written, because nothing holds it -> why."""
     largest_error: dict[str, float] = Field(default_factory=dict)
-    """Dequantized tensor -> largest absolute difference, over its elements, to a weight that packs to what is
-    served."""
+    """Dequantized tensor -> largest absolute difference that its elements may have to those that were loaded:
+    half a step of the quantization, as far as its values show the steps."""
     copied: tuple[str, ...] = ()
     """Files written beside the weights: config, tokenizer."""
     replaced: tuple[str, ...] = ()
@@ -103,3 +105,41 @@ class ExportReport(BaseModel):
     """Bytes of the largest group of tensors that were in memory together: what they were made from, and what
     was made."""
     seconds: float
+
+
+class TensorDifference(BaseModel):
+    """How a checkpoint tensor differs from what an engine serves of it."""
+
+    model_config = ConfigDict(frozen=True)
+
+    elements: int | None
+    """How many elements differ; None where the kernel format does not tell."""
+    first: tuple[int, ...] | None = None
+    """Index of the first of them, in the checkpoint's tensor."""
+
+
+class VerifyReport(BaseModel):
+    """Whether an engine serves a checkpoint, tensor by tensor."""
+
+    model_config = ConfigDict(frozen=True)
+
+    source: str
+    serves: bool
+    """Whether every tensor that the model uses is served as it is in the checkpoint, bit for bit."""
+    tensors: int
+    """Tensors of the checkpoint."""
+    equal: int
+    """Those that are served as they are."""
+    different: dict[str, TensorDifference] = Field(default_factory=dict)
+    """Tensor -> how it differs from what is served."""
+    not_verifiable: dict[str, str] = Field(default_factory=dict)
+    """Tensor of which it cannot be told -> why."""
+    ignored: dict[str, str] = Field(default_factory=dict)
+    """Tensor that the model does not use -> rule."""
+    layers: dict[str, str] = Field(default_factory=dict)
+    """Layer that serves something else than a start on the checkpoint would, for which no tensor accounts ->
+    what."""
+    version: int
+    """Reloads committed since the start, of what was verified."""
+    seconds: float
+    rank: int = 0

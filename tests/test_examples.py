@@ -42,6 +42,14 @@ def test_quickstart_shows_that_only_our_reload_equals_a_cold_start() -> None:
     assert len([line for line in printed.splitlines() if "vLLM's reload, " in line]) == 6
 
 
+def test_an_export_of_a_fine_tuned_engine_starts_another(tmp_path: Path) -> None:
+    """Trained, pushed, exported from the engine, and started again."""
+    printed = run("examples/finetune_and_export.py", "--steps", "5", "--output", tmp_path / "export")
+    assert "bit for bit: yes" in printed
+    assert "answers the same: yes" in printed
+    assert (tmp_path / "export" / "config.json").exists()
+
+
 def test_rl_loop_learns_and_the_engine_agrees_with_the_trainer(tmp_path: Path) -> None:
     """The script itself stops at the first step whose logprobs are further apart than rounding."""
     printed = run("examples/rl_loop.py", "--steps", "16", "--output", tmp_path)

@@ -24,11 +24,11 @@ ORDER = (
     "load",
     "process",
     "commit",
-    "verify",
+    "digest",
     "ranks",
     "transaction",
-    "vllm_hooks",
     "export",
+    "vllm_hooks",
     "offload",
     "tools",
     "cli",
@@ -59,9 +59,11 @@ PUBLIC = [
     "SourceError",
     "UnexpectedWeightsError",
     "UnsupportedError",
+    "VerifyReport",
     "WeightsError",
     "abort_weight_update",
     "convert",
+    "export_checkpoint",
     "flatten",
     "is_stale",
     "open_source",
@@ -74,6 +76,7 @@ PUBLIC = [
     "save_offloaded",
     "status",
     "unflatten",
+    "verify",
 ]
 
 

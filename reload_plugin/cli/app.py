@@ -349,6 +349,65 @@ def status(url: Url = LOCAL, api_key: ApiKey = None, json: Json = False, debug: 
 
 
 @_command
+def export(
+    url: Annotated[str, typer.Argument(metavar="URL", help="Address of the server.")],
+    directory: Annotated[
+        str, typer.Argument(metavar="DIR", help="A folder to make, on the server's machine.")
+    ],
+    max_shard_size: Annotated[str, typer.Option(help="Largest file, like 5GB.")] = "5GB",
+    dequantize: Annotated[
+        bool, typer.Option("--dequantize", help="Where quantization lost values: what kernels compute with.")
+    ] = False,
+    api_key: ApiKey = None,
+    timeout: Timeout = 3600.0,
+    json: Json = False,
+    debug: Debug = False,  # noqa: ARG001
+) -> int:
+    r"""Write what a running server serves as a checkpoint: exact, or refused. Requests wait meanwhile.
+
+    The server needs VLLM_SERVER_DEV_MODE=1. An older save in DIR is replaced whole, or not touched.
+
+    \b
+    Examples:
+      reload-plugin export http://localhost:8000 /exports/step-12
+      reload-plugin export http://gpu-7:8000 /exports/step-12 --max-shard-size 2GB --json | jq .tiers
+    """
+    from . import server as remote
+    from . import weights_out
+
+    options = {"max_shard_size": max_shard_size, "lossy": "dequantize" if dequantize else None}
+    with remote.Server(url, api_key, timeout) as server:
+        return weights_out.export(server, directory, options, json)
+
+
+@_command
+def verify(
+    url: Annotated[str, typer.Argument(metavar="URL", help="Address of the server.")],
+    checkpoint: Annotated[
+        str, typer.Argument(metavar="CHECKPOINT", help="A file or folder that the server can read.")
+    ],
+    api_key: ApiKey = None,
+    timeout: Timeout = 3600.0,
+    json: Json = False,
+    debug: Debug = False,  # noqa: ARG001
+) -> int:
+    r"""Does a running server serve this checkpoint? Tensor by tensor, bit for bit; nothing is changed.
+
+    Exit code 0: it does; 1: it does not, or that cannot be told of some tensor; 2: trouble.
+
+    \b
+    Examples:
+      reload-plugin verify http://localhost:8000 /checkpoints/step-12
+      reload-plugin verify http://gpu-7:8000 /checkpoints/step-12 --json | jq '.different | keys'
+    """
+    from . import server as remote
+    from . import weights_out
+
+    with remote.Server(url, api_key, timeout) as server:
+        return weights_out.verify(server, checkpoint, json)
+
+
+@_command
 def doctor(json: Json = False, debug: Debug = False) -> int:  # noqa: ARG001
     r"""Whether reloads in this environment go through this plugin. Exit code 1 where something is wrong.
 

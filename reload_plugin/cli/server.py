@@ -56,7 +56,7 @@ class Server:
         try:
             answer = self.rpc("reload_status", QUICK)
             return [ReloadStatus.model_validate(state) for state in answer]
-        except _ServerError as error:
+        except ServerError as error:
             raise CommandError(
                 f"{self.url} could not say what it serves: {error}.",
                 "Install this package beside its vLLM and start it again; its log says if it was loaded.",
@@ -78,7 +78,7 @@ class Server:
 
         Raises:
             CommandError: no server, no such route, not allowed, or no answer in time.
-            _ServerError: the server says that it failed.
+            ServerError: the server says that it failed.
 
         """
         seconds = self._timeout if timeout is None else timeout
@@ -112,11 +112,11 @@ class Server:
         except ValueError:
             body = {}
         if code >= 400:
-            raise _ServerError(_reason(body) or f"HTTP {code}")
+            raise ServerError(_reason(body) or f"HTTP {code}")
         return body if isinstance(body, dict) else {}
 
 
-class _ServerError(ReloadError):
+class ServerError(ReloadError):
     """The server answered that something failed there."""
 
 
@@ -193,7 +193,7 @@ def push(
         in_json: print the states of the ranks as JSON.
 
     """
-    path = _path_on_server(checkpoint)
+    path = path_on_server(checkpoint)
     before = server.status()
     started = time.perf_counter()
     if chunk_bytes is None:
@@ -226,7 +226,7 @@ def _reset_prefix_cache(server: Server) -> None:
     server.rpc("note_reset_caches", QUICK, outcomes={"prefix": "reset"})
 
 
-def _path_on_server(checkpoint: str) -> str:
+def path_on_server(checkpoint: str) -> str:
     """A checkpoint that is here is looked at here: what cannot be read need not trouble the server."""
     place = Path(checkpoint)
     if place.exists():
@@ -258,7 +258,7 @@ def _explained(server: Server) -> Iterator[None]:
     """What failed on the server, in the words of its workers, which the route may not pass on."""
     try:
         yield
-    except _ServerError as error:
+    except ServerError as error:
         reasons = {state.last_error for state in server.status() if state.last_error}
         text = "; ".join(sorted(reasons)) or str(error)
         raise CommandError(

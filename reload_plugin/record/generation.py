@@ -16,7 +16,7 @@ class Generation:
     """The caller's name for these weights."""
     source: str = "the engine's start"
     digest: str | None = None
-    """Of all that the kernels read; None until it was computed. See ``verify.digest``."""
+    """Of all that the kernels read; None until it was computed. See ``digest.digest``."""
     known: bool = True
     """False where somebody else wrote to the served weights, so that nothing here tells what they are."""
     since: float = field(default_factory=time.time)

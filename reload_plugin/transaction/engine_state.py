@@ -19,6 +19,7 @@ from torch import nn
 from .. import vllm_api
 from ..checkpoint import Rereadable, Source, close_source, overlaid_sources
 from ..device.host_memory import HostPool
+from ..digest import digest
 from ..errors import SERVES_OLD, EngineBrokenError, SessionError
 from ..plan.plan_cache import PlanCache
 from ..process.native_handles import Handles
@@ -26,7 +27,6 @@ from ..ranks.votes import Vote
 from ..record.generation import Generation
 from ..record.model_record import STATE_ATTRIBUTE, ModelRecord, complete_record_of
 from ..report import ReloadReport
-from ..verify import digest
 from .start import StartedFrom
 
 logger = logging.getLogger("vllm.reload_plugin")

@@ -38,6 +38,8 @@ class SessionOptions:
     overflow: Overflow | None = None
     inspect: Inspect | None = None
     from_served: bool = False
+    strategy: type[CommitStrategy] | None = None
+    """In place of the one that ``policy`` names."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,7 +80,7 @@ def wire(model: nn.Module, state: EngineState, options: SessionOptions) -> Sessi
     clock, gauge, mismatches = StageClock(), MemoryGauge(), Mismatches()
     trace = LoadTrace(mismatches, False, known.start_shapes, record.world_size > 1, known.is_later)
     completeness = Completeness(trace.loaded, mismatches, known)
-    strategy_class = STRATEGIES[options.policy]
+    strategy_class = options.strategy or STRATEGIES[options.policy]
     admission = Admission(record, completeness, gauge, strategy_class.waiting_bytes)
     log = CommitLog(state.handles, state.native)
     strategy = strategy_class(log, gauge, admission, _Release(completeness, trace))

@@ -29,6 +29,7 @@ class StartedFrom:
     """Weight file -> size, time and inode, when the engine had just started from it."""
     config: dict[str, Any] | None = None
     """The config.json, as it was on disk then."""
+    _listing: Sequence[TensorInfo] | None = field(default=None, repr=False)
     _shapes: dict[str, tuple[int, ...]] | None = field(default=None, repr=False)
     _coverage: dict[str, str] | None = field(default=None, repr=False)
 
@@ -40,10 +41,23 @@ class StartedFrom:
             return None
         return source if source.infos() is not None else None
 
+    def remember_listing(self, model: nn.Module, record: ModelRecord) -> None:
+        """List it now, when the engine has just started from it: its files may be gone when an export asks
+        for names. Reads headers only, and nothing that is not on this machine.
+        """
+        if self.stamps is not None:
+            self._listing = tuple(_as_loaded(self.source(model, record))) or None
+
+    def listing(self, model: nn.Module, record: ModelRecord) -> Sequence[TensorInfo]:
+        """Names, shapes and dtypes in the order in which a cold start loads them; empty when it cannot be
+        listed.
+        """
+        return _as_loaded(self.source(model, record)) if self._listing is None else self._listing
+
     def shapes(self, model: nn.Module, record: ModelRecord) -> Mapping[str, tuple[int, ...]]:
         """Name -> shape, in the order in which a cold start loads them; empty when it cannot be listed."""
         if self._shapes is None:
-            self._shapes = {info.name: info.shape for info in _as_loaded(self.source(model, record))}
+            self._shapes = {info.name: info.shape for info in self.listing(model, record)}
         return self._shapes
 
     def was_written(self, model: nn.Module, record: ModelRecord) -> Callable[[str], str | None]:

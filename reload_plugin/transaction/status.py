@@ -28,7 +28,7 @@ class ReloadStatus(BaseModel):
     known: bool = True
     """False where something else than a reload wrote to the served weights (``source`` says what)."""
     digest: str | None
-    """Of all that the kernels read (``verify.digest``); None when it was not computed or cannot be known."""
+    """Of all that the kernels read (``digest.digest``); None when it was not computed or cannot be known."""
     source: str
     """Where the served weights came from."""
     since: float

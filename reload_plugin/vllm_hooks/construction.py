@@ -68,6 +68,7 @@ def recording_processing(then: Callable[[], None]) -> Callable[[Callable[..., No
             state = begin_state(model, record, handles)
             state.start.stamps = start_stamps(record.vllm_config, model_config, model)
             state.start.config = start_config(model_config)
+            state.start.remember_listing(model, record)
             live.guard(model)
             then()
 

@@ -46,9 +46,12 @@ def guarding(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def add_worker_calls(worker: type) -> None:
-    """Add what ``collective_rpc`` reaches by name: ``reload_status``, ``note_reset_caches`` and
-    ``abort_weight_update``.
+    """Add what ``collective_rpc`` reaches by name: ``reload_status``, ``note_reset_caches``,
+    ``abort_weight_update``, ``export_checkpoint`` and ``verify_checkpoint``.
     """
+    from ..export.answers import told
+    from ..export.served import export_rank
+    from ..export.verify import verify_model
     from ..transaction.chunked_update import abandon_updates
     from ..transaction.status import status_of
 
@@ -69,7 +72,21 @@ def add_worker_calls(worker: type) -> None:
         self._weight_update_active = False
         return abandon_updates(states_of(self))
 
-    for function in (reload_status, note_reset_caches, abort_weight_update):
+    def export_checkpoint(
+        self: Any, directory: str, max_shard_size: int | str | None = "5GB", lossy: Any = None
+    ) -> dict[str, Any] | None:
+        """Write what this engine serves; see ``export.served``. Ranks but the first answer None."""
+        model = vllm_api.unwrapped(self.model_runner.get_model())
+        rank = int(getattr(self, "rank", 0))
+        return told(lambda: export_rank(model, directory, rank, max_shard_size=max_shard_size, lossy=lossy))
+
+    def verify_checkpoint(self: Any, path: str) -> dict[str, Any] | None:
+        """Whether this rank serves a checkpoint; see ``export.verify``."""
+        model = vllm_api.unwrapped(self.model_runner.get_model())
+        return told(lambda: verify_model(model, path, rank=int(getattr(self, "rank", 0))))
+
+    added = (reload_status, note_reset_caches, abort_weight_update, export_checkpoint, verify_checkpoint)
+    for function in added:
         add_method(worker, function)
 
 

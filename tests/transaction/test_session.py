@@ -26,6 +26,7 @@ from reload_plugin.commit.group_commit import Commit
 from reload_plugin.device import output_reuse as results
 from reload_plugin.device.cpu import CpuOps
 from reload_plugin.device.host_memory import MemoryGauge
+from reload_plugin.digest import digest
 from reload_plugin.errors import (
     DuplicateWeightsError,
     EngineBrokenError,
@@ -55,7 +56,6 @@ from reload_plugin.tensors import storage_id
 from reload_plugin.transaction import group_pipeline
 from reload_plugin.transaction.engine_state import state_of
 from reload_plugin.transaction.known import plan_listing
-from reload_plugin.verify import digest
 from reload_plugin.vllm_hooks import plugin
 
 CONFIG = types.SimpleNamespace(

@@ -8,12 +8,12 @@ import torch
 from torch import nn
 
 from reload_plugin import vllm_api
+from reload_plugin.digest import digest
 from reload_plugin.errors import EngineBrokenError, PartialUpdateError, ReloadError
 from reload_plugin.transaction.chunked_update import open_layerwise
 from reload_plugin.transaction.engine_state import state_of
 from reload_plugin.transaction.reload import reload_weights
 from reload_plugin.transaction.status import status_of
-from reload_plugin.verify import digest
 from reload_plugin.vllm_hooks import workers
 from tests.transaction.test_session import A, B, Model, cold, registered, start, values  # noqa: F401 - a fixture among them
 

@@ -7,10 +7,10 @@ from reload_plugin import vllm_api
 from reload_plugin.device import cpu
 from reload_plugin.device.hashing import Hash
 from reload_plugin.device.value_hashes import _CHUNK, device_sums
+from reload_plugin.digest.digest import digest_of
 from reload_plugin.process import native_handles as native
 from reload_plugin.process.native_handles import watching_native
 from reload_plugin.record.recorder import finish_record, observe, record_constructed
-from reload_plugin.verify.digest import digest_of
 
 
 def hashed(tensor: torch.Tensor) -> str:

@@ -16,11 +16,11 @@ from reload_plugin import (
     restore_for_reloading,
     status,
 )
+from reload_plugin.digest import digest
 from reload_plugin.errors import EngineBrokenError, ReloadError
 from reload_plugin.record.model_record import record_of
 from reload_plugin.transaction.chunked_update import finish_layerwise, open_layerwise
 from reload_plugin.transaction.engine_state import state_of
-from reload_plugin.verify import digest
 from reload_plugin.vllm_hooks import runners
 from tests.transaction.test_session import A, B, Model, cold, registered, reload, start  # noqa: F401 - a fixture among them
 

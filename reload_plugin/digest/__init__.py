@@ -1,0 +1,1 @@
+"""Stage 7, VERIFY: the digest of what is served."""

@@ -1,1 +1,0 @@
-"""Stage 7, VERIFY: slots, ignore rules, the digest of what is served."""
