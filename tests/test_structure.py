@@ -28,8 +28,8 @@ ORDER = (
     "ranks",
     "transaction",
     "vllm_hooks",
-    "export",
     "offload",
+    "export",
     "tools",
     "cli",
 )
