@@ -7,9 +7,9 @@ tensor that an offloading hook covers is read from the hook's mapping even while
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ _RESHAPED = ("Params4bit",)
 """Parameters whose placeholder has another shape than their stored value."""
 
 
-@dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Placement:
     """One name of a model, and where its value is."""
 
@@ -104,7 +104,18 @@ def placements(model: nn.Module) -> list[Placement]:
 
     Reads no weight. Valid until the model is dispatched anew, moved or loaded.
     """
-    return list(_Walk().of(model, "", []))
+    found = {place.name: place for place in _Walk().of(model, "", [])}
+    for copy, original in declared_ties(model).items():
+        if (
+            copy in found and found[copy].stored is None and original in found
+        ):  # a mapping has one name of the two
+            found[copy] = dataclasses.replace(found[copy], stored=found[original].stored)
+    return list(found.values())
+
+
+def declared_ties(model: nn.Module) -> dict[str, str]:
+    """Tied name -> the name that it is tied to, as a transformers model says; empty for other models."""
+    return dict(getattr(model, "all_tied_weights_keys", None) or {})
 
 
 def is_offloaded(model: nn.Module) -> bool:
