@@ -41,6 +41,8 @@ class Placement:
     """Where the value is; None if it is nowhere (on meta, and no hook has it)."""
     statistics: Stored | None = None
     """The scales (``SCB``) of an int8 weight of bitsandbytes that the hook keeps beside it."""
+    noted_as_tied: bool = False
+    """Whether Accelerate noted that it was tied when it was offloaded; not to what."""
 
     @property
     def where(self) -> str:
@@ -161,17 +163,19 @@ class _Walk:
         for attribute, tensor, is_buffer, persistent in _tensors_of(module):
             full = f"{name}.{attribute}" if name else attribute
             cache = module._buffers if is_buffer else module._parameters
-            statistics = None
-            if _is_cache(cache):
+            statistics, noted = None, False
+            if is_cache(cache):
                 stored: Stored | None = self._cached(cache, attribute, full)
             else:
                 hook, at = _hook_of(covering, is_buffer, persistent)
-                stored = None if hook is None else self._mapped(hook.weights_map, _below(full, at))
+                key = _below(full, at)
+                stored = None if hook is None else self._mapped(hook.weights_map, key)
+                noted = stored is not None and key in hook.tied_params_names
                 if stored is not None and tensor.dtype == torch.int8:
-                    statistics = self._mapped(hook.weights_map, _below(full, at).replace("weight", "SCB"))
+                    statistics = self._mapped(hook.weights_map, key.replace("weight", "SCB"))
                 if stored is None and not tensor.is_meta:
                     stored = InMemory(tensor, "module")
-            yield Placement(full, module, attribute, is_buffer, persistent, tensor, stored, statistics)
+            yield Placement(full, module, attribute, is_buffer, persistent, tensor, stored, statistics, noted)
         passed = [*above, *(pair for pair in own if pair[0].place_submodules)]
         for child, submodule in module._modules.items():
             if submodule is not None:
@@ -210,7 +214,7 @@ class _Walk:
         return SafetensorsEntry(name, held, cache.index, lambda: folder, lambda _: True, self._listed)
 
 
-def _is_cache(mapping: Any) -> bool:
+def is_cache(mapping: Any) -> bool:
     return hasattr(mapping, "offloaded_values")
 
 

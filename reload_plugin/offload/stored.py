@@ -33,7 +33,7 @@ OURS = "reloaded"
 
 
 class StagedWrite(Protocol):
-    """A new value that is on disk already, and not in use yet."""
+    """A new value that is on disk, and not in use yet."""
 
     def commit(self) -> None:
         """Put it in use: a rename, or an assignment to an index."""
@@ -45,40 +45,8 @@ class StagedWrite(Protocol):
         """Remove the file that is not in use."""
 
 
-class Stored(Protocol):
-    """One place that holds one value."""
-
-    @property
-    def where(self) -> str:
-        """``module``, ``memory`` (a mapping, or a cache on the CPU), ``dat`` or ``safetensors``."""
-
-    @property
-    def file(self) -> str | None:
-        """Path of the file, for the last two."""
-
-    @property
-    def key(self) -> Hashable:
-        """Equal for two names whose values are one memory or one place of a file."""
-
-    def read(self) -> torch.Tensor:
-        """The value, in its own shape and dtype: the memory itself, or a new tensor on the CPU.
-
-        Raises:
-            SourceError: the file is missing, truncated or another one than was listed.
-
-        """
-
-    def write(self, tensor: torch.Tensor) -> None:
-        """Replace the value. Memory is written in place; files are replaced whole.
-
-        Raises:
-            SourceError: the disk is full or cannot be written. The old value is in place.
-
-        """
-
-
 class InMemory:
-    """A tensor: a module's own, or a value of the mapping that a hook takes weights from.
+    """A tensor: a module's own, or a value of the mapping (or the cache) that weights are taken from.
 
     Args:
         tensor: the memory that holds the value.
@@ -94,15 +62,20 @@ class InMemory:
 
     @property
     def key(self) -> Hashable:
-        own = storage_id(self._tensor)
-        if own is None:
-            return id(self._tensor)
-        return own, self._tensor.storage_offset(), tuple(self._tensor.shape), self._tensor.stride()
+        """Equal for the same view of the same memory."""
+        return memory_key(self._tensor)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the memory is."""
+        return self._tensor.device
 
     def read(self) -> torch.Tensor:
+        """The memory itself."""
         return self._tensor.detach()
 
     def write(self, tensor: torch.Tensor) -> None:
+        """Copy into it."""
         with torch.no_grad():
             self._tensor.detach().copy_(tensor)
 
@@ -127,9 +100,16 @@ class DatFile:
 
     @property
     def key(self) -> Hashable:
+        """Equal for the same file."""
         return os.path.realpath(self.file)
 
     def read(self) -> torch.Tensor:
+        """The value in new memory on the CPU, in the dtype of the file.
+
+        Raises:
+            SourceError: the file is missing, or not of the size that the index says.
+
+        """
         entry = self._index[self._name]
         out = torch.empty(entry["shape"], dtype=getattr(torch, entry["dtype"]), device="cpu")
         try:
@@ -148,6 +128,7 @@ class DatFile:
         return out
 
     def write(self, tensor: torch.Tensor) -> None:
+        """``stage`` and commit."""
         write_now(self.stage(tensor))
 
     def stage(self, tensor: torch.Tensor) -> StagedWrite:
@@ -206,9 +187,17 @@ class SafetensorsEntry:
 
     @property
     def key(self) -> Hashable:
+        """Equal for the same tensor of the same file."""
         return os.path.realpath(self.file), self.weight_name
 
     def read(self) -> torch.Tensor:
+        """The value in new memory on the CPU, in the dtype of the index.
+
+        Raises:
+            SourceError: the file is missing, truncated, does not hold the tensor, or changed since it was
+                listed.
+
+        """
         source = self._listed.get(self.file)
         if source is None:
             source = self._listed[self.file] = SafetensorsSource([self.file], self.file)
@@ -221,6 +210,7 @@ class SafetensorsEntry:
         return out if wanted is None else out.to(getattr(torch, wanted))
 
     def write(self, tensor: torch.Tensor) -> None:
+        """``stage`` and commit."""
         write_now(self.stage(tensor))
 
     def stage(self, tensor: torch.Tensor) -> StagedWrite:
@@ -327,6 +317,18 @@ def _repointed(
     dtype = str(tensor.dtype).removeprefix("torch.")
     entry = {"safetensors_file": str(path), "weight_name": name, "dtype": dtype}
     return RepointedEntry(key, index, entry)
+
+
+Stored = InMemory | DatFile | SafetensorsEntry
+"""A place that holds one value."""
+
+
+def memory_key(tensor: torch.Tensor) -> Hashable:
+    """Equal for two tensors that are the same view of the same memory."""
+    own = storage_id(tensor)
+    if own is None:
+        return id(tensor)
+    return own, tensor.storage_offset(), tuple(tensor.shape), tensor.stride()
 
 
 def write_now(staged: StagedWrite) -> None:
