@@ -29,6 +29,7 @@ if TYPE_CHECKING:
         UnsupportedError,
         WeightsError,
     )
+    from .offload.keep import KeepReport, dispatch, keep_weights_in_module
     from .offload.materialize import MaterializeReport, materialize, materialized
     from .report import ReloadReport
     from .tools.conversion import convert, is_stale, read_nested
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
 _HOME = {
     "DuplicateWeightsError": "errors",
     "EngineBrokenError": "errors",
+    "KeepReport": "offload.keep",
     "KernelFormatError": "errors",
     "MaterializeReport": "offload.materialize",
     "MisshapenWeightsError": "errors",
@@ -64,8 +66,10 @@ _HOME = {
     "WeightsError": "errors",
     "abort_weight_update": "transaction.chunked_update",
     "convert": "tools.conversion",
+    "dispatch": "offload.keep",
     "flatten": "tools.nested",
     "is_stale": "tools.conversion",
+    "keep_weights_in_module": "offload.keep",
     "materialize": "offload.materialize",
     "materialized": "offload.materialize",
     "open_source": "checkpoint",
@@ -82,6 +86,7 @@ _HOME = {
 __all__ = [
     "DuplicateWeightsError",
     "EngineBrokenError",
+    "KeepReport",
     "KernelFormatError",
     "MaterializeReport",
     "MisshapenWeightsError",
@@ -104,8 +109,10 @@ __all__ = [
     "WeightsError",
     "abort_weight_update",
     "convert",
+    "dispatch",
     "flatten",
     "is_stale",
+    "keep_weights_in_module",
     "materialize",
     "materialized",
     "open_source",

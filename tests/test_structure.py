@@ -40,6 +40,7 @@ only from its own folder and from those before it. On the ground floor that hold
 PUBLIC = [
     "DuplicateWeightsError",
     "EngineBrokenError",
+    "KeepReport",
     "KernelFormatError",
     "MaterializeReport",
     "MisshapenWeightsError",
@@ -62,8 +63,10 @@ PUBLIC = [
     "WeightsError",
     "abort_weight_update",
     "convert",
+    "dispatch",
     "flatten",
     "is_stale",
+    "keep_weights_in_module",
     "materialize",
     "materialized",
     "open_source",

@@ -43,6 +43,8 @@ class Placement:
     """The scales (``SCB``) of an int8 weight of bitsandbytes that the hook keeps beside it."""
     noted_as_tied: bool = False
     """Whether Accelerate noted that it was tied when it was offloaded; not to what."""
+    hooks: tuple[Any, ...] = ()
+    """Offloading hooks that cover it, the one that writes it last at the end."""
 
     @property
     def where(self) -> str:
@@ -163,19 +165,24 @@ class _Walk:
         for attribute, tensor, is_buffer, persistent in _tensors_of(module):
             full = f"{name}.{attribute}" if name else attribute
             cache = module._buffers if is_buffer else module._parameters
-            statistics, noted = None, False
+            statistics, noted, hooks = None, False, []
             if is_cache(cache):
                 stored: Stored | None = self._cached(cache, attribute, full)
             else:
-                hook, at = _hook_of(covering, is_buffer, persistent)
-                key = _below(full, at)
-                stored = None if hook is None else self._mapped(hook.weights_map, key)
-                noted = stored is not None and key in hook.tied_params_names
-                if stored is not None and tensor.dtype == torch.int8:
-                    statistics = self._mapped(hook.weights_map, key.replace("weight", "SCB"))
+                hooks = [pair for pair in covering if _covers(*pair, full, is_buffer, persistent)]
+                stored = None
+                if hooks:
+                    hook, key = hooks[-1][0], _below(full, hooks[-1][1])
+                    stored = self._mapped(hook.weights_map, key)
+                    noted = stored is not None and key in hook.tied_params_names
+                    if stored is not None and tensor.dtype == torch.int8:
+                        statistics = self._mapped(hook.weights_map, key.replace("weight", "SCB"))
                 if stored is None and not tensor.is_meta:
                     stored = InMemory(tensor, "module")
-            yield Placement(full, module, attribute, is_buffer, persistent, tensor, stored, statistics, noted)
+            owners = tuple(hook for hook, _ in hooks)
+            yield Placement(
+                full, module, attribute, is_buffer, persistent, tensor, stored, statistics, noted, owners
+            )
         passed = [*above, *(pair for pair in own if pair[0].place_submodules)]
         for child, submodule in module._modules.items():
             if submodule is not None:
@@ -228,12 +235,11 @@ def _tensors_of(module: nn.Module) -> Iterator[tuple[str, torch.Tensor, bool, bo
                 yield attribute, tensor, is_buffer, persistent
 
 
-def _hook_of(covering: list[tuple[Any, str]], is_buffer: bool, persistent: bool) -> tuple[Any, str]:
-    """The hook that writes a tensor last before its module runs, and the name of the hook's module."""
-    for hook, at in reversed(covering):
-        if not is_buffer or (hook.offload_buffers and persistent):
-            return hook, at
-    return None, ""
+def _covers(hook: Any, at: str, name: str, is_buffer: bool, persistent: bool) -> bool:
+    """Whether a hook that brings the tensors of a module brings this one."""
+    if _below(name, at) in getattr(hook, "kept_names", ()):
+        return False
+    return not is_buffer or bool(hook.offload_buffers and persistent)
 
 
 def _below(name: str, module: str) -> str:
