@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     )
     from .offload.keep import KeepReport, dispatch, keep_weights_in_module
     from .offload.materialize import MaterializeReport, materialize, materialized
+    from .offload.reload_dispatched import reload_dispatched
     from .report import ReloadReport
     from .tools.conversion import convert, is_stale, read_nested
     from .tools.fsdp import RestoreReport, restore_fsdp
@@ -75,6 +76,7 @@ _HOME = {
     "open_source": "checkpoint",
     "read_nested": "tools.conversion",
     "record_for_reloading": "transaction.reload",
+    "reload_dispatched": "offload.reload_dispatched",
     "reload_engine": "transaction.status",
     "reload_weights": "transaction.reload",
     "restore_for_reloading": "transaction.chunked_update",
@@ -118,6 +120,7 @@ __all__ = [
     "open_source",
     "read_nested",
     "record_for_reloading",
+    "reload_dispatched",
     "reload_engine",
     "reload_weights",
     "restore_for_reloading",

@@ -17,7 +17,15 @@ from accelerate import (
     load_checkpoint_and_dispatch,
 )
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM, logging
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+    logging,
+)
 
 from reload_plugin.offload.placement import hooks_of, is_offloading
 
@@ -91,6 +99,55 @@ def checkpoint(tied: bool, seed: int = 0) -> str:
     folder = Path(_kept().name) / f"{tied}-{seed}"
     llama(tied, seed).save_pretrained(folder)
     return str(folder)
+
+
+MIXTURES = {
+    "mixtral": (
+        MixtralForCausalLM,
+        MixtralConfig(
+            hidden_size=16,
+            intermediate_size=24,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            num_local_experts=3,
+            vocab_size=64,
+            initializer_range=0.5,
+        ),
+    ),
+    "qwen3_moe": (
+        Qwen3MoeForCausalLM,
+        Qwen3MoeConfig(
+            hidden_size=16,
+            intermediate_size=24,
+            moe_intermediate_size=8,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            head_dim=8,
+            num_experts=4,
+            num_experts_per_tok=2,
+            vocab_size=64,
+            initializer_range=0.5,
+        ),
+    ),
+}
+"""Models whose experts are fused and stacked while they are loaded."""
+
+
+@functools.cache
+def mixture_checkpoint(kind: str, seed: int) -> str:
+    """A folder of a model with experts, one tensor each."""
+    folder = Path(_kept().name) / f"{kind}-{seed}"
+    torch.manual_seed(seed)
+    model_class, model_config = MIXTURES[kind]
+    model_class(model_config).eval().save_pretrained(folder)
+    return str(folder)
+
+
+def mixture(kind: str, seed: int = 0, **options: Any) -> nn.Module:
+    """The model of that folder."""
+    return MIXTURES[kind][0].from_pretrained(mixture_checkpoint(kind, seed), **options).eval()
 
 
 def split_map(first: Any, second: Any, rest: Any = HERE) -> dict[str, Any]:

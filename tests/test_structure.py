@@ -72,6 +72,7 @@ PUBLIC = [
     "open_source",
     "read_nested",
     "record_for_reloading",
+    "reload_dispatched",
     "reload_engine",
     "reload_weights",
     "restore_for_reloading",

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..device.hashing import Hash
 from ..errors import OffloadError
 from .memory import Needs, needs_of
 from .placement import Placement
@@ -119,3 +120,13 @@ def _built_by_accelerate(place: Placement, value: torch.Tensor, device: torch.de
     made = holder._parameters["weight"]
     assert made is not None, "it was set"
     return made
+
+
+def digest_of(tensor: torch.Tensor) -> bytes:
+    """The digest of a tensor's values, with the scales of an int8 parameter."""
+    hashed = Hash()
+    hashed.add_tensor(tensor.detach().contiguous())
+    scales = getattr(tensor, "SCB", None)
+    if scales is not None:
+        hashed.add_tensor(scales)
+    return hashed.digest()

@@ -9,10 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from ..device.hashing import Hash
 from ..errors import OffloadError, ReloadError
 from ..interrupts import held
-from .collected import Value, show
+from .collected import Value, digest_of, show
 from .hooks import Dispatch
 from .memory import needs_of, refuse_if_short
 from .placement import Placement, is_cache
@@ -112,7 +111,7 @@ class PutBack:
             if isinstance(stored, InMemory):
                 if value is not None and memory_key(value) != stored.key:
                     stored.write(value)
-            elif stored is not None and value is not None and _digest(tensor) != self.digests[place.name]:
+            elif stored is not None and value is not None and digest_of(tensor) != self.digests[place.name]:
                 yield stored.stage(value.detach())
 
     def _moved(self, current: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -168,18 +167,8 @@ def put_back_of(
             if place.where == "module":
                 devices[place.name] = place.shown.device
             elif place.stored is not None and place.stored.file is not None:
-                digests[place.name] = _digest(value.tensor)
+                digests[place.name] = digest_of(value.tensor)
     return PutBack(model, dispatch, places, devices, digests)
-
-
-def _digest(tensor: torch.Tensor) -> bytes:
-    """Of a tensor's values, with the scales of an int8 parameter."""
-    hashed = Hash()
-    hashed.add_tensor(tensor.detach())
-    scales = getattr(tensor, "SCB", None)
-    if scales is not None:
-        hashed.add_tensor(scales)
-    return hashed.digest()
 
 
 def _alike(tensor: torch.Tensor, shown: torch.Tensor) -> bool:

@@ -95,7 +95,8 @@ class DatFile:
     def __init__(self, name: str, index: MutableMapping[str, Any], folder: str) -> None:
         self.file = str(Path(folder) / f"{name}.dat")
         self._name = name
-        self._index = index
+        self.entry = name
+        self.index = index
         self._folder = folder
 
     @property
@@ -110,7 +111,7 @@ class DatFile:
             SourceError: the file is missing, or not of the size that the index says.
 
         """
-        entry = self._index[self._name]
+        entry = self.index[self._name]
         out = torch.empty(entry["shape"], dtype=getattr(torch, entry["dtype"]), device="cpu")
         try:
             handle = os.open(self.file, os.O_RDONLY | os.O_CLOEXEC)
@@ -138,9 +139,9 @@ class DatFile:
             SourceError: the disk is full or cannot be written.
 
         """
-        entry = self._index[self._name]
+        entry = self.index[self._name]
         if getattr(torch, entry["dtype"]) != tensor.dtype:  # the index goes before the file's name
-            return _repointed(self._name, self._name, self._index, self._folder, tensor)
+            return _repointed(self._name, self._name, self.index, self._folder, tensor)
         return ReplacedFile(self._name, self.file, lambda path: _write_dat(path, tensor))
 
 
@@ -170,20 +171,20 @@ class SafetensorsEntry:
         listed: MutableMapping[str, SafetensorsSource],
     ) -> None:
         self._name = name
-        self._entry = entry
-        self._index = index
+        self.entry = entry
+        self.index = index
         self._folder = folder
         self._replaceable = replaceable
         self._listed = listed
 
     @property
     def file(self) -> str:
-        return str(self._index[self._entry]["safetensors_file"])
+        return str(self.index[self.entry]["safetensors_file"])
 
     @property
     def weight_name(self) -> str:
         """The tensor's name in the file."""
-        return str(self._index[self._entry].get("weight_name", self._name))
+        return str(self.index[self.entry].get("weight_name", self._name))
 
     @property
     def key(self) -> Hashable:
@@ -206,7 +207,7 @@ class SafetensorsEntry:
             raise SourceError(f"{self.file} does not hold {self.weight_name} any more. {WRITE_AGAIN}")
         out = torch.empty(info.shape, dtype=info.dtype, device="cpu")
         source.read_spans(info.name, [(0, out.numel())], out.reshape(-1))
-        wanted = self._index[self._entry].get("dtype")
+        wanted = self.index[self.entry].get("dtype")
         return out if wanted is None else out.to(getattr(torch, wanted))
 
     def write(self, tensor: torch.Tensor) -> None:
@@ -221,12 +222,12 @@ class SafetensorsEntry:
 
         """
         self._listed.pop(self.file, None)
-        entry = self._index[self._entry]
+        entry = self.index[self.entry]
         same = entry.get("dtype") in (None, str(tensor.dtype).removeprefix("torch."))
         if same and self._replaceable(self.file):
             name = self.weight_name
             return ReplacedFile(self._name, self.file, lambda path: _write_safetensors(path, name, tensor))
-        return _repointed(self._name, self._entry, self._index, self._folder(), tensor)
+        return _repointed(self._name, self.entry, self.index, self._folder(), tensor)
 
 
 class ReplacedFile:
@@ -321,6 +322,26 @@ def _repointed(
 
 Stored = InMemory | DatFile | SafetensorsEntry
 """A place that holds one value."""
+
+
+def pointed_at(
+    stored: DatFile | SafetensorsEntry, file: str, weight_name: str, dtype: torch.dtype
+) -> StagedWrite:
+    """Let an index name a tensor of another file, which is not copied.
+
+    Args:
+        stored: the place whose value it takes.
+        file: of safetensors; has to stay as it is.
+        weight_name: of the tensor there.
+        dtype: of the tensor there.
+
+    """
+    entry = {
+        "safetensors_file": file,
+        "weight_name": weight_name,
+        "dtype": str(dtype).removeprefix("torch."),
+    }
+    return RepointedEntry(stored.entry, stored.index, entry)
 
 
 def memory_key(tensor: torch.Tensor) -> Hashable:

@@ -17,11 +17,18 @@ from torch import nn
 from .placement import Placement, declared_ties
 
 
-def tie_groups(model: nn.Module, places: Sequence[Placement]) -> list[list[Placement]]:
+def tie_groups(
+    model: nn.Module, places: Sequence[Placement], trust_declared: bool = False
+) -> list[list[Placement]]:
     """The placements, those of one tensor together; in their order, by the first of each group.
 
     Values that are declared to be tied and lie in two places are read and compared, two tensors at a time.
     Those that differ are not tied: the model computes with both.
+
+    Args:
+        model: the model.
+        places: of all of it.
+        trust_declared: whether what a transformers model declares to be tied is, whatever the values are now.
 
     Raises:
         SourceError: a value cannot be read.
@@ -31,7 +38,8 @@ def tie_groups(model: nn.Module, places: Sequence[Placement]) -> list[list[Place
     by_name = {place.name: place for place in places}
     for copy, original in declared_ties(model).items():
         if copy in by_name and original in by_name:
-            groups.join_if_equal(by_name[copy], by_name[original])
+            join = groups.join if trust_declared else groups.join_if_equal
+            join(by_name[copy], by_name[original])
     noted = defaultdict(list)
     for place in places:
         if place.noted_as_tied:
@@ -50,16 +58,17 @@ class _Groups:
         first: dict[Hashable, Placement] = {}
         for place in places:
             self._group[place.name] = [place]
-            self._join(first.setdefault(_identity(place), place), place)
+            self.join(first.setdefault(_identity(place), place), place)
 
     def join_if_equal(self, one: Placement, other: Placement) -> None:
         """Join the groups of two placements unless their values differ."""
         if self._group[one.name] is self._group[other.name] or one.stored is None or other.stored is None:
             return
         if one.is_buffer == other.is_buffer and _equal(one.read(), other.read()):
-            self._join(one, other)
+            self.join(one, other)
 
-    def _join(self, one: Placement, other: Placement) -> None:
+    def join(self, one: Placement, other: Placement) -> None:
+        """Join the groups of two placements."""
         joined, added = self._group[one.name], self._group[other.name]
         if joined is not added:
             joined.extend(added)
