@@ -237,3 +237,11 @@ def logits(model: nn.Module) -> torch.Tensor:
         if isinstance(model, Counted):
             return model(torch.linspace(-1, 1, 24).reshape(3, 8))
         return model(IDS, use_cache=False).logits
+
+
+if __name__ == "__main__":  # python -m tests.dispatched --table, or --memory
+    import sys
+
+    from tests import dispatched_table
+
+    dispatched_table.main(sys.argv[1:])
