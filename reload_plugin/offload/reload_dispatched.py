@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 import weakref
-from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -208,8 +208,8 @@ class _Run:
         if self._check_finite and value.is_floating_point() and not bool(torch.isfinite(value).all()):
             count = int((~torch.isfinite(value)).sum())
             raise weights_error("the source", UNCHANGED, nonfinite={name: f"{count} values"})
-        if len(places) > 1:
-            self._refuse_another(places, name, value)
+        if len(places) > 1 and self._came_before(places, name, value):
+            return
         done: set[Hashable] = set()
         for place in places:
             stored = place.stored
@@ -226,15 +226,23 @@ class _Run:
             else:
                 self._staged.append(stored.stage(value.to(place.shown.dtype)))
 
-    def _refuse_another(self, places: Iterable[Placement], name: str, value: torch.Tensor) -> None:
-        """Tied names may come both, with equal values."""
-        first = next(iter(places)).name
-        digest = digest_of(value)
-        if self._written.setdefault(first, digest) != digest:
+    def _came_before(self, places: Sequence[Placement], name: str, value: torch.Tensor) -> bool:
+        """Whether a tied weight came under another name, and is written.
+
+        Raises:
+            DuplicateWeightsError: it came with other values.
+
+        """
+        first, digest = places[0].name, digest_of(value)
+        if first not in self._written:
+            self._written[first] = digest
+            return False
+        if self._written[first] != digest:
             others = ", ".join(place.name for place in places if place.name != name)
             raise weights_error(
                 "the source", UNCHANGED, duplicate={name: f"it is one weight with {others}, which differs"}
             )
+        return True
 
     def _roll_back(self, committed: list[StagedWrite], error: BaseException) -> None:
         by_name = {place.name: place for place in self._plan.places}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import tempfile
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -94,7 +93,7 @@ def test_kept_weights_go_to_the_device_for_a_pass_only(sim: Any, how: str) -> No
     assert torch.equal(answers(model), first)
     assert sim.counters.allocated == held
     handle.remove()
-    kept = [value for value in layer.parameters()]
+    kept = list(layer.parameters())
     assert {value.device.type for value in kept} == {"cpu"}
     with torch.no_grad():
         layer.mlp.up_proj.weight.mul_(2)
@@ -136,7 +135,7 @@ def test_too_little_device_memory_is_said_before(sim: Any) -> None:
     before = {place.name: id(place.shown) for place in placements(model)}
     with (
         sim.limit(sim.counters.reserved),
-        pytest.raises((OffloadError, RuntimeError), match="memory|bytes on sim"),
+        pytest.raises((OffloadError, RuntimeError), match=r"memory|bytes on sim"),
     ):
         materialize(model, "sim")
     assert {place.name: id(place.shown) for place in placements(model)} == before
