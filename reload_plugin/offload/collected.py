@@ -50,10 +50,17 @@ def collected(groups: Iterable[Sequence[Placement]], target: torch.device) -> li
 
     Raises:
         SourceError: a value cannot be read.
+        OffloadError: the device has no more memory.
 
     """
-    with torch.no_grad():
-        return [_value(group, target) for group in groups]
+    try:
+        with torch.no_grad():
+            return [_value(group, target) for group in groups]
+    except torch.OutOfMemoryError as error:
+        raise OffloadError(
+            f"{target} has no more memory: {error} Nothing was changed. Free memory there, or name another "
+            "device."
+        ) from error
 
 
 def place_value(value: Value) -> None:
@@ -75,9 +82,31 @@ def _value(group: Sequence[Placement], target: torch.device) -> Value:
     source = _source(group, target)
     own = next((place for place in group if place.where == "module"), None)
     if own is not None:
-        moved = None if own.shown.device == target else source.read().to(target)
-        return Value(group, own.shown, moved)
+        if own.shown.device == target:
+            return Value(group, own.shown)
+        return Value(group, *moved_to(own.shown, source.read(), target))
     return Value(group, built_like(source, source.read(), target))
+
+
+def moved_to(
+    tensor: torch.Tensor, value: torch.Tensor, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """What takes the place of a tensor that moves to another device.
+
+    Args:
+        tensor: what a module shows.
+        value: its value, anywhere.
+        device: where it goes.
+
+    Returns:
+        The same object and its new memory; a new object and None where memory of the device cannot belong to
+        the same object (backends that are registered with torch from outside).
+
+    """
+    memory = value.to(device)
+    if torch._has_compatible_shallow_copy_type(tensor, memory):
+        return tensor, memory
+    return like(tensor, memory), None
 
 
 def _source(group: Sequence[Placement], target: torch.device) -> Placement:
@@ -100,23 +129,38 @@ def built_like(place: Placement, value: torch.Tensor, device: torch.device) -> t
         device: where the result is.
 
     """
-    if place.is_buffer or type(place.shown) is torch.Tensor:
-        return value.to(device)
-    if type(place.shown) is not nn.Parameter or place.statistics is not None:
-        return _built_by_accelerate(place, value, device)
-    made = nn.Parameter(value.to(device), requires_grad=place.shown.requires_grad)
-    made.__dict__.update(place.shown.__dict__)
+    scales = None if place.statistics is None else place.statistics.read()
+    return like(place.shown, value.to(device), scales)
+
+
+def like(tensor: torch.Tensor, memory: torch.Tensor, scales: torch.Tensor | None = None) -> torch.Tensor:
+    """A tensor over some memory, of the class and with the attributes of another.
+
+    Args:
+        tensor: a parameter or a buffer; its values do not matter.
+        memory: of the same shape and dtype, where the result is to be.
+        scales: of an int8 weight of bitsandbytes.
+
+    """
+    if type(tensor) is torch.Tensor:
+        return memory
+    if type(tensor) is not nn.Parameter or scales is not None:
+        return _built_by_accelerate(tensor, memory, scales)
+    made = nn.Parameter(memory, requires_grad=tensor.requires_grad)
+    made.__dict__.update(tensor.__dict__)
     return made
 
 
-def _built_by_accelerate(place: Placement, value: torch.Tensor, device: torch.device) -> torch.Tensor:
+def _built_by_accelerate(
+    tensor: torch.Tensor, memory: torch.Tensor, scales: torch.Tensor | None
+) -> torch.Tensor:
     """As a hook would make it before a forward pass: parameters of quantized models."""
     from accelerate.utils import set_module_tensor_to_device
 
     holder = nn.Module()
-    holder._parameters["weight"] = place.shown  # type: ignore[assignment]
-    scales = None if place.statistics is None else place.statistics.read()
-    set_module_tensor_to_device(holder, "weight", device, value=value, fp16_statistics=scales)
+    holder._parameters["weight"] = tensor  # type: ignore[assignment]
+    scales = getattr(tensor, "SCB", None) if scales is None else scales
+    set_module_tensor_to_device(holder, "weight", memory.device, value=memory, fp16_statistics=scales)
     made = holder._parameters["weight"]
     assert made is not None, "it was set"
     return made

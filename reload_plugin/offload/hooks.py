@@ -57,11 +57,26 @@ class Dispatch:
                     type(module).forward = value
                 else:
                     module.__dict__[key] = value
+        drop_stale_ties(self._model)
 
     def missing_modules(self) -> list[str]:
         """Names under which the model has other modules by now, or none."""
         present: Mapping[str, nn.Module] = dict(self._model.named_modules())
         return [name for name, (module, _) in self._modules.items() if present.get(name) is not module]
+
+
+def drop_stale_ties(model: nn.Module) -> None:
+    """Let hooks forget which addresses belong to tied weights.
+
+    ``dispatch_model`` notes the addresses that tied weights had on the CPU. When a weight moves to a device,
+    that memory is freed, and a weight that is read from a file later may lie there: the hook would take the
+    tied weight for it. Hooks note addresses anew in each forward pass.
+    """
+    fresh: dict[int, Any] = {}
+    for module in model.modules():
+        for hook in hooks_of(module):
+            if getattr(hook, "tied_params_map", None) is not None:
+                hook.tied_params_map = fresh
 
 
 def _attributes_of(module: nn.Module) -> dict[str, Any]:

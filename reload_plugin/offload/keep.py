@@ -15,7 +15,7 @@ from torch import nn
 from ..errors import OffloadError
 from ..interrupts import held
 from .collected import collected, needed_for, place_value, show
-from .hooks import Dispatch
+from .hooks import Dispatch, drop_stale_ties
 from .kept_hook import replace_hooks
 from .memory import refuse_if_short
 from .placement import Placement, placements
@@ -77,6 +77,7 @@ def keep_weights_in_module(model: nn.Module, *, disk: bool = False) -> KeepRepor
         for value in values:
             place_value(value)
         hooks = replace_hooks(model, wanted, places)
+        drop_stale_ties(model)
     return KeepReport(
         kept=len(values),
         nbytes=sum(value.tensor.nbytes for value in values),
@@ -164,5 +165,8 @@ def _restore_objects(model: nn.Module, originals: Mapping[str, torch.Tensor]) ->
         if place.where != "module" or place.shown is original or type(original) is not type(place.shown):
             continue
         if memory_key(original) != memory_key(place.shown):
+            if not torch._has_compatible_shallow_copy_type(original, place.shown):
+                place.shown.__dict__.update(original.__dict__)
+                continue
             original.data = place.shown.data
         show(place, original)

@@ -12,6 +12,7 @@ from accelerate.hooks import AlignDevicesHook
 from accelerate.utils import find_device, send_to_device, set_module_tensor_to_device
 from torch import nn
 
+from .collected import like
 from .placement import Placement, hooks_of
 
 _Away = tuple[dict[str, torch.Tensor | None], str, torch.Tensor]
@@ -138,13 +139,7 @@ def _copy_on(device: torch.device, tensor: torch.Tensor) -> torch.Tensor:
         if tensor.requires_grad and torch.is_grad_enabled():
             return tensor.to(device)
         return nn.Parameter(tensor.detach().to(device), requires_grad=tensor.requires_grad)
-    holder = nn.Module()
-    holder._parameters["weight"] = tensor  # type: ignore[assignment]
-    scales = getattr(tensor, "SCB", None)
-    set_module_tensor_to_device(holder, "weight", device, value=tensor, fp16_statistics=scales)
-    made = holder._parameters["weight"]
-    assert made is not None, "it was set"
-    return made
+    return like(tensor, tensor.detach().to(device))
 
 
 def _guarded(forward: Callable[..., Any], take_away: Callable[[], None]) -> Callable[..., Any]:

@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Hashable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import nn
 
 from ..errors import OffloadError, ReloadError
 from ..interrupts import held
-from .collected import Value, digest_of, show
+from .collected import Value, digest_of, moved_to, show
 from .hooks import Dispatch
 from .memory import needs_of, refuse_if_short
 from .placement import Placement, is_cache
 from .stored import InMemory, StagedWrite, memory_key
 
+Memory = torch.Tensor | None
+"""New memory of a tensor that stays the same object."""
 _STAYS = "The model stays an ordinary one, with all its values."
 
 
-@dataclass
+@dataclasses.dataclass
 class PutBack:
     """What is to be put back after a block.
 
@@ -90,7 +92,7 @@ class PutBack:
         try:
             for place in self.places:
                 stored = place.stored
-                if stored is None or place.where == "module":
+                if stored is None or place.name in self.devices:
                     continue
                 tensor = current[place.name]
                 before = written.setdefault(stored.key, place.name)
@@ -114,23 +116,24 @@ class PutBack:
             elif stored is not None and value is not None and digest_of(tensor) != self.digests[place.name]:
                 yield stored.stage(value.detach())
 
-    def _moved(self, current: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Name -> memory on the device where a module's own tensor was."""
-        moved: dict[str, torch.Tensor] = {}
-        done: dict[int, torch.Tensor] = {}
+    def _moved(self, current: Mapping[str, torch.Tensor]) -> dict[str, tuple[torch.Tensor, Memory]]:
+        """Name -> what a module shows on the device where its own tensor was; see ``moved_to``."""
+        moved: dict[str, tuple[torch.Tensor, Memory]] = {}
+        done: dict[int, tuple[torch.Tensor, Memory]] = {}
         for device in set(self.devices.values()):
-            tensors = {id(current[n]): current[n] for n, at in self.devices.items() if at == device}
-            sizes = [tensor.nbytes for tensor in tensors.values() if tensor.device != device]
-            refuse_if_short(needs_of(device, sum(sizes), 0), "Dispatching the model again")
-            done.update({key: tensor.detach().to(device) for key, tensor in tensors.items()})
-            moved.update({n: done[id(current[n])] for n, at in self.devices.items() if at == device})
+            names = [name for name, at in self.devices.items() if at == device]
+            away = {id(current[name]): current[name] for name in names if current[name].device != device}
+            nbytes = sum(tensor.nbytes for tensor in away.values())
+            refuse_if_short(needs_of(device, nbytes, 0), "Dispatching the model again")
+            done.update({key: moved_to(tensor, tensor.detach(), device) for key, tensor in away.items()})
+            moved.update({name: done.get(id(current[name]), (current[name], None)) for name in names})
         return moved
 
     def _commit(
         self,
         current: Mapping[str, torch.Tensor],
         staged: Sequence[StagedWrite],
-        moved: Mapping[str, torch.Tensor],
+        moved: Mapping[str, tuple[torch.Tensor, Memory]],
     ) -> None:
         committed = []
         try:
@@ -142,13 +145,14 @@ class PutBack:
                 with contextlib.suppress(OSError):
                     write.undo()
             raise OffloadError(f"The model could not be dispatched again: {error} {_STAYS}") from error
-        for name, memory in moved.items():
-            current[name].data = memory
+        for tensor, memory in moved.values():
+            if memory is not None:
+                tensor.data = memory
         self.dispatch.put_back()
         for place in self.places:
             tensor = current[place.name]
-            if place.where == "module":
-                show(place, tensor)
+            if place.name in moved:
+                show(place, moved[place.name][0])
             elif not is_cache(place.module._parameters):
                 if not place.shown.is_meta and place.shown is not tensor:
                     place.shown.data.copy_(
@@ -161,14 +165,22 @@ def put_back_of(
     model: nn.Module, dispatch: Dispatch, places: Sequence[Placement], values: Sequence[Value]
 ) -> PutBack:
     """What it takes to undo ``materialize``, noted before it changes anything."""
-    devices, digests = {}, {}
+    devices, digests, replaced = {}, {}, set()
     for value in values:
         for place in value.places:
             if place.where == "module":
                 devices[place.name] = place.shown.device
+                if place.shown is not value.tensor:
+                    replaced.add(place.name)
             elif place.stored is not None and place.stored.file is not None:
                 digests[place.name] = digest_of(value.tensor)
-    return PutBack(model, dispatch, places, devices, digests)
+    kept = [_without_memory(place) if place.name in replaced else place for place in places]
+    return PutBack(model, dispatch, kept, devices, digests)
+
+
+def _without_memory(place: Placement) -> Placement:
+    """A placement that does not hold the memory that its module had."""
+    return dataclasses.replace(place, shown=torch.empty_like(place.shown, device="meta"), stored=None)
 
 
 def _alike(tensor: torch.Tensor, shown: torch.Tensor) -> bool:
