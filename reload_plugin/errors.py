@@ -19,6 +19,7 @@
     │   └── LateWriteError         it wrote there, or to a served tensor
     ├── ProcessingError            process_weights_after_loading raised on the new weights
     ├── KernelFormatError          weights in kernel format that do not match it exactly
+    ├── OffloadError               weights that live elsewhere could not be brought, taken back or written
     ├── RanksDisagreeError         another rank failed or did not answer, so no rank committed
     ├── ExportError                weights could not be written out; lists every tensor concerned
     └── SessionError               a call that the state of the reload does not allow
@@ -87,6 +88,10 @@ class RanksDisagreeError(ReloadError):
 
     def __reduce__(self) -> tuple[object, ...]:
         return type(self), (str(self), self.reasons)
+
+
+class OffloadError(ReloadError):
+    """Weights that live elsewhere could not be brought, taken back or written; it says what the model is."""
 
 
 class SessionError(ReloadError):

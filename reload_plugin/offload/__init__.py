@@ -1,0 +1,1 @@
+"""Weights that live elsewhere than their modules say: models that Accelerate has dispatched or offloaded."""
