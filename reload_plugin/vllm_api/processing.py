@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import nn
 
-from .symbols import ATTENTION, get
+from .ranges import calls
 
 
 def is_deferred_attention_layer(module: nn.Module) -> bool:
     """Whether vLLM processes this module after all others (attention and the like)."""
-    if ATTENTION not in sys.modules:
-        return False
-    return bool(get(ATTENTION, "is_deferred_attention_layer")(module))
+    return calls().is_deferred_attention_layer(module)
 
 
 def is_processed(module: nn.Module) -> bool:

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from .ranges import calls
 from .symbols import RELOAD, TRANSFER, get
 
 
@@ -34,6 +35,11 @@ def register_transfer_engine(name: str, module: str, cls: str) -> str | None:
     except (ImportError, AttributeError, TypeError, ValueError) as error:
         return str(error)
     return None
+
+
+def reset_update_target(engine: Any) -> None:
+    """End what a transfer engine updates: after this it is the worker's model again."""
+    calls().reset_update_target(engine)
 
 
 def unregister_transfer_engine(name: str) -> None:

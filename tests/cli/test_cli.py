@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 
 from reload_plugin import convert, vllm_api
 from reload_plugin.cli import main
-from reload_plugin.vllm_api import versions
+from reload_plugin.vllm_api import seams
 from reload_plugin.vllm_hooks import transfer_engine as transfer
 from tests import oracle
 from tests.checkpoints import read_tensors
@@ -272,7 +272,7 @@ def test_doctor_names_switches_that_are_off_and_seams_that_are_gone(
 ) -> None:
     monkeypatch.setenv("RELOAD_PLUGIN", "0")
     monkeypatch.setenv("VLLM_PLUGINS", "lora_resolver,other")
-    monkeypatch.setattr(versions, "SEAMS", (*vllm_api.SEAMS, ("vllm.config", "gone")))
+    monkeypatch.setattr(seams, "SEAMS", (*vllm_api.SEAMS, vllm_api.Seam("vllm.config", "gone")))
     said = run("doctor")
     assert said.code == 1
     assert "missing: vllm.config.gone" in said.out
