@@ -8,12 +8,13 @@ import os
 import platform
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
-from typing import Literal
+from dataclasses import asdict
 
 from .. import vllm_api
 from ..device.host_memory import allocator
 from ..vllm_hooks import plugin
+from .finding import Finding
+from .roads import roads
 from .show import FINE, NO, as_json, table
 
 GROUP = "vllm.general_plugins"
@@ -23,23 +24,13 @@ _FOLLOW_TORCH = ("torchvision", "torchaudio", "torchcodec")
 """Packages that break ``import transformers`` when they were built for another torch."""
 
 
-@dataclass(frozen=True)
-class Finding:
-    """One thing looked at. ``step`` is what to do where it is wrong."""
-
-    what: str
-    state: Literal["ok", "wrong", "note"]
-    found: str
-    step: str = ""
-
-
 def examine() -> list[Finding]:
     """Look at everything. Imports vLLM, and puts the plugin's patches in place in this process."""
     findings = [*_versions(), *_switches(), *_entry_point(), *_companions(), *_heap()]
     if _build() is not None and not any(
         finding.state == "wrong" for finding in findings if finding.what == "vllm"
     ):
-        findings += [*_seams(), *_patches()]
+        findings += [*_seams(), *_patches(), *roads()]
     return findings
 
 
@@ -156,7 +147,15 @@ def _seams() -> Iterator[Finding]:
         yield Finding("seams", "wrong", f"missing: {', '.join(missing)}", step)
     else:
         minor = vllm_api.minor_of(vllm_api.version()) or vllm_api.NEWEST
-        yield Finding("seams", "ok", f"all {len(vllm_api.seams_of(minor))} found")
+        found = f"all {len(vllm_api.seams_of(minor))} of vLLM {vllm_api.name_of(minor)} found"
+        yield Finding("seams", "ok", found + (f" ({_proof(minor)})" if _proof(minor) else ""))
+
+
+def _proof(minor: vllm_api.Minor) -> str:
+    """Where this version was tested; empty for one that was not."""
+    proven = {row.minor: row.proven for row in vllm_api.SUPPORTED}.get(minor)
+    said = {"engine": "tested in engines", "kernels": "its Python tested over the kernels of another version"}
+    return said[proven] if proven else ""
 
 
 def _patches() -> Iterator[Finding]:

@@ -63,6 +63,4 @@ def process_online(layer: nn.Module) -> None:
     """What a cold start does to a layer of an online method while the weights stream in."""
     method: Any = layer.quant_method
     method.process_weights_after_loading(layer)
-    update: Any = getattr(layer, "update_param_tp_status", None)
-    if update is not None:
-        update()
+    calls().after_processing(layer)

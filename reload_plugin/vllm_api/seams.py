@@ -12,6 +12,7 @@ from pathlib import Path
 
 from .symbols import (
     ATTENTION,
+    ATTENTION_BASE,
     CONFIGS,
     DUMMY,
     EXECUTOR,
@@ -88,6 +89,10 @@ SEAMS: tuple[Seam, ...] = (
     Seam(LAYERWISE, "finalize_layerwise_processing"),
     Seam(INPLACE, "reload_weights", since=(0, 32)),
     Seam(ATTENTION, "is_deferred_attention_layer", since=(0, 28)),
+    Seam(ATTENTION_BASE, "AttentionLayerBase", since=(0, 27), until=(0, 27)),
+    Seam(ATTENTION, "MMEncoderAttention", until=(0, 27)),
+    Seam(ATTENTION, "MLAAttention", until=(0, 26)),
+    Seam(ATTENTION, "Attention", until=(0, 26)),
     Seam(WEIGHT_UTILS, "default_weight_loader"),
     Seam(TORCH_UTILS, "set_default_torch_dtype"),
     Seam("vllm.config", "set_current_vllm_config"),

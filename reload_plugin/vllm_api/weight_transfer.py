@@ -25,7 +25,9 @@ def finalize_layerwise(model: nn.Module, model_config: Any) -> None:
 def transfer_engine(name: str, cls: type) -> type:
     """A subclass of ``cls`` and of vLLM's weight-transfer engine, whose methods ``cls`` brings."""
     base = get(TRANSFER + ".base", "WeightTransferEngine")
-    return types.new_class(name, (cls, base), exec_body=lambda body: body.update(__module__=cls.__module__))
+    return types.new_class(
+        name, (cls, base), exec_body=lambda body: body.update(calls().transfer_methods(cls))
+    )
 
 
 def register_transfer_engine(name: str, module: str, cls: str) -> str | None:

@@ -28,8 +28,19 @@ def calls() -> Calls:
 
 
 def _range_of(minor: Minor | None) -> type[Calls]:
+    from .until_0_24 import CallsUntil024
+    from .until_0_25 import CallsUntil025
+    from .until_0_26 import CallsUntil026
+    from .until_0_27 import CallsUntil027
     from .until_0_29 import CallsUntil029
     from .until_0_30 import CallsUntil030
 
-    last: tuple[tuple[Minor, type[Calls]], ...] = (((0, 29), CallsUntil029), ((0, 30), CallsUntil030))
+    last: tuple[tuple[Minor, type[Calls]], ...] = (
+        ((0, 24), CallsUntil024),
+        ((0, 25), CallsUntil025),
+        ((0, 26), CallsUntil026),
+        ((0, 27), CallsUntil027),
+        ((0, 29), CallsUntil029),
+        ((0, 30), CallsUntil030),
+    )
     return next((calls for until, calls in last if minor is not None and minor <= until), Calls)

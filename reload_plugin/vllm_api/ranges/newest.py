@@ -34,6 +34,16 @@ class Calls:
         context: AbstractContextManager[Any] = get(MTP, "disable_mtp_completeness_check")()
         return context
 
+    def after_processing(self, layer: nn.Module) -> None:
+        """What follows on the processing of one layer, where vLLM does it layer by layer."""
+        update: Any = getattr(layer, "update_param_tp_status", None)
+        if update is not None:
+            update()
+
+    def transfer_methods(self, cls: type) -> dict[str, Any]:
+        """What vLLM's ``WeightTransferEngine`` wants beside the methods of ``cls``, which is one."""
+        return {"__module__": cls.__module__}
+
     def reset_update_target(self, engine: Any) -> None:
         """A transfer engine updates the worker's model again, where it was a draft model."""
         engine.reset_weight_update_target()
