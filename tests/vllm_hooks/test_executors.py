@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from reload_plugin.ranks import votes
-from reload_plugin.transaction.live_push import current_call
+from reload_plugin.transaction.push_failures import current_call
 from reload_plugin.vllm_hooks import executors, live
 
 
