@@ -26,13 +26,13 @@ from tests import run
 import environment  # isort: skip - `tests.run` makes it importable
 
 README = Path(__file__).with_name("README.md")
-HEAD = "| vLLM | starts | oracle: own | oracle | roads | updates | faults | command line | symbols | date |"
+HEAD = "| vLLM | starts | oracle: own | oracle | roads | updates | survives | command line | symbols | date |"
 RULE = "|---" * HEAD.count(" |") + "|"
 COLUMNS = {
     "oracle": "test_oracle",
     "roads": "test_roads",
     "updates": "test_transfer_engine",
-    "faults": "test_faults",
+    "survives": "test_faults",
     "command line": "test_cli",
     "symbols": "test_vllm_contract",
 }
