@@ -89,7 +89,7 @@ SEAMS: tuple[Seam, ...] = (
     Seam(LAYERWISE, "finalize_layerwise_processing"),
     Seam(INPLACE, "reload_weights", since=(0, 32)),
     Seam(ATTENTION, "is_deferred_attention_layer", since=(0, 28)),
-    Seam(ATTENTION_BASE, "AttentionLayerBase", since=(0, 27), until=(0, 27)),
+    Seam(ATTENTION_BASE, "AttentionLayerBase", until=(0, 27)),
     Seam(ATTENTION, "MMEncoderAttention", until=(0, 27)),
     Seam(ATTENTION, "MLAAttention", until=(0, 26)),
     Seam(ATTENTION, "Attention", until=(0, 26)),
