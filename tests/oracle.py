@@ -523,7 +523,8 @@ def reload_module() -> str:
     """The module that the runner's `reload_weights` comes from, once an engine has been started."""
     from vllm.v1.worker import gpu_model_runner
 
-    return gpu_model_runner.reload_weights.__globals__["__name__"]
+    method = gpu_model_runner.GPUModelRunner.reload_weights  # some versions have a function that it calls
+    return getattr(gpu_model_runner, "reload_weights", method).__globals__["__name__"]
 
 
 def cold_snapshot(case: Case, folder: Path, **overrides: object) -> Snapshot:

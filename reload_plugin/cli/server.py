@@ -20,6 +20,10 @@ from .show import FINE, NO, CommandError, as_json, human, progress, table, waiti
 QUICK = 30.0
 """Seconds for a question that a server answers at once."""
 
+RESUME_TRIES = 5
+RESUME_AGAIN = 1.0
+"""Seconds until a server that did not resume is asked again."""
+
 Pause = str
 """``wait``, ``keep`` or ``abort``: what becomes of running requests; ``none``: no pause."""
 
@@ -250,7 +254,27 @@ def _paused(server: Server, pause: Pause) -> Iterator[None]:
     try:
         yield
     finally:
-        server.post("resume", timeout=QUICK)
+        _resume(server)
+
+
+def _resume(server: Server) -> None:
+    """End the pause. Newer servers answer requests with 503 until then, so it is tried more than once.
+
+    Raises:
+        CommandError: the server is still paused.
+
+    """
+    for left in range(RESUME_TRIES - 1, -1, -1):
+        try:
+            server.post("resume", timeout=QUICK)
+            return
+        except ReloadError as error:
+            if not left:
+                raise CommandError(
+                    f"{server.url} is still paused and may refuse requests: {error}",
+                    f"Resume it: curl -X POST {server.url}/resume",
+                ) from error
+            time.sleep(RESUME_AGAIN)
 
 
 @contextlib.contextmanager

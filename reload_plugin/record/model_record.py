@@ -48,6 +48,8 @@ class TensorRecord:
     layer: str
     traced: bool = True
     """Whether the construction was watched, so that what the constructor wrote is known."""
+    rewritten: bool = False
+    """PWAL kept the object and changed its memory, layout or values: what is served was not loaded so."""
 
     @property
     def name(self) -> str:
@@ -90,6 +92,8 @@ class HolderRecord:
     undo: Contents = field(default_factory=dict)
     by_loader: frozenset[Key] = frozenset()
     """Keys in ``undo`` that loading changed and processing did not."""
+    rewritten: frozenset[Key] = frozenset()
+    """Keys not in ``undo`` whose tensors PWAL kept and changed."""
 
     @functools.cached_property
     def keys(self) -> list[Key]:
@@ -121,7 +125,7 @@ class LayerRecord:
     @property
     def effect(self) -> bool:
         """Whether PWAL changed anything in it."""
-        return any(holder.undo for holder in self.holders)
+        return any(holder.undo or holder.rewritten for holder in self.holders)
 
     @functools.cached_property
     def has_keys(self) -> bool:

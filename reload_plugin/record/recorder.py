@@ -38,6 +38,7 @@ from .tensor_layout import (
     Uninitialised,
     Values,
 )
+from .write_watch import WriteWatch
 
 
 def record_constructed(model: nn.Module, trace: ConstructionTrace | None, vllm_config: Any) -> ModelRecord:
@@ -135,14 +136,22 @@ def _reference(holder: object) -> Callable[[], object | None]:
 
 @dataclass(frozen=True, eq=False)
 class ObservedTensor:
-    """Identity and address of a tensor when it was observed. Does not keep the tensor alive."""
+    """Identity, memory and layout of a tensor when it was observed. Does not keep the tensor alive."""
 
     ref: weakref.ref[torch.Tensor]
     address: int
+    storage: int | None
+    """Identity of its storage; None for a tensor that wraps others."""
+    layout: tuple[torch.dtype, tuple[int, ...], tuple[int, ...]]
+    """Its dtype, shape and strides."""
+    version: int
+    """How often it was written to, as far as torch counts that: not through ``tensor.data``."""
 
     def unchanged(self, other: object) -> bool:
         return (
-            isinstance(other, ObservedTensor) and self.ref() is other.ref() and self.address == other.address
+            isinstance(other, ObservedTensor)
+            and self.ref() is other.ref()
+            and (self.address, self.layout, self.version) == (other.address, other.layout, other.version)
         )
 
 
@@ -159,7 +168,12 @@ def _contents(holder: HolderRecord) -> Contents:
 def _observed(value: object) -> object:
     if not isinstance(value, torch.Tensor):
         return value
-    return ObservedTensor(weakref.ref(value), 0 if storage_id(value) is None else value.data_ptr())
+    storage = storage_id(value)
+    layout = (value.dtype, tuple(value.shape), () if storage is None else tuple(value.stride()))
+    version = 0 if value.is_inference() else value._version
+    return ObservedTensor(
+        weakref.ref(value), 0 if storage is None else value.data_ptr(), storage, layout, version
+    )
 
 
 class TailWatch:
@@ -167,9 +181,10 @@ class TailWatch:
 
     _NAME = "process_weights_after_loading"
 
-    def __init__(self, model: nn.Module, record: ModelRecord) -> None:
+    def __init__(self, model: nn.Module, record: ModelRecord, writes: WriteWatch | None = None) -> None:
         self.before_tail: list[Contents] | None = None
         self._record = record
+        self._writes = writes
         layers = [module for layer in record.layers if layer.deferred and (module := layer.ref()) is not None]
         self._watched = layers + ([model] if hasattr(model, self._NAME) else [])
 
@@ -189,6 +204,8 @@ class TailWatch:
             if self._watched:
                 self.__exit__()
                 self.before_tail = observe(self._record)
+                if self._writes is not None:
+                    self._writes.begin_tail()
             return method(*args, **kwargs)
 
         return observing
@@ -201,6 +218,7 @@ def finish_record(
     before_tail: list[Contents] | None,
     model_config: Any,
     target_device: torch.device,
+    writes: WriteWatch | None = None,
 ) -> ModelRecord:
     """Complete the record after PWAL: keep what changed, and group layers that share memory.
 
@@ -211,23 +229,29 @@ def finish_record(
         before_tail: the answer of ``observe`` when the tail of PWAL began; None without a tail.
         model_config: vLLM's config of this model (a draft model has its own).
         target_device: the device PWAL ran on.
+        writes: what PWAL wrote to, where it was watched.
 
     """
     after = observe(record)
+    written = frozenset[int]() if writes is None else frozenset(writes.written | writes.written_by_tail)
+    by_tail = frozenset[int]() if writes is None else frozenset(writes.written_by_tail)
     flat = [(layer, holder) for layer in record.layers for holder in layer.holders]
     for index, (layer, holder) in enumerate(flat):
         holder.undo = _difference(holder.constructed, after[index])
         if not layer.online:
             layer.has_added_parameters |= _has_added_parameters(holder.constructed, loaded[index])
             holder.by_loader = _settled(holder.undo, loaded[index], after[index])
-        if before_tail is not None and not layer.deferred and _changed(before_tail[index], after[index]):
-            layer.late = True
+        if before_tail is not None and not layer.deferred:
+            layer.late |= _changed(before_tail[index], after[index]) or _are_in(by_tail, after[index])
+        _note_kept_but_changed(holder, loaded[index], after[index], written)
         if layer.name == "":
             layer.late = True  # vLLM sets attributes of the model itself in the tail
         holder.constructed = {
             key: value for key, value in holder.constructed.items() if isinstance(value, TensorRecord)
         }
     for tensor_record in {id(t): t for layer in record.layers for t in layer.tensors}.values():
+        if writes is not None and (values := writes.initial.get(id(tensor_record))) is not None:
+            tensor_record.format = dataclasses.replace(tensor_record.format, initial=values)
         if tensor_record.is_table and _has_initial_values(tensor_record):
             tensor_record.format = dataclasses.replace(tensor_record.format, initial=AsServed())
     for layer in record.layers:
@@ -244,6 +268,31 @@ def finish_record(
     )
     vllm_api.attach(model, RECORD_ATTRIBUTE, finished)
     return finished
+
+
+def _note_kept_but_changed(
+    holder: HolderRecord, loaded: Contents, after: Contents, written: frozenset[int]
+) -> None:
+    """Note the constructor's tensors that are still in their places, with other memory, layout or values."""
+    kept = {
+        key: value
+        for key, value in holder.constructed.items()
+        if isinstance(value, TensorRecord) and key not in holder.undo
+    }
+    holder.rewritten = frozenset(
+        key
+        for key in kept
+        if key in loaded and not (_still(loaded[key], after[key]) and not _are_in(written, {key: after[key]}))
+    )
+    for key in holder.rewritten:
+        kept[key].rewritten = True
+
+
+def _are_in(storages: frozenset[int], contents: Contents) -> bool:
+    """Whether any tensor of a holder is in one of these storages."""
+    return bool(storages) and any(
+        isinstance(value, ObservedTensor) and value.storage in storages for value in contents.values()
+    )
 
 
 def _has_initial_values(record: TensorRecord) -> bool:

@@ -197,7 +197,7 @@ class StagedStorage:
 
     def _initialise(self, record: TensorRecord, unwritten: bool) -> None:
         view, initial = self.views[id(record)], record.format.initial
-        if unwritten and isinstance(initial, Uninitialised):
+        if unwritten and isinstance(initial, Uninitialised) and not record.rewritten:
             initial = AsServed()
         if self.from_served:
             served = self.served.get(id(record))

@@ -28,6 +28,8 @@ from .loading import (
 )
 from .native_handles import native_constructors, release_native
 from .processing import is_deferred_attention_layer, is_processed, process_layers, process_online
+from .ranges import calls, choose
+from .seams import SEAMS, Seam, missing_seams, seams_of
 from .symbols import (
     ATTENTION,
     CONFIGS,
@@ -53,12 +55,27 @@ from .symbols import (
     binders_of,
     get,
 )
-from .versions import SEAMS, SUPPORTED, missing_seams, version
+from .versions import (
+    BUILDS,
+    NEWEST,
+    OLDEST,
+    STRICT,
+    SUPPORTED,
+    Minor,
+    Supported,
+    is_untested,
+    minor_of,
+    name_of,
+    supported_range,
+    version,
+    why_unsupported,
+)
 from .weight_mappers import passes_over
 from .weight_transfer import (
     finalize_layerwise,
     initialize_layerwise,
     register_transfer_engine,
+    reset_update_target,
     transfer_engine,
     unregister_transfer_engine,
 )
@@ -66,6 +83,7 @@ from .worker_models import is_suspended, models_of, unwrapped
 
 __all__ = [
     "ATTENTION",
+    "BUILDS",
     "CONFIGS",
     "DUMMY",
     "EXECUTOR",
@@ -73,6 +91,8 @@ __all__ = [
     "LAYERWISE",
     "LOADER_UTILS",
     "MODEL_UTILS",
+    "NEWEST",
+    "OLDEST",
     "PROCESSES",
     "RELOAD",
     "REPOSITORIES",
@@ -81,15 +101,21 @@ __all__ = [
     "RUNNERS",
     "RUN_METHOD",
     "SEAMS",
+    "STRICT",
     "SUPPORTED",
     "TORCH_UTILS",
     "TRANSFER",
     "WEIGHT_UTILS",
     "WORKER",
     "WORKER_PROCESS",
+    "Minor",
+    "Seam",
+    "Supported",
     "all_weights",
     "attach",
     "binders_of",
+    "calls",
+    "choose",
     "construct_on_meta",
     "current_vllm_config",
     "default_weight_loader",
@@ -102,13 +128,16 @@ __all__ = [
     "is_object_storage",
     "is_processed",
     "is_suspended",
+    "is_untested",
     "load_dummy",
     "load_format",
     "loading_context",
     "local_file",
     "local_folder",
+    "minor_of",
     "missing_seams",
     "models_of",
+    "name_of",
     "native_constructors",
     "one_rank",
     "partial_loading",
@@ -117,14 +146,18 @@ __all__ = [
     "process_online",
     "register_transfer_engine",
     "release_native",
+    "reset_update_target",
     "revision_of",
+    "seams_of",
     "starts_from_dummy",
     "starts_from_files",
     "stored_weights",
+    "supported_range",
     "transfer_engine",
     "unregister_transfer_engine",
     "unwrap_weight_loader",
     "unwrapped",
     "version",
     "weight_files",
+    "why_unsupported",
 ]

@@ -47,7 +47,7 @@ def weight_files(vllm_config: Any, model: nn.Module, path: str, revision: str | 
     loader_cls = get("vllm.model_executor.model_loader.default_loader", "DefaultModelLoader")
     load_config = _disk_load_config(vllm_config.load_config)
     loader = loader_cls(load_config)
-    _, files, _, _ = loader._prepare_weights(
+    _, files, *_ = loader._prepare_weights(
         path,
         None,
         revision,

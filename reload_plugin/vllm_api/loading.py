@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from ..device.default_device import cpu_by_default
+from .ranges import calls
 from .symbols import MODEL_UTILS, TORCH_UTILS, WEIGHT_UTILS, get
 
 
@@ -56,7 +57,7 @@ def partial_loading() -> Iterator[None]:
     """
     loader, check = get(MODEL_UTILS, "AutoWeightsLoader"), "_check_skipped_aliases"
     original = vars(loader).get(check)
-    with get("vllm.model_executor.model_loader.mtp_validation", "disable_mtp_completeness_check")():
+    with calls().completeness_unchecked():
         if original is not None:
             setattr(loader, check, lambda self, loaded: None)  # noqa: ARG005 - the shape of the original
         try:

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import nn
 
-from .symbols import ATTENTION, get
+from .ranges import calls
 
 
 def is_deferred_attention_layer(module: nn.Module) -> bool:
     """Whether vLLM processes this module after all others (attention and the like)."""
-    if ATTENTION not in sys.modules:
-        return False
-    return bool(get(ATTENTION, "is_deferred_attention_layer")(module))
+    return calls().is_deferred_attention_layer(module)
 
 
 def is_processed(module: nn.Module) -> bool:
@@ -66,6 +63,4 @@ def process_online(layer: nn.Module) -> None:
     """What a cold start does to a layer of an online method while the weights stream in."""
     method: Any = layer.quant_method
     method.process_weights_after_loading(layer)
-    update: Any = getattr(layer, "update_param_tp_status", None)
-    if update is not None:
-        update()
+    calls().after_processing(layer)

@@ -7,10 +7,12 @@ from typing import Any
 
 from torch import nn
 
+from .ranges import calls
+
 
 def passes_over(model: nn.Module, name: str) -> bool:
     """Whether the model or its quantization tells vLLM's loaders to drop weights of this name."""
-    return any(mapper.map_name(name) is None for mapper in _mappers(model))
+    return any(calls().map_name(mapper, name) is None for mapper in _mappers(model))
 
 
 def _mappers(model: nn.Module) -> Iterator[Any]:
@@ -20,6 +22,5 @@ def _mappers(model: nn.Module) -> Iterator[Any]:
     for module in (model, *model.children()):
         quant_config = getattr(module, "quant_config", None)
         if quant_config is not None:
-            yield quant_config.get_cache_scale_mapper()
-            yield quant_config.get_checkpoint_weight_mapper()
+            yield from calls().quantization_mappers(quant_config)
             return

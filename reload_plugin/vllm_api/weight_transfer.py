@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from .ranges import calls
 from .symbols import RELOAD, TRANSFER, get
 
 
@@ -24,7 +25,9 @@ def finalize_layerwise(model: nn.Module, model_config: Any) -> None:
 def transfer_engine(name: str, cls: type) -> type:
     """A subclass of ``cls`` and of vLLM's weight-transfer engine, whose methods ``cls`` brings."""
     base = get(TRANSFER + ".base", "WeightTransferEngine")
-    return types.new_class(name, (cls, base), exec_body=lambda body: body.update(__module__=cls.__module__))
+    return types.new_class(
+        name, (cls, base), exec_body=lambda body: body.update(calls().transfer_methods(cls))
+    )
 
 
 def register_transfer_engine(name: str, module: str, cls: str) -> str | None:
@@ -34,6 +37,11 @@ def register_transfer_engine(name: str, module: str, cls: str) -> str | None:
     except (ImportError, AttributeError, TypeError, ValueError) as error:
         return str(error)
     return None
+
+
+def reset_update_target(engine: Any) -> None:
+    """End what a transfer engine updates: after this it is the worker's model again."""
+    calls().reset_update_target(engine)
 
 
 def unregister_transfer_engine(name: str) -> None:

@@ -50,6 +50,7 @@ def recording_processing(then: Callable[[], None]) -> Callable[[Callable[..., No
             from ..process.native_handles import Handles, watching_native
             from ..record.model_record import record_of
             from ..record.recorder import TailWatch, finish_record, observe
+            from ..record.write_watch import WriteWatch
             from ..transaction.engine_state import begin_state
 
             model = vllm_api.unwrapped(model)
@@ -62,9 +63,14 @@ def recording_processing(then: Callable[[], None]) -> Callable[[Callable[..., No
                 return
             loaded = observe(record)
             handles: Handles = {}
-            with TailWatch(model, record) as watch, watching_native(target_device, handles):
+            writes = WriteWatch(record)
+            watch = TailWatch(model, record, writes)
+            with watch, watching_native(target_device, handles), writes:
                 original(model, model_config, target_device)
-            record = finish_record(model, record, loaded, watch.before_tail, model_config, target_device)
+            writes.keep_if_rebound()
+            record = finish_record(
+                model, record, loaded, watch.before_tail, model_config, target_device, writes
+            )
             state = begin_state(model, record, handles)
             state.start.stamps = start_stamps(record.vllm_config, model_config, model)
             state.start.config = start_config(model_config)

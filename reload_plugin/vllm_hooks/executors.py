@@ -27,6 +27,32 @@ def counting_calls(original: Callable[..., None]) -> Callable[..., None]:
     return _execute_worker_rpc
 
 
+def counting_calls_of_a_loop(original: Callable[..., None]) -> Callable[..., None]:
+    """A worker's ``worker_busy_loop`` that does the same, where the loop itself runs the calls: one ends when
+    the loop asks its queue for the next.
+    """
+
+    def worker_busy_loop(self: Any) -> None:
+        queue = self.rpc_broadcast_mq
+        wait = queue.dequeue
+
+        def dequeue(*args: Any, **kwargs: Any) -> Any:
+            current_call.set(None)
+            request = wait(*args, **kwargs)
+            begin_call()
+            current_call.set([])
+            return request
+
+        queue.dequeue = dequeue
+        try:
+            original(self)
+        finally:
+            del queue.dequeue
+            current_call.set(None)
+
+    return worker_busy_loop
+
+
 class _Answers:
     """The answers of one rank: how many were asked for, and how many were read."""
 

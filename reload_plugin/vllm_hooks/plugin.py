@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import sys
+from typing import TYPE_CHECKING
 
 from .. import vllm_api
 from .patches import patched, replace_function, replace_method, undo_all
+
+if TYPE_CHECKING:
+    from .ranges import Hooks
 
 __all__ = ["OFF_SWITCH", "patched", "register", "unregister"]
 
@@ -29,12 +34,8 @@ def register() -> None:
         logger.info("reload_plugin is switched off by %s=0; vLLM's own reload stays in place.", OFF_SWITCH)
         return
     version = vllm_api.version()
-    if version is None or not version.startswith(vllm_api.SUPPORTED):
-        logger.warning(
-            "reload_plugin supports vLLM %s and found %s; vLLM's own reload stays in place.",
-            ", ".join(f"{prefix}x" for prefix in vllm_api.SUPPORTED),
-            version,
-        )
+    if reason := vllm_api.why_unsupported(version):
+        logger.warning("%s; vLLM's own reload stays in place.", reason)
         return
     if missing := vllm_api.missing_seams():
         logger.warning(
@@ -43,9 +44,22 @@ def register() -> None:
             version,
         )
         return
-    _patch_all()
+    from .ranges import hooks_for
+
+    minor = vllm_api.minor_of(version)
+    vllm_api.choose(minor)
+    _patch_all(hooks_for(minor))
     _offer_transfer_engine()
-    logger.info("reload_plugin takes over weight reloading in vLLM %s.", version)
+    if vllm_api.is_untested(version):
+        logger.warning(
+            "reload_plugin takes over weight reloading in vLLM %s, with which it was not tested (it was with "
+            "%s); %s=1 would leave it alone.",
+            version,
+            vllm_api.supported_range(),
+            vllm_api.STRICT,
+        )
+    else:
+        logger.info("reload_plugin takes over weight reloading in vLLM %s.", version)
 
 
 def unregister() -> None:
@@ -59,30 +73,29 @@ def unregister() -> None:
     use_process_weights(None)
 
 
-def _patch_all() -> None:
+def _patch_all(hooks: Hooks) -> None:
     from ..transaction.vllm_processing import use_process_weights
-    from . import construction, executors, layerwise, live, runners
+    from . import construction, executors, layerwise, live
 
     use_process_weights(vllm_api.get(vllm_api.LOADER_UTILS, "process_weights_after_loading"))
-    processing = construction.recording_processing(then=_patch_workers)
+    processing = construction.recording_processing(then=functools.partial(_patch_workers, hooks))
     replace_function(vllm_api.LOADER_UTILS, "initialize_model", construction.recording_construction)
     replace_function(vllm_api.LOADER_UTILS, "process_weights_after_loading", processing)
-    replace_function(vllm_api.INPLACE, "reload_weights", runners.reloading)
+    hooks.patch_reload()
     replace_function(vllm_api.LAYERWISE, "initialize_layerwise_reload", layerwise.opening)
     for name in ("finalize_layerwise_reload", "finalize_layerwise_processing"):
         replace_function(vllm_api.LAYERWISE, name, layerwise.finishing)
     replace_method(*vllm_api.EXECUTOR, "collective_rpc", executors.reading_own_answers)
-    replace_method(*vllm_api.WORKER_PROCESS, "_execute_worker_rpc", executors.counting_calls)
+    hooks.patch_worker_process()
     replace_method(*vllm_api.WORKER_PROCESS, "handle_output", live.hearing_answers)
     replace_function(*vllm_api.RUN_METHOD, live.hearing)
 
 
-def _patch_workers() -> None:
+def _patch_workers(hooks: Hooks) -> None:
     """Patch the runners and the worker of this process, now that vLLM has imported them."""
-    from . import runners, workers
+    from . import workers
 
-    for module, cls in vllm_api.RUNNERS:
-        replace_method(module, cls, "reload_weights", runners.runner_reloading)
+    hooks.patch_runners()
     module, cls = vllm_api.WORKER
     replace_method(module, cls, "execute_model", workers.guarding)
     replace_method(module, cls, "update_weights", workers.ending)

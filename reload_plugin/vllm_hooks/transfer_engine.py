@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -127,16 +127,24 @@ class FilesTransfer:
                 raise SourceError(f"{error} {UPDATE_ENDED}") from error
             raise
 
-    def receive_weights(self, update_info: UpdateInfo) -> None:
-        """Load the named tensors through ``model.load_weights``, which the open update has taken over."""
+    def receive_weights(
+        self, update_info: UpdateInfo, load_weights: Callable[[Any], object] | None = None
+    ) -> None:
+        """Load the named tensors through ``model.load_weights``, which the open update has taken over.
+
+        ``load_weights``: what takes its place, where the caller has one.
+        """
         # Without an open update load_weights would write into the weights that are served.
         if record_of(self.model) is not None and state_of(self.model).update is None:
             raise SessionError(f"No weight update is open: none was started, or it failed. {SERVES_OLD}")
-        source = open_folder(update_info.path, self.vllm_config, self.model_config, self.model)
+        record = record_of(self.model)  # engines of older versions are not told the configs
+        vllm_config = getattr(self, "vllm_config", getattr(record, "vllm_config", None))
+        model_config = getattr(self, "model_config", getattr(record, "model_config", None))
+        source = open_folder(update_info.path, vllm_config, model_config, self.model)
         order = _order(source, update_info.names)
-        load_weights: Any = self.model.load_weights
+        load: Any = load_weights or self.model.load_weights
         with contextlib.closing(source.read(order)) as weights:
-            load_weights(weights)
+            load(weights)
 
 
 def _order(source: Source, names: Sequence[str] | None) -> Sequence[str] | None:

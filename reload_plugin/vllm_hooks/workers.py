@@ -68,7 +68,7 @@ def add_worker_calls(worker: type) -> None:
         """End the open weight update of this worker; says whether one was open."""
         engine = getattr(self, "weight_transfer_engine", None)
         if engine is not None:
-            engine.reset_weight_update_target()
+            vllm_api.reset_update_target(engine)
         self._weight_update_active = False
         return abandon_updates(states_of(self))
 

@@ -11,6 +11,7 @@ import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import httpx
 import pytest
@@ -19,7 +20,8 @@ from safetensors.torch import save_file
 
 from reload_plugin import convert, vllm_api
 from reload_plugin.cli import main
-from reload_plugin.vllm_api import versions
+from reload_plugin.cli import server as remote
+from reload_plugin.vllm_api import seams
 from reload_plugin.vllm_hooks import transfer_engine as transfer
 from tests import oracle
 from tests.checkpoints import read_tensors
@@ -272,12 +274,31 @@ def test_doctor_names_switches_that_are_off_and_seams_that_are_gone(
 ) -> None:
     monkeypatch.setenv("RELOAD_PLUGIN", "0")
     monkeypatch.setenv("VLLM_PLUGINS", "lora_resolver,other")
-    monkeypatch.setattr(versions, "SEAMS", (*vllm_api.SEAMS, ("vllm.config", "gone")))
+    monkeypatch.setattr(seams, "SEAMS", (*vllm_api.SEAMS, vllm_api.Seam("vllm.config", "gone")))
     said = run("doctor")
     assert said.code == 1
     assert "missing: vllm.config.gone" in said.out
     for step in ("Unset RELOAD_PLUGIN.", "Add reload_plugin to VLLM_PLUGINS, or unset it."):
         assert step in said.out
+
+
+def test_doctor_says_by_which_road_frameworks_push_and_what_becomes_of_it(
+    run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for name in ("trl", "modelexpress"):
+        dist = tmp_path / f"{name}-1.2.3.dist-info"
+        dist.mkdir()
+        (dist / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.2.3\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    said = {finding["what"]: finding["found"] for finding in run("doctor", "--json").json["findings"]}
+    assert said["TRL"].startswith("1.2.3: colocated: model.load_weights on the served model: one update")
+    assert "left alone" in said["ModelExpress"]
+    assert "OpenRLHF" not in said
+    assert "all or nothing" in said["live pushes"]
+    assert vllm_api.name_of(vllm_api.minor_of(vllm_api.version())) in said["seams"]
+    monkeypatch.setenv("RELOAD_PLUGIN_LIVE", "0")
+    said = {finding["what"]: finding["found"] for finding in run("doctor", "--json").json["findings"]}
+    assert "stays vLLM's own" in said["live pushes"]
 
 
 def test_doctor_knows_the_torchvision_trap(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -360,6 +381,66 @@ def test_a_server_that_cannot_be_reloaded_says_why(
         _, step = complaint(run("push", folders["A"], "--url", url))
         other.shutdown()
     assert "VLLM_SERVER_DEV_MODE=1" in step
+
+
+SERVING = {
+    "state": "serving",
+    "version": 1,
+    "weight_version": None,
+    "digest": None,
+    "source": "the engine's start",
+    "since": 0,
+    "update": None,
+    "last_error": "not now",
+}
+
+
+class Pausing(http.server.BaseHTTPRequestHandler):
+    """A server that pauses, fails to reload, and resumes at the third request only, or never."""
+
+    asked: ClassVar[list[str]] = []
+    resumes_at = 3
+
+    def do_POST(self) -> None:
+        route = self.path.partition("?")[0].strip("/")
+        self.asked.append(route)
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"] or 0)) or b"{}")
+        answer, code = {}, 200
+        if body.get("method") == "reload_status":
+            answer = {"results": [SERVING]}
+        elif route == "collective_rpc" or (
+            route == "resume" and self.asked.count("resume") < self.resumes_at
+        ):
+            answer, code = {"error": "not now"}, 503
+        text = json.dumps(answer).encode()
+        self.send_response(code)
+        self.send_header("Content-Length", str(len(text)))
+        self.end_headers()
+        self.wfile.write(text)
+
+    def log_message(self, *args: object) -> None:
+        """Silence."""
+
+
+@pytest.mark.parametrize("resumes_at", [1, 3, 1000])
+def test_a_paused_server_that_does_not_resume_at_once_is_asked_again(
+    run: Run, folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch, resumes_at: int
+) -> None:
+    """Newer servers refuse requests while they are paused: nobody may leave one so without a word."""
+    monkeypatch.setattr(remote, "RESUME_AGAIN", 0.01)
+    monkeypatch.setattr(Pausing, "asked", [])
+    monkeypatch.setattr(Pausing, "resumes_at", resumes_at)
+    with http.server.HTTPServer(("127.0.0.1", 0), Pausing) as other:
+        threading.Thread(target=other.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{other.server_port}"
+        fact, step = complaint(run("push", folders["A"], "--url", url))
+        other.shutdown()
+    if resumes_at > 3:
+        assert "is still paused" in fact
+        assert f"curl -X POST {url}/resume" in step
+    else:
+        assert Pausing.asked.count("resume") == resumes_at
+        assert "not now" in fact
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ import torch
 
 from tests import oracle
 from tests.oracle import Result
-from tests.processor import packs_bf16, packs_with_amx, skip_without
+from tests.processor import packs_bf16, packs_with_amx, skip_unstartable, skip_without
 from tests.zoo import CASES, DIES, MOVED, RIGHT, Case, case_named
 
 # Enough of vLLM's own failures to show that each kind of difference is seen; `--table` runs them all.
@@ -73,6 +73,7 @@ def runs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 def test_warm_equals_cold(runs: Runs, case: Case) -> None:
     """Reloaded through A, B, A, B it is the engine of a cold start on B, and nothing has moved."""
     skip_without(case.needs)
+    skip_unstartable(case)
     result = runs.futures[case.name, True].result(VOTE_TIMEOUT)
     assert result.verdict == RIGHT, result.summary(limit=40)
     assert result.tensors > 0

@@ -537,7 +537,14 @@ EXPERTS = (
         CT_MXFP4,
         **backend(moe="marlin"),
     ),
-    Row("mxfp4 experts marlin", "gpt_oss", disk.plain, ("GptOssMxfp4MoEMethod", "MarlinExperts"), MXFP4),
+    Row(
+        "mxfp4 experts marlin",
+        "gpt_oss",
+        disk.plain,
+        ("GptOssMxfp4MoEMethod", "MarlinExperts"),
+        MXFP4,
+        **backend(moe="marlin"),
+    ),
     Row(
         "mxfp4 experts flashinfer trtllm",
         "gpt_oss",

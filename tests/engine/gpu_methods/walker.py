@@ -46,6 +46,7 @@ RUN_ONLY = {
     "tokenizer": "the same",
     "served_model_name": "the same",
     "_name_or_path": "the same",
+    "_dynamo_static_input_type": "torch's mark on what a compiled function has met, at its first run only",
     "model_weights": "the same",
 }
 
