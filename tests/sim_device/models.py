@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import gc
 import json
 import os
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from unittest import mock
 
 import torch
 from safetensors.torch import save_file
@@ -50,22 +53,47 @@ def start() -> None:
 
 
 @contextmanager
-def built(name: str, generation: str = "A") -> Iterator[driver.Built]:
-    """A model of a row on the device, started on a generation of its weights."""
+def built(name: str, generation: str = "A", layers: int | None = None) -> Iterator[driver.Built]:
+    """A model of a row on the device, started on a generation of its weights; with so many layers."""
     from vllm.config import set_current_vllm_config
 
     row = ROW_OF[name]
-    with driver.machine(row, DEVICE):
+    with driver.machine(row, DEVICE), _with_layers(row.model, layers):
         model = driver.build(row, generation, DEVICE)
         with set_current_vllm_config(model.config):
             yield model
 
 
+@contextmanager
+def _with_layers(kind: str, layers: int | None) -> Iterator[None]:
+    tiny = checkpoints.MODELS[kind]
+    if layers is None:
+        yield
+        return
+    deep = dataclasses.replace(tiny, config=tiny.config | {"num_hidden_layers": layers})
+    with mock.patch.dict(checkpoints.MODELS, {kind: deep}):
+        yield
+
+
 @functools.cache
-def cold(name: str, generation: str) -> walker.Picture:
-    """What a cold start holds."""
-    with built(name, generation) as model:
-        return walker.take_picture(model.model)
+def cold(name: str, generation: str, layers: int | None = None) -> walker.Picture:
+    """What a cold start holds, in host memory."""
+    with built(name, generation, layers) as model:
+        picture = on_host(walker.take_picture(model.model))
+    del model
+    gc.collect()  # models are cycles, and hold memory of the device
+    return picture
+
+
+def on_host(picture: walker.Picture) -> walker.Picture:
+    """The states alone, with contents in host memory."""
+    states = {
+        path: dataclasses.replace(state, content=state.content.cpu())
+        if isinstance(state, walker.TensorState) and state.content is not None
+        else state
+        for path, state in picture.states.items()
+    }
+    return walker.Picture(states)
 
 
 def weights(model: driver.Built, generation: str) -> Weights:
@@ -113,11 +141,11 @@ def from_reused_buffer(model: driver.Built, generation: str) -> None:
     reload_plugin.reload_weights(model.model, through_one_buffer(weights(model, generation)))
 
 
-def in_chunks(model: driver.Built, generation: str) -> None:
+def in_chunks(model: driver.Built, generation: str, parts: int = 6) -> None:
     import reload_plugin
 
     with reload_plugin.restore_for_reloading(model.model):
-        for chunk in on_two_streams(weights(model, generation)):
+        for chunk in on_two_streams(weights(model, generation), parts):
             model.model.load_weights(chunk)
 
 
@@ -167,17 +195,21 @@ def on_two_streams(pairs: Weights, parts: int = 6) -> Iterator[Iterable[tuple[st
     torch.accelerator.synchronize()
     for number in range(parts):
         with streams[number % 2]:
-            mine = pairs[number::parts]
+            mine = pairs[len(pairs) * number // parts : len(pairs) * (number + 1) // parts]
             yield [(name, tensor.pin_memory().to(DEVICE, non_blocking=True)) for name, tensor in mine]
 
 
 # -- what is asked --------------------------------------------------------------------------------
 
 
-def expect_cold(name: str, generation: str, model: driver.Built) -> None:
+def expect_cold(name: str, generation: str, model: driver.Built, layers: int | None = None) -> None:
     """Raises AssertionError with what differs from a cold start on these weights."""
     torch.accelerator.synchronize()
-    found = walker.differences(cold(name, generation), walker.take_picture(model.model))
+    with load().limit(1 << 40):
+        expected = cold(name, generation, layers)
+        now = on_host(walker.take_picture(model.model))
+    load().empty_cache()
+    found = walker.differences(expected, now)
     _expect_none(line for line in found if not line.startswith(GUARD))
 
 
