@@ -11,14 +11,18 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 from unittest import mock
 
 import torch
 from safetensors.torch import save_file
 
-from tests.engine.gpu_methods import checkpoints, driver, walker
+from tests.engine.gpu_methods import checkpoints, walker
 from tests.engine.gpu_methods.rows import ROWS
 from tests.sim_device.loading import load
+
+if TYPE_CHECKING:  # imports vLLM, which only the process with the device needs
+    from tests.engine.gpu_methods import driver
 
 DEVICE = "sim"
 NAMES = tuple(row.name for row in ROWS)
@@ -45,6 +49,8 @@ def start() -> None:
     os.environ["TORCHDYNAMO_DISABLE"] = "1"  # compiled code asks the CUDA build of torch for streams
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     torch.set_num_threads(1)
+    from tests.engine.gpu_methods import driver
+
     driver.start_process()
     load()
     from reload_plugin.vllm_hooks import plugin
@@ -56,6 +62,8 @@ def start() -> None:
 def built(name: str, generation: str = "A", layers: int | None = None) -> Iterator[driver.Built]:
     """A model of a row on the device, started on a generation of its weights; with so many layers."""
     from vllm.config import set_current_vllm_config
+
+    from tests.engine.gpu_methods import driver
 
     row = ROW_OF[name]
     with driver.machine(row, DEVICE), _with_layers(row.model, layers):

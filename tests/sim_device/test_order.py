@@ -1,11 +1,14 @@
 """Work of a reload is ordered, whatever stream its caller is on, and buffers are not reused too early."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 import pytest
 import torch
 
 import reload_plugin
 from tests.engine.gpu_methods import walker
-from tests.engine.gpu_methods.driver import Built
 from tests.sim_device.device import SimDevice
 from tests.sim_device.models import (
     DENSE,
@@ -20,6 +23,9 @@ from tests.sim_device.models import (
     weights,
 )
 from tests.sim_device.process import on_sim
+
+if TYPE_CHECKING:
+    from tests.engine.gpu_methods.driver import Built
 
 SEEDS = (None, 1, 2, 3)
 
