@@ -29,20 +29,41 @@ class CommitLog:
     Args:
         handles: known native handles of the model.
         native: group name -> memory that the group's native handles point into, of the model.
+        fence: waits until the device has done all work that was queued, on every stream.
 
     """
 
-    def __init__(self, handles: Handles, native: dict[str, list[torch.Tensor]]) -> None:
+    def __init__(
+        self, handles: Handles, native: dict[str, list[torch.Tensor]], fence: Callable[[], None]
+    ) -> None:
         self.groups: set[str] = set()
         """Names of groups whose served values changed or may have changed."""
         self.moved: list[str] = []
         """Paths of tensors whose address changed because their layout did."""
         self._handles = handles
         self._native = native
+        self._fence = fence
+        self._fenced = False
+
+    def before_write(self) -> None:
+        """Served memory is about to be written: forward passes that were queued before read the old values.
+
+        Costs one wait for each session.
+        """
+        if not self._fenced:
+            self._fenced = True
+            self._fence()
+
+    def after_writes(self) -> None:
+        """Wait until what was written is there, for forward passes on other streams. Raises the errors that
+        the device found meanwhile (``RuntimeError``).
+        """
+        self._fence()
 
     def apply(self, commit: Commit) -> None:
         """Serve the new values of one group."""
         self.moved += [path for _, _, path in commit.moves]
+        self.before_write()
         try:
             commit.apply()
         finally:

@@ -51,15 +51,32 @@ class AcceleratorOps:
         """No shortcut: the address means nothing to the host."""
         return False
 
+    @property
+    def _is_accelerator(self) -> bool:
+        current = torch.accelerator.current_accelerator()
+        return current is not None and current.type == self.device.type
+
     def fence(self) -> None:
         """Synchronize the device. Tensors on meta have no values, so nothing is queued for them."""
         if self.device.type == "meta":
             return
-        current = torch.accelerator.current_accelerator()
-        if current is not None and current.type == self.device.type:
+        if self._is_accelerator:
             torch.accelerator.synchronize(self.device)
         else:
             torch.get_device_module(self.device).synchronize()
+
+    def current_stream(self) -> torch.Stream | None:
+        """Torch's current stream of this thread; None for a device that is not torch's accelerator."""
+        return torch.accelerator.current_stream(self.device) if self._is_accelerator else None
+
+    def mark_read(self, tensor: torch.Tensor) -> torch.Event | None:
+        """An event on the current stream. Copies from host memory are done when torch returns from them."""
+        if tensor.device.type in ("cpu", "meta") or (stream := self.current_stream()) is None:
+            return None
+        tensor.record_stream(stream)
+        event = torch.Event(device=self.device)
+        event.record(stream)
+        return event
 
     def free_bytes(self) -> int:
         """What the device says is free; what the host has left, for one whose module does not say."""

@@ -64,6 +64,12 @@ class CpuOps:
     def fence(self) -> None:
         """Nothing is queued."""
 
+    def current_stream(self) -> None:
+        """Nothing is queued."""
+
+    def mark_read(self, tensor: torch.Tensor) -> None:
+        """Copies are done when they return, those from a device's memory too."""
+
     def free_bytes(self) -> int:
         """What the system and the control groups of this process leave."""
         return available()

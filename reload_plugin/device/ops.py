@@ -79,6 +79,19 @@ class DeviceOps(Protocol):
         device's asynchronous errors raise (``RuntimeError``).
         """
 
+    def current_stream(self) -> torch.Stream | None:
+        """The stream that this thread queues work on; None where nothing is queued."""
+
+    def mark_read(self, tensor: torch.Tensor) -> torch.Event | None:
+        """A point after all copies from ``tensor`` to this device that this thread queued.
+
+        The memory of ``tensor`` is recorded on the current stream: its owner may drop it before.
+
+        Returns:
+            An event to wait for before the values of ``tensor`` change; None where the copies are done.
+
+        """
+
     def free_bytes(self) -> int:
         """Bytes that can still be allocated on this device."""
 

@@ -12,6 +12,7 @@ import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
 from ..device.default_device import callers_default_device
+from ..device.stream_order import SourceReads
 from ..errors import ReloadError, SourceError
 from ..interrupts import call_out
 from ..plan.loader_run import LIMIT, load_all
@@ -37,6 +38,7 @@ class WeightStream:
         aside: Callable[[str, torch.Tensor], bool] | None = None,
         fetching: Fetching = call_out,
         used_late: Callable[[str], bool] | None = None,
+        reads: SourceReads | None = None,
     ) -> None:
         try:
             self._weights = iter(weights)
@@ -54,6 +56,10 @@ class WeightStream:
         """Returns whether the loader may read a weight after it has asked for the next one. The loader then
         gets a copy, because the caller may overwrite its memory.
         """
+        self._reads = reads
+        """Copies from the weight that came last: they are done before the next one is asked for."""
+        self._last: torch.Tensor | None = None
+        """The weight that the loader has now."""
         self.exhausted = False
         self.waited = 0.0
         """Seconds spent in the source: reading files, or in the caller's iterator."""
@@ -68,13 +74,23 @@ class WeightStream:
     def __next__(self) -> tuple[str, torch.Tensor]:
         while True:
             self._trace.end()
+            last, self._last = self._last, None
+            if last is not None:
+                self.note_read(last)
+            del last
             self._in_between()
             name, tensor = self.fetch()
             if tensor is not None:
+                self._last = tensor
                 late = self._used_late is not None and self._used_late(name)
                 ours = tensor.detach().clone() if late else tensor.detach()
                 self._trace.begin(name, ours, late)
                 return name, ours
+
+    def note_read(self, tensor: torch.Tensor) -> None:
+        """All copies from this weight are queued."""
+        if self._reads is not None:
+            self._reads.note(tensor)
 
     def _in_between(self) -> None:
         try:
@@ -112,6 +128,8 @@ class WeightStream:
         if self._trace.mismatches.count > LIMIT:
             self.exhausted = True
             raise StopIteration
+        if self._reads is not None:
+            self._reads.wait()
         started = time.perf_counter()
         try:
             if not torch._C._len_torch_dispatch_stack() and self._callers_device is None:
@@ -191,5 +209,6 @@ def load_by_copy_plan(
         if not loader.copy_by_plan(name, tensor):
             with trace:
                 load_all(load_weights, WeightStream([(name, tensor)], trace, lambda: None), trace)
+        stream.note_read(tensor)
         del tensor  # so that its memory is free before a complete layer is processed
         loader.close_complete()

@@ -223,6 +223,8 @@ class GroupPipeline:
         released = False
         try:
             with self._clock.timed("process"):
+                if self._strategy.commits_each_group:
+                    self._log.before_write()
                 released = self._release_native_memory(group)
                 watched = self._watch.begin(
                     self._record,

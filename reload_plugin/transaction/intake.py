@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from ..device.ops import ops_for
+from ..device.stream_order import SourceReads
 from ..interrupts import call_between
 from ..load.admission import Admission
 from ..load.completeness import Completeness
@@ -78,6 +79,7 @@ class Intake:
         self._overflow, self._inspect = overflow, inspect
         self._replaying = False
         self._ops = ops_for(state.record.target_device)
+        self._reads = SourceReads(self._ops)
         # Destinations in staging are for weights that nobody wants to see or to put aside on the way.
         self._tied_head = TiedHead(state.record, known)
         seen = inspect is not None or self._tied_head.active
@@ -102,7 +104,9 @@ class Intake:
             returned.append(self._by_loader(stream))
 
         used_late = self._may_be_used_late if self.needs_view else None
-        stream = WeightStream(weights, self._trace, self.close_complete, self._put_aside, fetching, used_late)
+        stream = WeightStream(
+            weights, self._trace, self.close_complete, self._put_aside, fetching, used_late, self._reads
+        )
         if self.needs_view:
             try:
                 load_all(loader, stream, self._trace)
@@ -132,6 +136,8 @@ class Intake:
             return None
         if not self._put_aside(name, tensor):
             self.copy_by_plan(name, tensor)
+            self._reads.note(tensor)
+            self._reads.wait()
             return self._complete()
         return []
 

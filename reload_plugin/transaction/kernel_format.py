@@ -8,6 +8,7 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
+from ..device.ops import ops_for
 from ..errors import SERVES_OLD, KernelFormatError, weights_error
 from ..options import ReloadOptions
 from ..record.model_record import LayerRecord, ModelRecord
@@ -48,8 +49,11 @@ def copy_kernel_format(
     if state.vote is not None:
         state.vote(None)
     nbytes, names = sum(tensor.nbytes for tensor in staged.values()), list(staged)
+    ops = ops_for(state.record.target_device)
     with state.record.changes.blocked(), torch.inference_mode(False), torch.no_grad():
+        ops.fence()  # forward passes that were queued before read the old values
         _copy_all(staged, served)
+        ops.fence()
         state.commit(chosen.weight_version, source, whole=False)
     state.replace_rollback_source(None)
     return ReloadReport(

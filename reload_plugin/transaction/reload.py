@@ -50,6 +50,12 @@ def reload_weights(
 ) -> ReloadReport:
     """Make ``model`` the one a cold start on the new weights would give, in place.
 
+    On a device all work is queued on the current stream of the calling thread. Tensors of the iterator have
+    to be ready on that stream when they are yielded. Their memory may be overwritten, from any stream or
+    process, as soon as the next pair is asked for: the copies are waited for. The device is synchronized
+    before served memory is written for the first time, so forward passes that were queued on other streams
+    read the old weights; and after the last write, so that those queued afterwards read the new ones.
+
     Args:
         model: a model of a running engine, recorded by the plugin.
         weights_iterator: (checkpoint name, tensor) pairs. A tensor may be reused by the caller as

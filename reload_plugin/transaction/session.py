@@ -49,6 +49,12 @@ class ReloadSession:
     Between two calls the live model shows exactly what it serves. Tensors that are passed in belong to the
     caller, who may overwrite them when the next one is asked for, or when the call returns.
 
+    On a device each call works on the current stream of its thread, which may be another one than in the call
+    before: it waits for the work of the earlier calls. Tensors have to be ready on the current stream. Copies
+    from a tensor are over when the next one is asked for and when the call returns; other work may still be
+    queued then. ``finish`` synchronizes the device before the first write to served memory and after the
+    last one.
+
     Args:
         model: a model whose load format was recorded.
         source: what to call the weights in messages and in the report.
@@ -195,6 +201,7 @@ class ReloadSession:
         if torch.is_inference_mode_enabled() or not cpu_is_default():
             return False
         with parts.state.in_a_call():
+            parts.order.enter()
             with torch.no_grad(), untraced():
                 complete = parts.intake.load_planned(name, tensor)
             if complete:
@@ -232,6 +239,7 @@ class ReloadSession:
                 return
             self._require(SessionState.OPEN)
             self.state = SessionState.LOADING
+            self._parts.order.enter()
             try:
                 with self._parts.pipeline.context():
                     self._parts.load_format.enter(self, show)
@@ -284,6 +292,7 @@ class ReloadSession:
             if reason := self._spoiled or self._parts.pipeline.spoiled:
                 raise SessionError(f"This reload cannot be finished, only aborted: {reason}. {SERVES_OLD}")
             started = time.perf_counter()
+            self._parts.order.enter()
             self._parts.intake.load_aside(self.load)
             self._parts.intake.check_tied_head()
             kept, ignored = self._parts.accounting.check(self.source) if check else ({}, {})
@@ -312,6 +321,7 @@ class ReloadSession:
             self._wait_for_all_ranks()
             with parts.clock.timed("commit"):
                 parts.strategy.commit_all()
+                parts.log.after_writes()
                 self.state = SessionState.COMMITTED
                 parts.state.commit(self.weight_version, self.source)
                 parts.strategy.release_all()
@@ -340,6 +350,8 @@ class ReloadSession:
         if self.state in (SessionState.COMMITTED, SessionState.ABORTED, SessionState.BROKEN):
             return
         self._parts.load_format.put_back()
+        with contextlib.suppress(RuntimeError):  # of the device: the next operation raises it again
+            self._parts.order.settle()
         self._drop()
         self._parts.intake.close()
         self.state = SessionState.BROKEN if self.touched_groups else SessionState.ABORTED

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import functools
+import itertools
+from collections.abc import Iterator
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 
 from ..commit.strategies import STRATEGIES, CommitLog, CommitStrategy
 from ..device.host_memory import MemoryGauge
+from ..device.ops import ops_for
+from ..device.stream_order import WorkOrder
 from ..load.admission import Admission
 from ..load.completeness import Completeness
 from ..load.destinations import StagingMemory
@@ -60,6 +65,7 @@ class SessionParts:
     clock: StageClock
     gauge: MemoryGauge
     load_format: LoadFormat
+    order: WorkOrder
 
     @property
     def all_by_copy_plan(self) -> bool:
@@ -82,10 +88,11 @@ def wire(model: nn.Module, state: EngineState, options: SessionOptions) -> Sessi
     completeness = Completeness(trace.loaded, mismatches, known)
     strategy_class = options.strategy or STRATEGIES[options.policy]
     admission = Admission(record, completeness, gauge, strategy_class.waiting_bytes)
-    log = CommitLog(state.handles, state.native)
+    ops = ops_for(record.target_device)
+    log = CommitLog(state.handles, state.native, ops.fence)
     strategy = strategy_class(log, gauge, admission, _Release(completeness, trace))
     view = _view_of(record, known, options, gauge, strategy)
-    touching = functools.partial(_note_touched, log.groups, completeness)
+    touching = functools.partial(_note_touched, log, completeness)
     memory = StagingMemory(completeness, trace, state.pool, touching)
     pipeline = GroupPipeline(
         model, state, view, trace, completeness, admission, strategy, log, clock, options.whole_model
@@ -120,6 +127,7 @@ def wire(model: nn.Module, state: EngineState, options: SessionOptions) -> Sessi
         clock,
         gauge,
         LoadFormat(record, view, trace, completeness, pipeline, touching),
+        WorkOrder(ops, functools.partial(_staging_of, view)),
     )
 
 
@@ -165,6 +173,15 @@ class _Release:
         return gone
 
 
-def _note_touched(committed: set[str], completeness: Completeness, storage: StagedStorage) -> None:
+def _staging_of(view: ModelView) -> Iterator[torch.Tensor]:
+    """A tensor over each storage that a session has allocated."""
+    for group in view.groups:
+        for storage in group.storages:
+            if storage.materialised and not storage.is_served_memory:
+                yield from itertools.islice(storage.views.values(), 1)
+
+
+def _note_touched(log: CommitLog, completeness: Completeness, storage: StagedStorage) -> None:
     """Served memory is about to be written to."""
-    committed.add(completeness.group_of(storage.primary.name))
+    log.before_write()
+    log.groups.add(completeness.group_of(storage.primary.name))

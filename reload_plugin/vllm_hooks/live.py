@@ -30,7 +30,12 @@ def is_on() -> bool:
 
 
 def guard(model: nn.Module) -> None:
-    """From now on ``model.load_weights`` is ours; the model is served."""
+    """From now on ``model.load_weights`` is ours; the model is served.
+
+    On a device each call works on the current stream of its thread, after the work of the calls before. When
+    it returns, its tensors may be overwritten from any stream. Before the first write to served memory and
+    after the last one the device is synchronized.
+    """
     live = LoadWeights(model)
     _guarded.add(model)
     vllm_api.attach(model, GUARD_ATTRIBUTE, live)

@@ -4,6 +4,9 @@ vLLM's own engines move tensors between processes over NCCL or CUDA IPC. This on
 safetensors checkpoint lies and which of its tensors to load now; start, load and finish go through
 the same layerwise calls as theirs.
 
+Streams: vLLM's engines call ``model.load_weights`` with the stream that they receive on as the current one,
+and may use another one for the next chunk. See ``transaction.session.ReloadSession`` for what is waited for.
+
     vllm serve ... --weight-transfer-config '{"backend": "files"}'
     llm.update_weights({"update_info": {"path": "/checkpoints/step-12", "names": [...]}})
 """

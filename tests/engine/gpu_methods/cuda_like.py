@@ -1,4 +1,4 @@
-"""vLLM's platform object made to answer as a CUDA machine while every tensor stays on the CPU.
+"""vLLM's platform object made to answer as a CUDA machine while tensors are on the CPU or a simulated device.
 
 The object keeps its identity, because vLLM's modules bind it by name when imported; its class is exchanged.
 Modules are imported before the exchange, because some of them import CUDA extensions when it is CUDA.
@@ -55,23 +55,29 @@ class CudaLike(CpuPlatform):
 
 
 @contextmanager
-def cuda_like(major: int, minor: int) -> Iterator[None]:
-    """Make the platform CUDA of that capability, with answers to questions about device memory.
+def cuda_like(major: int, minor: int, device: str = "cpu") -> Iterator[None]:
+    """Make the platform CUDA of that capability, with tensors on `device`.
 
-    `Tensor.cpu` copies, as it does from a device: `numpy()` often follows and would pin it.
+    On the CPU questions about device memory get answers, and `Tensor.cpu` copies, as it does from a device:
+    `numpy()` often follows and would pin it.
     """
     plain = type(current_platform)
-    device = {"max_memory_allocated": 0, "empty_cache": None, "current_device_index": torch.device("cpu")}
     with ExitStack() as stack:
         stack.enter_context(mock.patch.object(CudaLike, "capability", DeviceCapability(major, minor)))
-        for name, answer in device.items():
-            stack.enter_context(mock.patch.object(torch.accelerator, name, return_value=answer))
-        stack.enter_context(mock.patch.object(torch.accelerator, "synchronize"))
+        if device == "cpu":
+            _answer_for_the_cpu(stack)
         stack.enter_context(mock.patch.object(torch.Tensor, "cuda", _itself))
-        stack.enter_context(mock.patch.object(torch.Tensor, "cpu", torch.Tensor.clone))
         stack.callback(setattr, current_platform, "__class__", plain)
         current_platform.__class__ = CudaLike
         yield
+
+
+def _answer_for_the_cpu(stack: ExitStack) -> None:
+    device = {"max_memory_allocated": 0, "empty_cache": None, "current_device_index": torch.device("cpu")}
+    for name, answer in device.items():
+        stack.enter_context(mock.patch.object(torch.accelerator, name, return_value=answer))
+    stack.enter_context(mock.patch.object(torch.accelerator, "synchronize"))
+    stack.enter_context(mock.patch.object(torch.Tensor, "cpu", torch.Tensor.clone))
 
 
 def _itself(tensor: torch.Tensor) -> torch.Tensor:

@@ -75,13 +75,13 @@ def start_process() -> None:
 
 
 @contextmanager
-def machine(row: Row) -> Iterator[None]:
+def machine(row: Row, device: str = "cpu") -> Iterator[None]:
     """Provide the platform and operations that the row needs, and memory that reads as NaN until written."""
     before = torch.are_deterministic_algorithms_enabled(), os.environ.copy()
     os.environ.update(row.environment)
     torch.use_deterministic_algorithms(True, warn_only=True)  # fills fresh memory
     try:
-        with cuda_like(*row.capability), stand_ins(row.packages):
+        with cuda_like(*row.capability, device), stand_ins(row.packages):
             yield
     finally:
         torch.use_deterministic_algorithms(before[0])
@@ -89,8 +89,8 @@ def machine(row: Row) -> Iterator[None]:
         os.environ.update(before[1])
 
 
-def build(row: Row, generation: str) -> Built:
-    """cold(generation) of the row's model; to be called inside `machine(row)`."""
+def build(row: Row, generation: str, device: str = "cpu") -> Built:
+    """cold(generation) of the row's model on a device; to be called inside `machine(row, device)`."""
     tiny = MODELS[row.model]
     specs = on_disk(tiny, row.packing, row.extra)
     with tempfile.TemporaryDirectory() as folder:
@@ -99,6 +99,7 @@ def build(row: Row, generation: str) -> Built:
             hf_config["quantization_config"] = row.quantization_config
         (Path(folder) / "config.json").write_text(json.dumps(hf_config))
         config = _engine_config(folder, row)
+    config.device_config.device, config.device_config.device_type = torch.device(device), device
     _ROPE_DICT.clear()  # shared by all models of a process
     with set_current_vllm_config(config):
         loader = SpecLoader(config, specs, generation)

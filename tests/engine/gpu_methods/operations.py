@@ -19,7 +19,7 @@ _COPRIME = 1_000_003  # a prime, so that multiplying by it permutes the indices 
 def permuted(tensor: torch.Tensor, *shape: int) -> torch.Tensor:
     """The elements in a fixed, scattered order, as new contiguous memory of the given shape."""
     count = tensor.numel()
-    order = torch.arange(count) * _COPRIME % count
+    order = torch.arange(count, device=tensor.device) * _COPRIME % count
     assert count % _COPRIME, "the stride must not divide the size"
     size = tensor.element_size()
     as_integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[size]

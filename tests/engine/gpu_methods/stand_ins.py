@@ -27,14 +27,14 @@ def scaled_fp8_quant(
     group_shape: tuple[int, int] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Stand in for three operations that the CPU library declares without arguments."""
-    out = torch.empty(input.shape, dtype=operations.FP8) if output is None else output
+    out = input.new_empty(input.shape, dtype=operations.FP8) if output is None else output
     if scale is not None:
         operations.static_fp8(out, input, scale)
     elif use_per_token_if_dynamic:
-        scale = torch.empty(input.shape[0], 1)
+        scale = input.new_empty(input.shape[0], 1, dtype=torch.float32)
         operations.token_fp8(out, input, scale)
     else:
-        scale = torch.empty(1)
+        scale = input.new_empty(1, dtype=torch.float32)
         operations.dynamic_fp8(out, input, scale)
     return out, scale
 

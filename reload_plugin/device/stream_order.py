@@ -1,0 +1,70 @@
+"""Order of work on a device, whatever stream the caller is on, and when a caller's buffer was read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from .ops import DeviceOps
+
+
+class WorkOrder:
+    """Orders the calls of one session, which may come on different streams.
+
+    Args:
+        ops: of the device that the session works on.
+        staging: tensors over all memory that the session holds on the device now, one for each storage.
+
+    """
+
+    def __init__(self, ops: DeviceOps, staging: Callable[[], Iterable[torch.Tensor]]) -> None:
+        self._ops, self._staging = ops, staging
+        self._last: torch.Stream | None = None
+        self._several = False
+
+    def enter(self) -> None:
+        """A call begins: what was queued in earlier calls comes before what this one queues.
+
+        Staging that was allocated on another stream is recorded on this one, so that it is not handed out
+        again while this stream uses it.
+        """
+        now = self._ops.current_stream()
+        if now is None:
+            return
+        if self._last is not None and now != self._last:
+            self._several = True
+            now.wait_stream(self._last)
+            for tensor in self._staging():
+                tensor.record_stream(now)
+        self._last = now
+
+    def settle(self) -> None:
+        """Wait until memory that was used on several streams is not used any more, before it is freed."""
+        if self._several:
+            self._ops.fence()
+
+
+class SourceReads:
+    """The copies from the weight that came last; its owner may overwrite it after ``wait``.
+
+    Args:
+        ops: of the device that weights are copied to.
+
+    """
+
+    def __init__(self, ops: DeviceOps) -> None:
+        self._ops = ops
+        self._last: torch.Event | None = None
+
+    def note(self, tensor: torch.Tensor) -> None:
+        """All copies from ``tensor`` are queued. Its memory is not handed out again before they are done."""
+        self._last = self._ops.mark_read(tensor)
+
+    def wait(self) -> None:
+        """Wait until the copies are done; work that was queued after ``note`` is not waited for."""
+        last, self._last = self._last, None
+        if last is not None:
+            last.synchronize()
