@@ -31,7 +31,7 @@ def train(model: torch.nn.Module, steps: int) -> float:
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    return float(loss)
+    return float(loss.detach())
 
 
 def main() -> int:
