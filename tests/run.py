@@ -31,7 +31,7 @@ IN_TURN = ("0.28", "0.29", "0.30", "0.31")
 """Minor versions of vLLM that take turns, a day each. They share the torch of the one that has the suite."""
 TURN = "RELOAD_PLUGIN_TEST_TURN"
 """Environment variable: a number that takes the place of the day, for the turn."""
-IN_TURN_SECONDS = 540
+IN_TURN_SECONDS = 1500
 """After so many seconds the tests on the other minor version are ended, with a failure."""
 CASES = ("llama", "llama_tied", "qwen3_moe", "deepseek_v2", "gemma3", "w8a8_dynamic", "mamba2", "mixtral")
 ROADS = "tests/engine/test_roads.py"
