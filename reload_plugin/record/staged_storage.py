@@ -163,8 +163,10 @@ class StagedStorage:
             holder.data = view
 
     def drop_references(self) -> None:
-        """Drop all references to the memory. A pool reuses its block once there is no other reference."""
+        """Drop all references to the memory: it is free, or its pool reuses it, once there is no other."""
         self._forget()
+        # On a device the placeholder is the memory. Nobody compares its identity any more.
+        self._placeholder = _NOTHING
         self.views.clear()
         self.objects.clear()
         self.storage, self.key = _NOTHING, _NOTHING._cdata
