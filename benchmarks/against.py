@@ -1,10 +1,11 @@
-"""Seconds and memory of reloads of this checkout against another one of this repository, in paired processes.
+"""Seconds and memory of reloads of other checkouts of this repository against this one, in paired processes.
 
-    python benchmarks/against.py FOLDER [--models dense ...] [--rounds 5] [--reloads 6]
+    python benchmarks/against.py FOLDER ... [--models dense ...] [--rounds 5] [--reloads 6]
 
-FOLDER is the other checkout, such as a `git worktree` of an earlier commit. Both sides reload the same
-checkpoints in fresh processes that take turns; the answers of both have to be equal. A ratio above 1 means
-that this checkout takes longer. Writes against.json.
+A FOLDER is another checkout, such as a `git worktree` of an earlier commit, or of this one with something
+left out. All sides reload the same checkpoints in fresh processes that take turns; their answers have to be
+equal. Ratios are of medians, the other checkout's to this one's: above 1, this one is faster. Writes
+against.json.
 """
 
 import argparse
@@ -23,6 +24,7 @@ from tables import MAIN, TABLES, WHOLE, write_all
 from tqdm import tqdm
 from trials import engine
 
+THIS = "this"
 HERE = Path(__file__).resolve().parent.parent
 OUTPUT = Path(__file__).parent / "output"
 WORK = """
@@ -69,21 +71,22 @@ def measured(checkout: Path, job: dict[str, Any], folder: Path) -> dict[str, Any
     return run
 
 
-def compare(model: Model, other: Path, rounds: int, reloads: int) -> dict[str, Any]:
-    """Both sides on one model: samples, medians, and the ratio of medians."""
-    sides = {"this": HERE, "other": other}
+def compare(model: Model, others: list[Path], rounds: int, reloads: int) -> dict[str, Any]:
+    """All sides on one model: name of the side -> samples and medians."""
+    sides = {THIS: HERE} | {other.name: other for other in others}
     runs: dict[str, list[dict[str, Any]]] = {side: [] for side in sides}
     with tempfile.TemporaryDirectory() as root:
         folders = write_all(model, (WHOLE,), Path(root))
         steps = WHOLE.steps(folders, reloads, "ours")
         job = {"folders": folders, "options": dict(model.options), "steps": steps}
-        for number in tqdm(range(rounds), desc=model.name, unit="round", file=sys.stdout):
+        for number in tqdm(range(rounds), desc=model.name, unit="round", file=sys.stderr):
             for side in sorted(sides, reverse=bool(number % 2)):
                 runs[side].append(measured(sides[side], job, Path(root)))
-    all_runs = [*runs["this"], *runs["other"]]
-    answers = {json.dumps(one["answer"]) for run in all_runs for one in run["reloads"][::2]}
+    answers = {
+        json.dumps(one["answer"]) for found in runs.values() for run in found for one in run["reloads"][::2]
+    }
     if len(answers) != 1:
-        raise SystemExit(f"{model.name}: the two sides answer differently")
+        raise SystemExit(f"{model.name}: the sides answer differently")
     return {side: figures(found) for side, found in runs.items()}
 
 
@@ -98,10 +101,22 @@ def figures(runs: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
+def row(model: str, other: str, found: dict[str, Any]) -> str:
+    """One row of the table: the other checkout's medians and peak, and their ratios to this one's."""
+    cells = [model, other]
+    for kind in ("first", "later"):
+        theirs, ours = found[other][kind]["median"], found[THIS][kind]["median"]
+        cells.append(f"{theirs:.3f} / {ours:.3f} s = {theirs / ours:.2f}")
+    theirs, ours = (found[side]["peak_extra_bytes"] / 2**20 for side in (other, THIS))
+    cells.append(f"{theirs:.0f} / {ours:.0f} MiB")
+    return f"| {' | '.join(cells)} |"
+
+
 def main() -> None:
+    """Read the command line, measure, print the table."""
     names = [model.name for model in MAIN]
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("other", type=Path, help="folder of the other checkout")
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("others", type=Path, nargs="+", metavar="FOLDER", help="another checkout")
     parser.add_argument("--models", nargs="+", default=names[:4], help=f"of {', '.join(names)}")
     parser.add_argument("--rounds", type=int, default=TABLES["main"].rounds, help="processes of each side")
     parser.add_argument("--reloads", type=int, default=TABLES["main"].reloads, help="reloads in a process")
@@ -109,15 +124,13 @@ def main() -> None:
     asked = parser.parse_args()
     report = {}
     asked.output.mkdir(parents=True, exist_ok=True)
-    print("| model | reload | this | other | ratio |\n|---|---|---|---|---|")
+    print("| model | other | first reload | later reloads | peak extra memory |\n|---|---|---|---|---|")
     for model in (model for model in MAIN if model.name in asked.models):
-        found = report[model.name] = compare(model, asked.other.resolve(), asked.rounds, asked.reloads)
+        others = [other.resolve() for other in asked.others]
+        found = report[model.name] = compare(model, others, asked.rounds, asked.reloads)
         (asked.output / "against.json").write_text(json.dumps(report, indent=1))
-        for kind in ("first", "later"):
-            this, other = (found[side][kind]["median"] for side in ("this", "other"))
-            print(f"| {model.name} | {kind} | {this:.3f} s | {other:.3f} s | {this / other:.2f} |")
-        this, other = (found[side]["peak_extra_bytes"] / 2**20 for side in ("this", "other"))
-        print(f"| {model.name} | peak extra memory | {this:.0f} MiB | {other:.0f} MiB | {this / other:.2f} |")
+        for other in others:
+            print(row(model.name, other.name, found), flush=True)
 
 
 if __name__ == "__main__":
