@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Protocol
 
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from ..device.host_memory import HostPool, MemoryGauge
 from ..device.ops import ops_for
@@ -73,7 +74,9 @@ class StagedStorage:
         self.key: int = self.storage._cdata
         """Identity of its present memory."""
         self._placeholder = self.storage
-        """Kept alive, so that no other storage gets its identity."""
+        """Kept alive, so that no other storage gets its identity: loaders are still watched by it."""
+        self._identity: StorageWeakRef | None = None
+        """Keeps the identity of the placeholder taken once its memory is given back."""
 
     def _alias_served(self, device: torch.device) -> bool:
         """Use the served memory if all served tensors have the load format. Returns whether they have."""
@@ -165,8 +168,8 @@ class StagedStorage:
     def drop_references(self) -> None:
         """Drop all references to the memory: it is free, or its pool reuses it, once there is no other."""
         self._forget()
-        # On a device the placeholder is the memory. Nobody compares its identity any more.
-        self._placeholder = _NOTHING
+        if self._placeholder.nbytes():  # on a device the placeholder is the memory
+            self._identity, self._placeholder = StorageWeakRef(self._placeholder), _NOTHING
         self.views.clear()
         self.objects.clear()
         self.storage, self.key = _NOTHING, _NOTHING._cdata

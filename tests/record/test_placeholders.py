@@ -76,3 +76,16 @@ def test_memory_allocated_later_is_seen_by_views_of_the_placeholder() -> None:
     shared[2].fill_(7)
     assert view[2].tolist() == [7] * 4
     assert view[1].tolist() == [1] * 4
+
+
+@pytest.mark.parametrize("pool", [None, HostPool()])
+def test_the_identity_of_memory_given_back_is_no_other_storages(pool: HostPool | None) -> None:
+    """Loaders are watched by identity to the end: what they allocate later is no layer that was processed."""
+    layers = [staged(geometry_of((64,), (1,))) for _ in range(64)]
+    watched = {storage.key for storage in layers}
+    for storage in layers:
+        storage.materialise(pool=pool)
+        watched.add(storage.key)
+        storage.drop_references()
+    later = [torch.UntypedStorage(16) for _ in range(1000)]
+    assert not watched & {storage._cdata for storage in later}
