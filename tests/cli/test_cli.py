@@ -65,7 +65,8 @@ def test_without_its_libraries_the_command_line_says_what_to_install(
     run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "typer", None)
-    monkeypatch.delitem(sys.modules, "reload_plugin.cli.app", raising=False)
+    for name in [name for name in sys.modules if name.startswith("reload_plugin.cli.")]:
+        monkeypatch.delitem(sys.modules, name)
     said = run("doctor")
     assert said.code == 2
     assert "pip install typer rich httpx" in said.err
