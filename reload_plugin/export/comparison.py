@@ -87,21 +87,21 @@ class Comparison:
         order = self._plan.order if self._plan is not None else None
         with held(), state.in_a_call(), full_gc_paused(), handles_forgotten(state.handles):
             try:
-                with parts.pipeline.context():
+                with parts.processing.context():
                     parts.load_format.enter(self)
                     with parts.trace:
                         reading = source.read(order, state.pool, parts.intake.destinations)
                         with contextlib.closing(with_progress(reading, source, progress, order)) as weights:
                             parts.intake.load(weights, call_between)
-                        parts.intake.load_aside(parts.intake.load)
-                    parts.intake.check_tied_head()
+                        parts.screening.load_aside(parts.intake.load, parts.intake.destinations)
+                    parts.screening.check_tied_head()
                     _, ignored = parts.accounting.check(source.description)
                     parts.pipeline.process_rest()
                     parts.pipeline.process_tail()
             finally:
                 parts.load_format.put_back()
                 parts.load_format.leave(self)
-                parts.intake.close()
+                parts.screening.close()
                 state.pool.settle()
         self.ignored = ignored | (self._plan.ignored if self._plan is not None else {})
         return strategy.found

@@ -64,7 +64,7 @@ class Trial:
         parts = self._parts
         with held(), parts.state.in_a_call(), handles_forgotten(parts.state.handles):
             try:
-                with parts.pipeline.context():
+                with parts.processing.context():
                     parts.load_format.enter(self)
                     for staged in parts.view.groups:
                         staged.materialise()

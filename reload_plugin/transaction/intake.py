@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import itertools
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -13,13 +12,9 @@ from torch import nn
 
 from ..device.ops import ops_for
 from ..device.stream_order import SourceReads
-from ..interrupts import call_between
-from ..load.admission import Admission
 from ..load.completeness import Completeness
 from ..load.destinations import StagingDestinations, StagingMemory
-from ..load.overflow import Overflow
 from ..load.stream import Fetching, WeightStream, load_by_copy_plan
-from ..load.tied_head import TiedHead
 from ..plan.copy_plan import copy_by_plan
 from ..plan.known_checkpoint import KnownCheckpoint
 from ..plan.loader_run import load_all, run_loader
@@ -31,10 +26,8 @@ from ..record.staged_group import StagedGroup
 from .dispatch import untraced
 from .engine_state import EngineState
 from .group_pipeline import GroupPipeline
+from .screening import Screening
 from .stage_clock import StageClock
-
-Inspect = Callable[[str, torch.Tensor], str | None]
-"""Sees a weight as it comes; a text that it returns says why the weight is refused."""
 
 
 class Intake:
@@ -46,13 +39,11 @@ class Intake:
         view: shown before the model's own loader runs.
         trace: watches that loader.
         completeness: which weights came and which groups are complete.
-        admission: whether there is staging for a weight.
         memory: staging of a parameter, allocated.
         known: what is known of the weights before they come.
         pipeline: takes complete groups.
         clock: seconds by stage.
-        overflow: puts weights aside that come while too many groups wait; None puts none aside.
-        inspect: sees every weight.
+        screening: sees every weight before it is loaded.
 
     """
 
@@ -63,28 +54,19 @@ class Intake:
         view: ModelView,
         trace: LoadTrace,
         completeness: Completeness,
-        admission: Admission,
         memory: StagingMemory,
         known: KnownCheckpoint,
         pipeline: GroupPipeline,
         clock: StageClock,
-        overflow: Overflow | None,
-        inspect: Inspect | None,
+        screening: Screening,
     ) -> None:
-        self.spilled_bytes = 0
-        """Bytes that were put aside on disk and loaded from there."""
         self._model, self._state, self._view = model, state, view
-        self._trace, self._completeness, self._admission = trace, completeness, admission
-        self._memory, self._known, self._pipeline, self._clock = memory, known, pipeline, clock
-        self._overflow, self._inspect = overflow, inspect
-        self._replaying = False
+        self._trace, self._completeness, self._memory = trace, completeness, memory
+        self._known, self._pipeline, self._clock, self._screening = known, pipeline, clock, screening
         self._ops = ops_for(state.record.target_device)
         self._reads = SourceReads(self._ops)
         # Destinations in staging are for weights that nobody wants to see or to put aside on the way.
-        self._tied_head = TiedHead(state.record, known)
-        seen = inspect is not None or self._tied_head.active
-        by_hand = seen or (overflow is not None and not known.planned)
-        self.destinations = StagingDestinations(completeness, memory, by_hand)
+        self.destinations = StagingDestinations(completeness, memory, screening.wants_all(known.planned))
 
     @property
     def needs_view(self) -> bool:
@@ -105,7 +87,13 @@ class Intake:
 
         used_late = self._may_be_used_late if self.needs_view else None
         stream = WeightStream(
-            weights, self._trace, self.close_complete, self._put_aside, fetching, used_late, self._reads
+            weights,
+            self._trace,
+            self.close_complete,
+            self._screening.holds_back,
+            fetching,
+            used_late,
+            self._reads,
         )
         if self.needs_view:
             try:
@@ -134,35 +122,12 @@ class Intake:
             return None
         if self._completeness.plan_for_tensor(name, tensor) is None:
             return None
-        if not self._put_aside(name, tensor):
+        if not self._screening.holds_back(name, tensor):
             self.copy_by_plan(name, tensor)
             self._reads.note(tensor)
             self._reads.wait()
             return self._complete()
         return []
-
-    def load_aside(self, load: Callable[..., object]) -> None:
-        """Load what was put aside, by ``load`` of the session, now that it can be sorted."""
-        if self._overflow is None or not self._overflow.nbytes:
-            return
-        self._replaying = True
-        try:
-            replayed = self._overflow.replay(self.destinations, self._admission.has_begun)
-            with contextlib.closing(replayed) as weights:
-                load(weights, call_between)
-        finally:
-            self._replaying = False
-        self.spilled_bytes = self._overflow.nbytes
-        self._overflow.close()
-
-    def check_tied_head(self) -> None:
-        """Note a head that differs from the embedding it is tied to as a weight that does not fit."""
-        self._mismatches.unexpected.update(self._tied_head.differing())
-
-    def close(self) -> None:
-        """Give the disk space of weights that were put aside back."""
-        if self._overflow is not None:
-            self._overflow.close()
 
     # -- what load_by_copy_plan asks of it ---------------------------------------------------------
 
@@ -220,20 +185,3 @@ class Intake:
     @functools.cached_property
     def _used_at_once(self) -> frozenset[str]:
         return frozenset().union(*self._known.names_of_group.values())
-
-    def _put_aside(self, name: str, tensor: torch.Tensor) -> bool:
-        """Whether a weight is not to be loaded now: it came twice, or waits on disk until there is room."""
-        if self._replaying:
-            return False
-        self._tied_head.note(name, tensor)
-        if self._inspect is not None and (reason := self._inspect(name, tensor)) is not None:
-            self._mismatches.nonfinite[name] = reason  # and load it: it is not missing as well
-        if self._overflow is None:
-            return False
-        if name in self._overflow:
-            self._mismatches.duplicate[name] = "sent more than once"
-            return True
-        if self._admission.admits(name, tensor):
-            return False
-        self._overflow.add(name, tensor)
-        return True

@@ -155,7 +155,9 @@ def update_in_place(
         session.weight_version, session.digest = options.weight_version, options.digest
         session.facts = ReportFacts("host", sent=len(top.infos() or ()))
         with rollback_on_failure(model, state, session):
-            reading = with_progress(top.read(None, None, session.destinations), top, options.progress)
+            reading = with_progress(
+                top.read(None, None, session.parts.intake.destinations), top, options.progress
+            )
             with contextlib.closing(reading) as weights:
                 session.load(weights, call_between)
             if session.mismatches:

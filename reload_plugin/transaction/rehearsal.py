@@ -29,7 +29,7 @@ class Rehearsal:
         parts = self._parts
         with held(), parts.state.in_a_call():
             try:
-                with parts.pipeline.context():
+                with parts.processing.context():
                     parts.load_format.enter(self)
                     parts.pipeline.process_all()
                     parts.pipeline.process_tail()

@@ -228,7 +228,7 @@ def from_source(
         ordered = getattr(source, "in_order", True)
         session = _session(model, state, source.description, policy, known, chosen, kept, facts, ordered)
         with rollback_on_failure(model, state, session, policy.undoes), session, session.undisturbed():
-            reading = source.read(order, state.pool, session.destinations)
+            reading = source.read(order, state.pool, session.parts.intake.destinations)
             watched = with_progress(reading, source, chosen.progress, order)
             with contextlib.closing(watched) as weights:
                 session.load_last(weights, call_between)

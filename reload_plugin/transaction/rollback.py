@@ -117,7 +117,7 @@ def after_commit(
 ) -> None:
     """What a good reload leaves behind for the next one. ``source`` gives its weights again, if any does."""
     state.replace_rollback_source(source)
-    completeness = session.completeness
+    completeness = session.parts.completeness
     if plan is not None:
         state.plans.learn(plan)
     elif completeness.has_unplanned_weights:

@@ -22,9 +22,7 @@ from ..device.default_device import cpu_is_default
 from ..device.gc_pause import full_gc_paused, gc_paused
 from ..device.ops import ops_for
 from ..errors import SERVES_OLD, LateLoaderError, SessionError
-from ..interrupts import call_out, deliver, held
-from ..load.completeness import Completeness
-from ..load.destinations import StagingDestinations
+from ..interrupts import call_out, held
 from ..load.overflow import Overflow
 from ..load.stream import Fetching
 from ..options import Wanted
@@ -34,7 +32,8 @@ from ..plan.mismatches import Mismatches
 from ..report import ReloadReport
 from .dispatch import untraced
 from .engine_state import opened_by, state_of
-from .intake import Inspect
+from .finish import process_and_commit
+from .screening import Inspect
 from .session_parts import SessionOptions, SessionParts, wire
 from .session_report import ReportFacts, make_report
 from .session_state import SessionState
@@ -132,21 +131,11 @@ class ReloadSession:
     @property
     def digest(self) -> Wanted:
         """Whether to hash what the kernels read; see ``options.Wanted``."""
-        return self._parts.pipeline.digest
+        return self._parts.processing.digest
 
     @digest.setter
     def digest(self, wanted: Wanted) -> None:
-        self._parts.pipeline.digest = wanted
-
-    @property
-    def completeness(self) -> Completeness:
-        """Which weights came and which groups are complete."""
-        return self._parts.completeness
-
-    @property
-    def destinations(self) -> StagingDestinations:
-        """Where a source may read weights to."""
-        return self._parts.intake.destinations
+        self._parts.processing.digest = wanted
 
     @property
     def touched_groups(self) -> set[str]:
@@ -241,7 +230,7 @@ class ReloadSession:
             self.state = SessionState.LOADING
             self._parts.order.enter()
             try:
-                with self._parts.pipeline.context():
+                with self._parts.processing.context():
                     self._parts.load_format.enter(self, show)
                     with self._parts.trace:
                         yield
@@ -289,12 +278,12 @@ class ReloadSession:
         """
         with held(), self._parts.state.in_a_call(), full_gc_paused(), self._noting_failure():
             self._require(SessionState.OPEN)
-            if reason := self._spoiled or self._parts.pipeline.spoiled:
+            if reason := self._spoiled or self._parts.processing.spoiled:
                 raise SessionError(f"This reload cannot be finished, only aborted: {reason}. {SERVES_OLD}")
             started = time.perf_counter()
             self._parts.order.enter()
-            self._parts.intake.load_aside(self.load)
-            self._parts.intake.check_tied_head()
+            self._parts.screening.load_aside(self.load, self._parts.intake.destinations)
+            self._parts.screening.check_tied_head()
             kept, ignored = self._parts.accounting.check(self.source) if check else ({}, {})
             self._process_and_commit()
             self._parts.clock.add("finish", time.perf_counter() - started)
@@ -306,27 +295,12 @@ class ReloadSession:
             return self.report
 
     def _process_and_commit(self) -> None:
-        parts = self._parts
         if self._takeover is not None:
             self._takeover.end()
-        self.state = SessionState.PROCESSING
         try:
-            with parts.pipeline.context():
-                parts.load_format.enter(self)
-                parts.pipeline.process_rest()
-                parts.pipeline.process_tail()
-            parts.load_format.check_untouched(self.source)
-            deliver()
-            self.state = SessionState.STAGED
-            self._wait_for_all_ranks()
-            with parts.clock.timed("commit"):
-                parts.strategy.commit_all()
-                parts.log.after_writes()
-                self.state = SessionState.COMMITTED
-                parts.state.commit(self.weight_version, self.source)
-                parts.strategy.release_all()
+            process_and_commit(self, self._parts, self._wait_for_all_ranks)
         finally:
-            parts.view.hide()
+            self._parts.view.hide()
             if self.state is not SessionState.COMMITTED:
                 self.state = SessionState.OPEN
 
@@ -353,7 +327,7 @@ class ReloadSession:
         with contextlib.suppress(RuntimeError):  # of the device: the next operation raises it again
             self._parts.order.settle()
         self._drop()
-        self._parts.intake.close()
+        self._parts.screening.close()
         self.state = SessionState.BROKEN if self.touched_groups else SessionState.ABORTED
 
     def _drop(self) -> None:

@@ -18,6 +18,7 @@ from ..load.admission import Admission
 from ..load.completeness import Completeness
 from ..load.destinations import StagingMemory
 from ..load.overflow import Overflow
+from ..load.tied_head import TiedHead
 from ..plan.known_checkpoint import KnownCheckpoint
 from ..plan.mismatches import Mismatches
 from ..plan.tracer import LoadTrace
@@ -28,8 +29,10 @@ from ..record.staged_storage import StagedStorage
 from .accounting import Accounting
 from .engine_state import EngineState
 from .group_pipeline import GroupPipeline
-from .intake import Inspect, Intake
+from .group_processing import GroupProcessing
+from .intake import Intake
 from .load_format import LoadFormat
+from .screening import Inspect, Screening
 from .stage_clock import StageClock
 
 
@@ -59,7 +62,9 @@ class SessionParts:
     view: ModelView
     strategy: CommitStrategy
     log: CommitLog
+    processing: GroupProcessing
     pipeline: GroupPipeline
+    screening: Screening
     intake: Intake
     accounting: Accounting
     clock: StageClock
@@ -94,23 +99,13 @@ def wire(model: nn.Module, state: EngineState, options: SessionOptions) -> Sessi
     view = _view_of(record, known, options, gauge, strategy)
     touching = functools.partial(_note_touched, log, completeness)
     memory = StagingMemory(completeness, trace, state.pool, touching)
+    processing = GroupProcessing(state, strategy, log, clock)
     pipeline = GroupPipeline(
-        model, state, view, trace, completeness, admission, strategy, log, clock, options.whole_model
+        model, state, view, trace, completeness, admission, strategy, processing, clock, options.whole_model
     )
-    intake = Intake(
-        model,
-        state,
-        view,
-        trace,
-        completeness,
-        admission,
-        memory,
-        known,
-        pipeline,
-        clock,
-        options.overflow,
-        options.inspect,
-    )
+    tied_head = TiedHead(record, known)
+    screening = Screening(mismatches, admission, tied_head, options.overflow, options.inspect)
+    intake = Intake(model, state, view, trace, completeness, memory, known, pipeline, clock, screening)
     accounting = Accounting(model, record, view, trace, completeness, known, pipeline)
     return SessionParts(
         state,
@@ -121,7 +116,9 @@ def wire(model: nn.Module, state: EngineState, options: SessionOptions) -> Sessi
         view,
         strategy,
         log,
+        processing,
         pipeline,
+        screening,
         intake,
         accounting,
         clock,

@@ -19,7 +19,7 @@ from reload_plugin.checkpoint.formats.fast_readers import READERS
 from reload_plugin.commit.strategies import StreamingCommit
 from reload_plugin.errors import MissingWeightsError, SourceError
 from reload_plugin.record.model_record import record_of
-from reload_plugin.transaction import group_pipeline
+from reload_plugin.transaction import group_processing
 from tests import oracle
 from tests.checkpoints import read_tensors
 from tests.zoo import Case, case_named
@@ -274,7 +274,7 @@ def test_an_engine_started_with_runai_reloads_with_it(
 
 def fails_half_way(model: torch.nn.Module, folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     """Layers were committed already; the old weights come back through the library too."""
-    plain, calls = group_pipeline.process_group, []
+    plain, calls = group_processing.process_group, []
 
     def failing(*args: object) -> None:
         calls.append(1)
@@ -283,7 +283,7 @@ def fails_half_way(model: torch.nn.Module, folders: dict[str, Path], monkeypatch
         plain(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(group_pipeline, "process_group", failing)
+        patch.setattr(group_processing, "process_group", failing)
         with pytest.raises(reload_plugin.ReloadError):
             reload_plugin.reload_weights(model, weights_path=str(folders["B"]), policy="reread")
 

@@ -17,7 +17,7 @@ from reload_plugin.checkpoint.io import read_batches, reading
 from reload_plugin.commit.strategies import StagedCommit, StreamingCommit
 from reload_plugin.record import staged_storage
 from reload_plugin.record.model_record import record_of
-from reload_plugin.transaction import group_pipeline
+from reload_plugin.transaction import group_processing
 from tests import oracle
 from tests.checkpoints import read_tensors
 from tests.processor import packs_bf16
@@ -163,13 +163,13 @@ def test_garbage_collection_is_paused_while_a_folder_is_read(
     policy: str, engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     searched: list[bool] = []
-    process = group_pipeline.process_group
+    process = group_processing.process_group
 
     def noting(*args: object) -> None:
         searched.append(gc.isenabled())
         process(*args)
 
-    monkeypatch.setattr(group_pipeline, "process_group", noting)
+    monkeypatch.setattr(group_processing, "process_group", noting)
     options = {"weights_path": str(engine.folders["B"]), "policy": policy}
     engine.llm.collective_rpc("reload_weights", kwargs=options)
     assert searched

@@ -28,7 +28,7 @@ from reload_plugin.device import host_memory as memory
 from reload_plugin.device.cpu import CpuOps
 from reload_plugin.process import native_handles as native
 from reload_plugin.record.model_record import record_of
-from reload_plugin.transaction import group_pipeline
+from reload_plugin.transaction import group_processing
 from reload_plugin.transaction.engine_state import state_of
 from tests import oracle
 from tests.checkpoints import read_tensors
@@ -857,7 +857,7 @@ def test_processing_that_raises_leaves_the_old_weights(on_a: Engine, monkeypatch
 @pytest.fixture
 def giving_way(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every layer counts as one whose old and new native memory do not fit the budget together."""
-    monkeypatch.setattr(group_pipeline, "KEPT_BESIDE", 0)
+    monkeypatch.setattr(group_processing, "KEPT_BESIDE", 0)
 
 
 def test_large_native_memory_is_released_before_new_memory_is_allocated(
@@ -887,7 +887,7 @@ def test_processing_that_raises_after_native_memory_was_released(
         with pytest.raises(reload_plugin.ProcessingError, match="no room"):
             on_a.reload(on_a.folders["B"])
         monkeypatch.undo()
-        monkeypatch.setattr(group_pipeline, "KEPT_BESIDE", 0)
+        monkeypatch.setattr(group_processing, "KEPT_BESIDE", 0)
         on_a.assert_is("A")
     on_a.reload(on_a.folders["B"])
     on_a.assert_is("B")

@@ -53,7 +53,7 @@ from reload_plugin.record.snapshot import read
 from reload_plugin.record.staged_group import StagedGroup
 from reload_plugin.record.staged_storage import POISON
 from reload_plugin.tensors import storage_id
-from reload_plugin.transaction import group_pipeline
+from reload_plugin.transaction import heap_budget
 from reload_plugin.transaction.engine_state import state_of
 from reload_plugin.transaction.known import plan_listing
 from reload_plugin.vllm_hooks import plugin
@@ -552,20 +552,20 @@ def test_every_layer_is_processed_within_what_may_be_taken_beside_the_largest_an
     layer.
     """
     asked: list[tuple[int, int]] = []
-    monkeypatch.setattr(group_pipeline, "keep_within", lambda *found: asked.append(found))
-    monkeypatch.setattr(group_pipeline, "UNCHECKED_BYTES", 1)
-    monkeypatch.setattr(group_pipeline.growth, "begin", lambda: 5_000_000)
+    monkeypatch.setattr(heap_budget, "keep_within", lambda *found: asked.append(found))
+    monkeypatch.setattr(heap_budget, "UNCHECKED_BYTES", 1)
+    monkeypatch.setattr(heap_budget.growth, "begin", lambda: 5_000_000)
     model = cold(lambda: Model(Packing), A)
     record = record_of(model)
     sizes = [group.nbytes for group in record.groups if not group.plain and group.nbytes]
     most = int(passing * min(sizes))
-    monkeypatch.setattr(group_pipeline, "PROCESSING_BYTES", most)
+    monkeypatch.setattr(heap_budget, "PROCESSING_BYTES", most)
     with ReloadSession(model, policy=policy) as session:
         session.load(B.items())
         session.finish()
     assert len(asked) == len(sizes) > 1
     assert sorted(needed for _, needed in asked) == sorted(max(n, min(4 * n, most)) for n in sizes)
-    prepared = [limit - record.largest - group_pipeline.HEAP_BUDGET - 5_000_000 for limit, _ in asked]
+    prepared = [limit - record.largest - heap_budget.HEAP_BUDGET - 5_000_000 for limit, _ in asked]
     done = itertools.accumulate([0, *sizes[:-1]])
     assert prepared == (list(done) if policy == "staged" else [0] * len(asked))
 
@@ -581,10 +581,10 @@ def test_small_layers_are_inspected_together(
     monkeypatch: pytest.MonkeyPatch, layers: float, looks: int
 ) -> None:
     asked: list[int] = []
-    monkeypatch.setattr(group_pipeline, "keep_within", lambda *_: asked.append(1))
+    monkeypatch.setattr(heap_budget, "keep_within", lambda *_: asked.append(1))
     model = cold(Three, A | {"more.weight": A["first.weight"]})
     (size,) = {group.nbytes for group in record_of(model).groups if not group.plain and group.nbytes}
-    monkeypatch.setattr(group_pipeline, "UNCHECKED_BYTES", layers * size)
+    monkeypatch.setattr(heap_budget, "UNCHECKED_BYTES", layers * size)
     with ReloadSession(model) as session:
         session.load((B | {"more.weight": B["first.weight"]}).items())
         session.finish()
@@ -1101,9 +1101,9 @@ def test_a_session_that_is_over_holds_no_staging() -> None:
         session = ReloadSession(model)
         with session:
             session.load(B.items())
-            storages = [weakref.ref(s) for s, _ in session.completeness._storages.values()]
+            storages = [weakref.ref(s) for s, _ in session.parts.completeness._storages.values()]
             getattr(session, end)()
-        session.completeness._storages.clear()
+        session.parts.completeness._storages.clear()
         del session
         gc.collect()
         assert [ref() for ref in storages] == [None] * len(storages)

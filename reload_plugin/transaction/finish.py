@@ -1,0 +1,45 @@
+"""The end of a session: process what is left, agree with the other ranks, commit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+from ..interrupts import deliver
+from ..record.changes import Change
+from .session_parts import SessionParts
+from .session_state import SessionState
+
+
+class Finished(Change, Protocol):
+    """What this needs of a session."""
+
+    state: SessionState
+    source: str
+    weight_version: str | None
+
+
+def process_and_commit(session: Finished, parts: SessionParts, agree: Callable[[], None]) -> None:
+    """Process the groups that are left, and commit what the strategy has prepared.
+
+    Args:
+        session: goes through PROCESSING and STAGED to COMMITTED, as far as all went well.
+        parts: its collaborators.
+        agree: called between the last preparation and the first commit; raises where none is to commit.
+
+    """
+    session.state = SessionState.PROCESSING
+    with parts.processing.context():
+        parts.load_format.enter(session)
+        parts.pipeline.process_rest()
+        parts.pipeline.process_tail()
+    parts.load_format.check_untouched(session.source)
+    deliver()
+    session.state = SessionState.STAGED
+    agree()
+    with parts.clock.timed("commit"):
+        parts.strategy.commit_all()
+        parts.log.after_writes()
+        session.state = SessionState.COMMITTED
+        parts.state.commit(session.weight_version, session.source)
+        parts.strategy.release_all()
