@@ -170,6 +170,20 @@ def _replay(report: dict[str, Any]) -> str:
     return table(("model", "weights", "first", "later", "vLLM's own"), rows)
 
 
+def _roads(report: dict[str, Any]) -> str:
+    rows = [
+        [
+            model["name"],
+            way,
+            _seconds(found["ours"]["first"]),
+            _seconds(found["ours"]["later"]),
+            _most(found),
+        ]
+        for model, way, found in ways_of(report)
+    ]
+    return table(("model", "the weights come by", "first", "later", "peak extra memory"), rows)
+
+
 def _order(report: dict[str, Any]) -> str:
     rows = []
     for _, way, found in ways_of(report):
@@ -208,6 +222,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "disk": _ways,
     "replay": _replay,
     "order": _order,
+    "roads": _roads,
     "repeated": _repeated,
     "formats": _formats,
 }

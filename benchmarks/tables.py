@@ -339,7 +339,8 @@ def _of_way(
         result[f"ours over floor, {when}"] = ratio(ours[when], around["floor"])
         result[f"vllm over ours, {when}"] = ratio(own[when], ours[when])
         result[f"restart over ours, {when}"] = ratio(around["restart"], ours[when])
-    copies = ours["old_generation"] == "host"
+    # The first push of live weights is gathered, which takes a copy whatever its policy is.
+    copies = any(one.get("old_generation") == "host" for run in our_runs for one in run["reloads"])
     result["promised"] = measured["largest_layer"] + BEYOND + copies * measured["bytes"]
     return result
 
