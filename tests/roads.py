@@ -85,6 +85,8 @@ def lab(name: str, root: Path, **overrides: object) -> Iterator[Lab]:
         yield Lab(llm, case, weights, {"A": cold_a, "B": cold_b}, cold_a)
 
 
+Road = Callable[[Lab, Weights], None]
+
 # --- roads that push all of a checkpoint ---
 
 
@@ -178,17 +180,18 @@ def buckets_then_processing(lab: Lab, weights: Weights) -> None:
 
 def several_rpcs(lab: Lab, weights: Weights) -> None:
     """AReaL: several RPCs, each with a group of weights; answers with success or a message."""
-
-    def update(worker: object, part: Weights) -> tuple[bool, str]:
-        try:
-            worker.model_runner.model.load_weights(part)
-        except Exception as error:  # noqa: BLE001 - as AReaL does
-            return False, str(error)
-        return True, "Success"
-
     for start in range(0, len(weights), 7):
         part = weights[start : start + 7]
-        assert lab.rpc(lambda worker, part=part: update(worker, part)) == (True, "Success")
+        assert lab.rpc(lambda worker, part=part: answering(worker, part)) == (True, "Success")
+
+
+def answering(worker: object, part: Weights) -> tuple[bool, str]:
+    """AReaL's way to say how an update went."""
+    try:
+        worker.model_runner.model.load_weights(part)
+    except Exception as error:  # noqa: BLE001 - as AReaL does
+        return False, f"failed to upload weights! {error}"
+    return True, "Success"
 
 
 def layerwise_under_a_device(lab: Lab, weights: Weights) -> None:
@@ -286,6 +289,16 @@ def unknown_name(lab: Lab, weights: Weights) -> None:
     refused(lab, lambda: lab.model.load_weights([("model.nowhere.weight", torch.zeros(3))]), "nowhere")
 
 
+def answered_error(lab: Lab, weights: Weights) -> None:
+    """AReaL: the worker's answer says that the update failed, and the engine goes on serving."""
+    name, tensor = weights[1]
+    wrong = [weights[0], (name, tensor.reshape(1, *tensor.shape, 1))]
+    good, said = lab.rpc(lambda worker: answering(worker, wrong))
+    assert not good
+    assert name in said, said
+    lab.serve()
+
+
 def swallowed_error(lab: Lab, weights: Weights) -> None:
     """ms-swift: errors of the push and of processing are swallowed; the next request says so."""
     name, tensor = weights[1]
@@ -312,14 +325,21 @@ def refused(lab: Lab, call: Callable[[], object], says: str) -> None:
     assert "serves what it served before" in str(caught.value), str(caught.value)
 
 
-FAILURES = (interrupted_half_way, iterator_raises, wrong_shape_in_the_middle, unknown_name, swallowed_error)
+FAILURES = (
+    interrupted_half_way,
+    iterator_raises,
+    wrong_shape_in_the_middle,
+    unknown_name,
+    answered_error,
+    swallowed_error,
+)
 """Roads after which the engine is the one it was."""
 
 
 # --- running them ---
 
 
-def try_push(lab: Lab, road: Callable[[Lab, Weights], None]) -> str:
+def try_push(lab: Lab, road: Road) -> str:
     """B and back to A by a road; what went wrong, empty if nothing."""
     for letter in "BA":
         before = status(lab.llm, digest=False)[0].version
@@ -335,7 +355,7 @@ def try_push(lab: Lab, road: Callable[[Lab, Weights], None]) -> str:
     return ""
 
 
-def try_failure(lab: Lab, road: Callable[[Lab, Weights], None]) -> str:
+def try_failure(lab: Lab, road: Road) -> str:
     """A road that fails while A is served; what went wrong, empty if nothing."""
     try:
         road(lab, lab.weights["B"])
@@ -346,14 +366,15 @@ def try_failure(lab: Lab, road: Callable[[Lab, Weights], None]) -> str:
     return try_push(lab, whole)
 
 
-def run(name: str, root: Path) -> dict[str, str]:
+def run(name: str, root: Path, of: Callable[..., contextlib.AbstractContextManager[Lab]]) -> dict[str, str]:
     """Every road on one model: its name -> what went wrong."""
-    with lab(name, root) as one:
+    with of(name, root) as one:
         pushes = {road.__name__: try_push(one, road) for road in PUSHES}
         return pushes | {road.__name__: try_failure(one, road) for road in FAILURES}
 
 
-def main(arguments: list[str] | None = None) -> None:
+def main(arguments: list[str] | None = None, of: Callable[..., object] = lab) -> None:
+    """Read the command line, run roads in the labs that ``of`` gives, print what went wrong."""
     parser = argparse.ArgumentParser(description="Every road on every kind of model.")
     parser.add_argument("models", nargs="*", default=MODELS)
     parser.add_argument("--table", action="store_true")
@@ -361,7 +382,7 @@ def main(arguments: list[str] | None = None) -> None:
     found = {}
     for name in asked.models:
         with tempfile.TemporaryDirectory() as folder:
-            found[name] = run(name, Path(folder))
+            found[name] = run(name, Path(folder), of)
     if asked.table:
         print("| road |", " | ".join(found), "|")
         print("|---|" + "---|" * len(found))

@@ -7,7 +7,7 @@ from __future__ import annotations
 import functools
 import os
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -88,7 +88,7 @@ def before_forward_pass(model: nn.Module) -> None:
 
 def hearing(original: Callable[..., Any]) -> Callable[..., Any]:
     """``run_method``, by which an executor calls its worker: a push that fails in a call which returns as if
-    it had not is told at the next forward pass.
+    it had not, with no word of the error, is told at the next forward pass.
     """
 
     def run_method(*args: Any, **kwargs: Any) -> Any:
@@ -99,10 +99,21 @@ def hearing(original: Callable[..., Any]) -> Callable[..., Any]:
         finally:
             current_call.reset(token)
         for failures, error in failed:
-            failures.note_swallowed(error)
+            if not says(returned, error):
+                failures.note_swallowed(error)
         return returned
 
     return run_method
+
+
+def says(answer: object, error: BaseException) -> bool:
+    """Whether what a call returned has the text of an error in it, as ``(False, "failed: ...")`` has."""
+    if isinstance(answer, str):
+        first = str(error).partition("\n")[0]
+        return bool(first) and first in answer
+    if isinstance(answer, Mapping):
+        answer = list(answer.values())
+    return isinstance(answer, (list, tuple)) and any(says(one, error) for one in answer)
 
 
 def hearing_answers(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -111,7 +122,8 @@ def hearing_answers(original: Callable[..., Any]) -> Callable[..., Any]:
     def handle_output(self: Any, output: Any) -> Any:
         if not isinstance(output, BaseException):
             for failures, error in current_call.get() or ():
-                failures.note_swallowed(error)
+                if not says(output, error):
+                    failures.note_swallowed(error)
         return original(self, output)
 
     return handle_output

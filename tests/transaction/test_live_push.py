@@ -384,13 +384,34 @@ def call_worker(call: Callable[[], object]) -> None:
     live.hearing(call)()
 
 
+@pytest.mark.parametrize(
+    "form", [str, lambda said: (False, f"failed to upload weights! {said}"), lambda said: {"error": said}]
+)
+def test_an_error_that_a_call_of_the_worker_answers_with_is_not_told_again(
+    form: Callable[[str], object],
+) -> None:
+    model = pushed_before()
+
+    def answering() -> object:
+        try:
+            model.load_weights([(FIRST, torch.ones(5, 5))])
+        except ReloadError as error:
+            return form(str(error))
+        return True
+
+    before = values(model)
+    call_worker(answering)
+    forward_pass(model)
+    assert values(model) == before
+
+
 def test_an_error_that_a_call_of_the_worker_swallows_comes_back_at_the_next_forward_pass() -> None:
     model = pushed_before()
 
     def swallowing() -> bool:
         try:
             model.load_weights([(FIRST, torch.ones(5, 5))])
-        except Exception:  # noqa: BLE001 - as AReaL and NeMo-RL do
+        except Exception:  # noqa: BLE001 - as NeMo-RL does
             return False
         return True
 
