@@ -6,6 +6,7 @@ process of their own: the ranks are forked from it, which is much faster than st
     VLLM_WORKER_MULTIPROC_METHOD=fork python -c "from tests import two_ranks; two_ranks.main()" FOLDER
 """
 
+import contextlib
 import json
 import os
 import sys
@@ -261,7 +262,7 @@ def processing_raises(engine: Engine) -> None:
 
 def the_tail_raises(engine: Engine) -> None:
     """The very last thing before the commit."""
-    fails = failing_in("reload_plugin.transaction.group_pipeline", "process_tail", RuntimeError("no hook"))
+    fails = failing_in("reload_plugin.transaction.group_processing", "process_tail", RuntimeError("no hook"))
     says = "ReloadError: The reload failed with RuntimeError: no hook"
     engine.assert_refused(engine.on(0, fails), says, f"rank 0: {says}")
 
@@ -502,19 +503,24 @@ SCENARIOS = {
 }
 
 
-def run(kind: str, root: Path, names: list[str]) -> None:
-    """One JSON line for each scenario, with the traceback if it failed."""
-    case = CASES[kind]
+@contextlib.contextmanager
+def engine_of(case: Case, root: Path, answers: bool = True) -> Iterator[Engine]:
+    """An engine on two ranks that serves A, and what it looks like on A and B, reloaded and started."""
     folders = oracle.write(case, root)
     with oracle.running(case, folders["B"], tensor_parallel_size=2) as llm:
-        cold = state_of(llm, kind not in MUTE)
+        cold = state_of(llm, answers)
     with oracle.running(case, folders["A"], tensor_parallel_size=2) as llm:
-        answers = kind not in MUTE
         engine = Engine(llm, {letter: str(folder) for letter, folder in folders.items()}, {}, cold, answers)
         engine.states["A"] = state_of(llm, answers)
         engine.reload("B")
         engine.states["B"] = state_of(llm, answers)
         engine.reload("A")
+        yield engine
+
+
+def run(kind: str, root: Path, names: list[str]) -> None:
+    """One JSON line for each scenario, with the traceback if it failed."""
+    with engine_of(CASES[kind], root, kind not in MUTE) as engine:
         for scenario in SCENARIOS[kind]:
             if names and scenario.__name__ not in names:
                 continue
