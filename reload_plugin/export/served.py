@@ -25,7 +25,7 @@ from ..plan.copy_plan import CopyPlan
 from ..plan.source import TensorInfo, layer_order
 from ..record.placement import placement
 from ..report import ExportReport, Tier
-from ..transaction.engine_state import EngineState, state_of
+from ..transaction.engine_state import PARKED, EngineState, state_of
 from ..transaction.known import plan_listing
 from ..transaction.live_push import live_push_of
 from .answers import reports_in
@@ -248,6 +248,8 @@ def reading_served(model: nn.Module, what: str) -> Iterator[EngineState]:
             raise EngineBrokenError(
                 f"The engine does not serve: {state.broken}. Reload a complete checkpoint, then {what}."
             )
+        if state.parked is not None:
+            raise SessionError(f"The engine cannot {what}: {PARKED}")
         if state.asleep:
             raise SessionError(f"The engine sleeps, and its weights are not in memory. Wake it up to {what}.")
         if state.update is not None and not state.update.failed:
