@@ -270,7 +270,7 @@ def refuse_unmovable(found: Found, record: ModelRecord, keeps_addresses: bool) -
         for name, tensor in recorded_tensors(record)
         if wraps_others(type(tensor)) and is_on_device(tensor)
     }
-    addresses = {}
+    addresses: dict[int, str] = {}
     for storage, tensors in found:
         if not keeps_addresses and not storage.resizable():
             reasons[tensors[0].name] = "its memory belongs to somebody else"
