@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from .export.verify import verify
     from .offload.keep import KeepReport, dispatch, keep_weights_in_module
     from .offload.materialize import MaterializeReport, materialize, materialized
+    from .offload.park import ParkReport, park, parked, unpark
     from .offload.reload_dispatched import reload_dispatched
     from .report import ExportReport, ReloadReport, VerifyReport
     from .tools.conversion import convert, is_stale, read_nested
@@ -58,6 +59,7 @@ _HOME = {
     "NonFiniteWeightsError": "errors",
     "NotRecordedError": "errors",
     "OffloadError": "errors",
+    "ParkReport": "offload.park",
     "PartialUpdateError": "errors",
     "ProcessingError": "errors",
     "RanksDisagreeError": "errors",
@@ -82,6 +84,8 @@ _HOME = {
     "materialize": "offload.materialize",
     "materialized": "offload.materialize",
     "open_source": "checkpoint",
+    "park": "offload.park",
+    "parked": "offload.park",
     "read_nested": "tools.conversion",
     "record_for_reloading": "transaction.reload",
     "reload_dispatched": "offload.reload_dispatched",
@@ -92,6 +96,7 @@ _HOME = {
     "save_offloaded": "export.offloaded",
     "status": "transaction.status",
     "unflatten": "tools.nested",
+    "unpark": "offload.park",
     "verify": "export.verify",
 }
 
@@ -108,6 +113,7 @@ __all__ = [
     "NonFiniteWeightsError",
     "NotRecordedError",
     "OffloadError",
+    "ParkReport",
     "PartialUpdateError",
     "ProcessingError",
     "RanksDisagreeError",
@@ -132,6 +138,8 @@ __all__ = [
     "materialize",
     "materialized",
     "open_source",
+    "park",
+    "parked",
     "read_nested",
     "record_for_reloading",
     "reload_dispatched",
@@ -142,6 +150,7 @@ __all__ = [
     "save_offloaded",
     "status",
     "unflatten",
+    "unpark",
     "verify",
 ]
 

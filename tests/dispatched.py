@@ -27,7 +27,7 @@ from transformers import (
     logging,
 )
 
-from reload_plugin.offload.placement import hooks_of, is_offloading
+from reload_plugin.checkpoint.formats.offloading import hooks_of, is_offloading
 
 logging.disable_progress_bar()
 logging.set_verbosity_error()

@@ -13,7 +13,7 @@ import logging
 import tempfile
 import warnings
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -118,7 +118,7 @@ def why_wrong(folder: Path, original: dict[str, torch.Tensor]) -> str | None:
     try:
         found = tensors_of(folder)
     except Exception as error:  # noqa: BLE001 - whatever is wrong with it
-        return str(error).splitlines()[0] or type(error).__name__
+        return next(iter(str(error).splitlines()), type(error).__name__)
     if found.keys() != original.keys():
         return f"{len(found.keys() ^ original.keys())} names differ"
     for name, tensor in original.items():
@@ -149,34 +149,38 @@ def _cell(outcomes: Counter[str]) -> str:
     return f"**{outcomes['right']}/{tried}** ({rest})"
 
 
-def table(count: int | None) -> str:
-    """A row for each family and placement, a column for each saver.
+def table(count: int | None, families: Sequence[str] = ()) -> str:
+    """Prints a row for each family and placement, a column for each saver; returns a row for each family.
 
     Args:
         count: sizes of files for each row; None for all at which the number of files changes.
+        families: names of those that are asked for; all where there is none.
 
     """
     import transformers
 
-    lines = [
-        f"| model | undone | weights are | `save_pretrained` {transformers.__version__} | `save_offloaded` |",
-        "|---|---|---|---|---|",
-    ]
+    savers = f"`save_pretrained` {transformers.__version__} | `save_offloaded` |"
+    print(f"| model | undone | weights are | {savers}\n|---|---|---|---|---|")
+    lines = [f"| model | undone | {savers}", "|---|---|---|---|"]
     total = {saver: Counter[str]() for saver in (their_own, ours)}
-    for family in FAMILIES:
+    for family in (family for family in FAMILIES if not families or family.name in families):
         with scratch_folder() as folder:
             original = make_original(family, Path(folder, "original"))
+            of_family = {saver: Counter[str]() for saver in total}
             for name, place in PLACEMENTS.items():
                 cells = []
                 for saver in (their_own, ours):
                     model = place(Path(folder, "original"), Path(folder, f"{name} {saver.__name__}"))
                     right = expected(original, family, name)
                     found = Counter(outcome(saver, model, size, right) for size in sizes_of(original, count))
-                    total[saver] += found
+                    of_family[saver] += found
                     cells.append(_cell(found))
-                lines.append(f"| {family.name} | {family.conversion} | {name} | {' | '.join(cells)} |")
-                print(lines[-1], flush=True)
-    lines.append(f"| all | | | {' | '.join(_cell(found) for found in total.values())} |")
+                print(f"| {family.name} | {family.conversion} | {name} | {' | '.join(cells)} |", flush=True)
+        for saver, found in of_family.items():
+            total[saver] += found
+        sums = " | ".join(_cell(found) for found in of_family.values())
+        lines.append(f"| {family.name} | {family.conversion} | {sums} |")
+    lines.append(f"| all | | {' | '.join(_cell(found) for found in total.values())} |")
     return "\n".join(lines)
 
 
@@ -269,12 +273,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--table", action="store_true", help="all families, placements and sizes of files")
     parser.add_argument("--sizes", type=int, help="so many sizes of files for each row, not all")
+    parser.add_argument("--family", action="append", default=[], help="only these rows; no accidents")
     parser.add_argument("--memory", action="store_true", help="a model of 2 GB")
     chosen = parser.parse_args()
     quiet()
     if chosen.table:
-        print(accidents())
-        print(table(chosen.sizes))
+        if not chosen.family:
+            print(accidents())
+        print(table(chosen.sizes, chosen.family))
     if chosen.memory:
         print(measure_memory())
 

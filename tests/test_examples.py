@@ -50,6 +50,14 @@ def test_an_export_of_a_fine_tuned_engine_starts_another(tmp_path: Path) -> None
     assert (tmp_path / "export" / "config.json").exists()
 
 
+def test_an_adapter_merged_into_a_model_on_disk_equals_the_merge_in_memory(tmp_path: Path) -> None:
+    """Merged, saved and pushed, with most weights on disk."""
+    printed = run("examples/merge_adapter_offloaded.py", "--output", tmp_path / "merged")
+    assert "bit for bit: yes" in printed
+    assert "started on that merge: yes" in printed
+    assert (tmp_path / "merged" / "model.safetensors.index.json").exists()
+
+
 def test_rl_loop_learns_and_the_engine_agrees_with_the_trainer(tmp_path: Path) -> None:
     """The script itself stops at the first step whose logprobs are further apart than rounding."""
     printed = run("examples/rl_loop.py", "--steps", "16", "--output", tmp_path)

@@ -29,8 +29,8 @@ ORDER = (
     "ranks",
     "transaction",
     "export",
-    "vllm_hooks",
     "offload",
+    "vllm_hooks",
     "tools",
     "cli",
 )
@@ -51,6 +51,7 @@ PUBLIC = [
     "NonFiniteWeightsError",
     "NotRecordedError",
     "OffloadError",
+    "ParkReport",
     "PartialUpdateError",
     "ProcessingError",
     "RanksDisagreeError",
@@ -75,6 +76,8 @@ PUBLIC = [
     "materialize",
     "materialized",
     "open_source",
+    "park",
+    "parked",
     "read_nested",
     "record_for_reloading",
     "reload_dispatched",
@@ -85,6 +88,7 @@ PUBLIC = [
     "save_offloaded",
     "status",
     "unflatten",
+    "unpark",
     "verify",
 ]
 

@@ -10,6 +10,7 @@ import contextlib
 import json
 import os
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -20,7 +21,7 @@ import pytest
 import torch
 
 import reload_plugin
-from tests import oracle, zoo
+from tests import exports, oracle, zoo
 from tests.checkpoints import read_tensors
 from tests.zoo import Case
 
@@ -471,6 +472,22 @@ def a_commit_that_fails_stops_that_rank(engine: Engine) -> None:
         engine.reload("A")
 
 
+def an_export_is_written_by_both(engine: Engine) -> None:
+    """After an iterator, whose weights nobody can read again: each rank writes what it serves."""
+    from tests import ranked_exports
+
+    engine.on(0, unchanged)
+    engine.assert_is("B")
+    with tempfile.TemporaryDirectory() as root:
+        report = reload_plugin.export_checkpoint(engine.llm, Path(root, "two"), max_shard_size="100KB")
+        assert set(report.tiers.values()) <= {"plan", "inverse"}
+        written, expected = read_tensors(Path(root, "two")), read_tensors(Path(engine.folders["B"]))
+        assert exports.differing(written, expected) == {}
+        assert reload_plugin.verify(engine.llm, Path(root, "two")).serves
+        ranked_exports.check_refused(engine.llm, Path(root))
+    engine.assert_is("B")
+
+
 EVERYWHERE = (
     live_push,
     warm_equals_cold,
@@ -485,6 +502,7 @@ ONCE = (
     live_push_fails_on_one_rank,
     the_tail_raises,
     memory_runs_out,
+    an_export_is_written_by_both,
     a_slow_rank_is_waited_for,
     a_rank_is_too_slow,
     a_rank_fails_before_its_reload,

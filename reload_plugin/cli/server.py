@@ -138,7 +138,7 @@ def show_status(server: Server, in_json: bool) -> int:
     """``status``: exit code 1 where a rank does not serve."""
     states = server.status()
     _print_states(states, in_json)
-    return NO if any(state.state == "broken" for state in states) else FINE
+    return NO if any(state.state in ("parked", "broken") for state in states) else FINE
 
 
 def _print_states(states: list[ReloadStatus], in_json: bool) -> None:
@@ -151,12 +151,13 @@ def _print_states(states: list[ReloadStatus], in_json: bool) -> None:
             s.state if s.known else f"{s.state}, unknown weights",
             s.version,
             s.weight_version or "-",
+            s.weights or "-",
             time.strftime("%F %T", time.localtime(s.since)),
             s.source,
         )
         for s in states
     ]
-    table(("rank", "state", "version", "name", "since", "source"), rows)
+    table(("rank", "state", "version", "name", "weights on", "since", "source"), rows)
     for state in states:
         if state.report is not None:
             print(f"rank {state.rank}: last reload: {_described(state.report)}")
@@ -254,10 +255,10 @@ def _paused(server: Server, pause: Pause) -> Iterator[None]:
     try:
         yield
     finally:
-        _resume(server)
+        resume(server)
 
 
-def _resume(server: Server) -> None:
+def resume(server: Server) -> None:
     """End the pause. Newer servers answer requests with 503 until then, so it is tried more than once.
 
     Raises:

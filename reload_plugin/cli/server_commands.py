@@ -152,3 +152,54 @@ def verify(
 
     with remote.Server(url, api_key, timeout) as server:
         return weights_out.verify(server, checkpoint, json)
+
+
+@command
+def park(
+    url: Annotated[str, typer.Argument(metavar="URL", help="Address of the server.")],
+    pause: Annotated[
+        Pause, typer.Option(help="What becomes of running requests: wait, keep or abort.")
+    ] = Pause.WAIT,
+    api_key: ApiKey = None,
+    timeout: Timeout = 3600.0,
+    json: Json = False,
+    debug: Debug = False,  # noqa: ARG001
+) -> int:
+    r"""Put the weights of a running server into host memory and give its device memory back.
+
+    The server needs VLLM_SERVER_DEV_MODE=1, and --enable-sleep-mode where it captures CUDA graphs. It is
+    paused until it is unparked: new requests wait, or newer servers answer them with HTTP 503. A push while
+    it is parked counts after unpark.
+
+    \b
+    Examples:
+      reload-plugin park http://localhost:8000
+      reload-plugin park http://gpu-7:8000 --pause abort --json | jq '.[].nbytes'
+    """
+    from . import parking
+    from . import server as remote
+
+    with remote.Server(url, api_key, timeout) as server:
+        return parking.park(server, pause.value, json)
+
+
+@command
+def unpark(
+    url: Annotated[str, typer.Argument(metavar="URL", help="Address of the server.")],
+    api_key: ApiKey = None,
+    timeout: Timeout = 3600.0,
+    json: Json = False,
+    debug: Debug = False,  # noqa: ARG001
+) -> int:
+    r"""Bring the weights of a parked server back to its device, and let it serve.
+
+    \b
+    Examples:
+      reload-plugin unpark http://localhost:8000
+      reload-plugin unpark http://gpu-7:8000 --json | jq '.[].state'
+    """
+    from . import parking
+    from . import server as remote
+
+    with remote.Server(url, api_key, timeout) as server:
+        return parking.unpark(server, json)

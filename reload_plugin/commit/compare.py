@@ -20,7 +20,7 @@ from ..record.module_state import cell_content, has_attributes, is_foreign, owns
 from ..record.snapshot import ABSENT, Snapshot, equal, read
 from ..record.staged_group import StagedGroup
 from ..tensors import storage_id, wraps_others
-from .group_commit import Commit, _same_layout
+from .group_commit import Commit, _fits_in_place
 
 
 def plan_commit(staged: StagedGroup) -> Commit:
@@ -128,7 +128,7 @@ class _Comparison:
             source = source.clone()  # its memory serves another tensor, which the commit overwrites
         if _same_memory(target, source):
             pass
-        elif _same_layout(target, source):
+        elif _fits_in_place(target, source):
             self._commit.copies.append((target, source))
         else:
             self._commit.moves.append((old, source, path))

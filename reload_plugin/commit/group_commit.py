@@ -57,7 +57,7 @@ class Commit:
         """Whether the served values are the new ones already, bit for bit."""
         if self.moves or self.exchanges or self.writes or self.tensor_attributes or self.cells:
             return False
-        return all(torch.equal(_bits(served), _bits(new)) for served, new in self.copies)
+        return all(torch.equal(_bits(served), _bits(new).to(served.device)) for served, new in self.copies)
 
     def forget(self) -> None:
         """Drop the new tensors after they were applied."""
@@ -73,7 +73,7 @@ class Commit:
             for served, new in self.copies:
                 ops_for(served.device).copy(served, new)
             for served, new, _ in self.moves:
-                served.data = new
+                served.data = new.cpu() if _is_parked(served, new) else new
             for holder, other in self.exchanges:
                 _exchange_contents(holder, other)
             for holder, key, value in self.writes:
@@ -83,6 +83,20 @@ class Commit:
             for tensor, cls, attributes in self.tensor_attributes:
                 tensor.__class__ = cls
                 tensor.__dict__ = attributes
+
+
+def _is_parked(served: torch.Tensor, new: torch.Tensor) -> bool:
+    """Whether a served tensor is in host memory meanwhile, while its new value is on the device."""
+    if served.device == new.device or served.is_meta or new.is_meta:
+        return False
+    return ops_for(served.device).on_host and not ops_for(new.device).on_host
+
+
+def _fits_in_place(served: torch.Tensor, new: torch.Tensor) -> bool:
+    """Whether the new value can be copied over the served one."""
+    if not _is_parked(served, new):
+        return _same_layout(served, new)
+    return served.shape == new.shape and served.dtype == new.dtype and served.stride() == new.stride()
 
 
 def _same_layout(a: torch.Tensor, b: torch.Tensor) -> bool:

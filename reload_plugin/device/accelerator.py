@@ -20,6 +20,7 @@ class AcceleratorOps:
 
     """
 
+    on_host = False
     reads_files = False
     reuses_outputs = False
     has_native_handles = False
@@ -83,6 +84,12 @@ class AcceleratorOps:
         with contextlib.suppress(RuntimeError, AttributeError):
             return int(torch.get_device_module(self.device).mem_get_info(self.device)[0])
         return available()
+
+    def release_unused(self) -> None:
+        """Empty torch's caching allocator, once what is queued is done."""
+        self.fence()
+        if self._is_accelerator:
+            torch.accelerator.empty_cache()
 
     def hash_values(self, tensor: torch.Tensor) -> Iterator[bytes | list[memoryview]]:
         """Sums that the device makes of each contiguous part; only these come to the host."""

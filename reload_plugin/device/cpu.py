@@ -21,6 +21,7 @@ _PLAIN_CLASSES = (torch.Tensor, torch.nn.Parameter)
 class CpuOps:
     """See ``DeviceOps``. Nothing is queued: each operation is done when it returns."""
 
+    on_host = True
     reads_files = True
     reuses_outputs = True
     has_native_handles = True  # oneDNN's matmul handlers
@@ -73,6 +74,9 @@ class CpuOps:
     def free_bytes(self) -> int:
         """What the system and the control groups of this process leave."""
         return available()
+
+    def release_unused(self) -> None:
+        """The C heap gives back what it can by itself."""
 
     def hash_values(self, tensor: torch.Tensor) -> Iterable[bytes | list[memoryview]]:
         """The memory itself where the values lie in one piece, as those of nearly all tensors do."""

@@ -25,6 +25,8 @@ class DeviceOps(Protocol):
     state of a reload.
     """
 
+    on_host: bool
+    """Whether its memory is the host's."""
     reads_files: bool
     """Whether files can be read straight into this memory: its address can be given to ``preadv``."""
     reuses_outputs: bool
@@ -94,6 +96,11 @@ class DeviceOps(Protocol):
 
     def free_bytes(self) -> int:
         """Bytes that can still be allocated on this device."""
+
+    def release_unused(self) -> None:
+        """Give memory back that is reserved on this device and holds nothing, so that other processes can
+        have it.
+        """
 
     def hash_values(self, tensor: torch.Tensor) -> Iterable[bytes | list[memoryview]]:
         """What stands for the values of ``tensor`` in a digest, in order: bytes, or pieces of host memory

@@ -12,7 +12,7 @@ import torch
 
 from ..device.hashing import Hash, form_of
 from ..process.native_handles import Handles, handle_in
-from ..record.model_record import HolderRecord, ModelRecord, TensorRecord
+from ..record.model_record import HolderRecord, ModelRecord
 from ..record.module_state import holds_nothing, owns_native, reachable, values_of
 from ..record.snapshot import ABSENT, tables_of
 from ..tensors import storage_id
@@ -86,11 +86,7 @@ class _DigestBuilder:
                 continue
             if id(value) in others:
                 continue
-            constructed = holder.constructed.get(key)
-            replaced = isinstance(constructed, TensorRecord) and constructed.ref() is not value
-            table = replaced and constructed.is_table  # type: ignore[union-attr]
-            # An object that neither the constructor nor PWAL made was bound after the start, like a KV cache.
-            if table or not (replaced and key not in holder.undo):
+            if not holder.is_bound_late(key, value):
                 self._add(f"{path}.{key[1]}", value)
 
     def _add(self, path: str, value: object) -> None:

@@ -30,13 +30,12 @@ def reports_in(answers: Iterable[Any]) -> list[dict[str, Any]]:
     """The reports in the answers of all ranks.
 
     Raises:
-        ReloadError: of the class that a rank raised.
+        ReloadError: of the class that a rank raised; where others failed because of it, that of its own.
 
     """
     found = [answer for answer in answers if answer is not None]
-    for answer in found:
-        if _FAILED not in answer:
-            continue
+    failed = [answer for answer in found if _FAILED in answer]
+    for answer in sorted(failed, key=lambda answer: answer[_FAILED] == errors.RanksDisagreeError.__name__):
         cls = getattr(errors, str(answer[_FAILED]), ReloadError)
         if cls is ExportError:
             raise ExportError(answer["message"], answer["tensors"])

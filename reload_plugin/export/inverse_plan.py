@@ -70,7 +70,10 @@ def inverted(
 
 
 def assembled(
-    one: InvertedTensor, values: Mapping[str, torch.Tensor], formats: Mapping[str, TensorFormat]
+    one: InvertedTensor,
+    values: Mapping[str, torch.Tensor],
+    formats: Mapping[str, TensorFormat],
+    parts: bool = False,
 ) -> torch.Tensor:
     """A checkpoint tensor in the dtype in which the plan has it. The caller owns it.
 
@@ -78,6 +81,7 @@ def assembled(
         one: the tensor.
         values: load-format tensor -> values, of its shape and dtype.
         formats: load-format tensor -> its format.
+        parts: elements that are in no region stay without values.
 
     Raises:
         Unfit: some element is in no region, or regions disagree, or its dtype cannot hold what is served.
@@ -104,7 +108,7 @@ def assembled(
         target.copy_(cast)
         if flags is not None:
             flags.fill_(True)
-    if known is not None and not bool(known.all()):
+    if not parts and known is not None and not bool(known.all()):
         gone = math.prod(shape) - int(known.sum())
         raise Unfit(f"{gone:,} of its {math.prod(shape):,} elements are not loaded by the model")
     return made

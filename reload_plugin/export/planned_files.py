@@ -188,13 +188,14 @@ def check_written(plans: Sequence[FilePlan], written: Iterable[Mapping[str, Sequ
     wrong = {}
     for plan in plans:
         for info in plan.infos:
-            if why := _why_incomplete(info, parts.get(info.name, [])):
+            if why := why_incomplete(info, parts.get(info.name, [])):
                 wrong[info.name] = why
     if wrong:
         raise export_error("could not be written as planned", "Nothing was exported. Export again.", wrong)
 
 
-def _why_incomplete(info: TensorInfo, boxes: Sequence[Box]) -> str | None:
+def why_incomplete(info: TensorInfo, boxes: Sequence[Box]) -> str | None:
+    """Why parts are not a whole tensor, each element once; None if they are."""
     total = math.prod(info.shape)
     boxes = [box for box in boxes if math.prod(box.sizes)]
     if any(one.overlaps(other) for one, other in itertools.combinations(boxes, 2)):

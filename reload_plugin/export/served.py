@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -23,9 +23,10 @@ from ..load.progress import byte_bar
 from ..plan.checkpoint_plan import PlanUnavailableError
 from ..plan.copy_plan import CopyPlan
 from ..plan.source import TensorInfo, layer_order
+from ..ranks.votes import vote_for
 from ..record.placement import placement
 from ..report import ExportReport, Tier
-from ..transaction.engine_state import EngineState, state_of
+from ..transaction.engine_state import PARKED, EngineState, state_of
 from ..transaction.known import plan_listing
 from ..transaction.live_push import live_push_of
 from .answers import reports_in
@@ -34,6 +35,9 @@ from .components import Component, components_of
 from .generation_sources import GenerationSources
 from .inverse_plan import InvertedTensor, inverted
 from .outputs import ExportPlan, OutputGroup, plan_export
+from .parts import OfferedTensor, RankOffer, boxes_of, offered
+from .planned_files import Box
+from .ranked import OUT_OF_REACH, RankedExport
 from .tensor_values import ServedTensors, half_a_step
 from .writer import write_export
 
@@ -52,6 +56,8 @@ class _Account:
     errors: dict[str, float] = field(default_factory=dict)
     refused: dict[str, str] = field(default_factory=dict)
     omitted: dict[str, str] = field(default_factory=dict)
+    offers: dict[str, OfferedTensor] = field(default_factory=dict)
+    """What this rank has of each tensor, where several ranks hold the model."""
 
 
 class ServedExport:
@@ -62,15 +68,22 @@ class ServedExport:
         state: of the model.
         sources: of its generation, entered.
         lossy: whether values that quantization lost may be made up.
+        ranked: this rank's parts of tensors are made, for an export that ranks write together.
 
     """
 
     def __init__(
-        self, model: nn.Module, state: EngineState, sources: GenerationSources, lossy: Lossy | None
+        self,
+        model: nn.Module,
+        state: EngineState,
+        sources: GenerationSources,
+        lossy: Lossy | None,
+        ranked: bool = False,
     ) -> None:
         self._model, self._state, self._sources = model, state, sources
         self._lossy = lossy
-        self._served = ServedTensors(model, state, dequantize=lossy == "dequantize")
+        self._ranked = ranked
+        self._served = ServedTensors(model, state, dequantize=lossy == "dequantize", parts=self._ranked)
         start = state.start.listing(model, state.record)
         self._start = {info.name: info for info in start}
         self._place = {info.name: place for place, info in enumerate(start)}
@@ -106,6 +119,9 @@ class ServedExport:
             tier = self._sources.tier(info.name)
             assert tier is not None, "only tensors that can be read are grouped"
             self.account.tiers[info.name], self.account.infos[info.name] = tier, info
+            if self._ranked:
+                whole = Box((0,) * len(info.shape), info.shape)
+                self.account.offers[info.name] = offered(info, tier, [whole], None)
         nbytes = sum(info.nbytes for info in infos)
         return OutputGroup(tuple(infos), functools.partial(self._sources.read, names), nbytes)
 
@@ -113,12 +129,8 @@ class ServedExport:
 
     def _groups_of_served(self, names: Sequence[str], progress: bool | None) -> list[OutputGroup]:
         record = self._state.record
-        if record.world_size > 1:
-            raise ExportError(
-                f"{len(names)} tensors, such as {names[0]}, would have to be put together from what "
-                f"{record.world_size} ranks serve, which this version does not do. Nothing was written. "
-                "Export from one rank, or reload from files that stay where they are."
-            )
+        if record.world_size > 1 and not self._ranked:
+            raise ExportError(OUT_OF_REACH)
         copy_plan = self._copy_plan(names)
         if copy_plan is None:
             return []
@@ -158,6 +170,8 @@ class ServedExport:
             account.infos[one.name], account.tiers[one.name] = info, tier
             if tier == "dequantized":
                 account.errors[one.name] = half_a_step(made)
+            if self._ranked:
+                account.offers[one.name] = offered(info, tier, boxes_of(one), made)
             outputs.append(info)
         produce = functools.partial(self._produce, component, frozenset(info.name for info in outputs))
         return OutputGroup(tuple(outputs), produce, sum(group.nbytes for group in component.groups))
@@ -248,6 +262,8 @@ def reading_served(model: nn.Module, what: str) -> Iterator[EngineState]:
             raise EngineBrokenError(
                 f"The engine does not serve: {state.broken}. Reload a complete checkpoint, then {what}."
             )
+        if state.parked is not None:
+            raise SessionError(f"The engine cannot {what}: {PARKED}")
         if state.asleep:
             raise SessionError(f"The engine sleeps, and its weights are not in memory. Wake it up to {what}.")
         if state.update is not None and not state.update.failed:
@@ -273,25 +289,53 @@ def export_model(
     with reading_served(model, "export") as state, GenerationSources(model, state) as sources:
         export = ServedExport(model, state, sources, lossy)
         plan = plan_export(export.groups(progress), max_shard_size)
-        config = state.record.model_config
-        origins = [place for place in (sources.folder, getattr(config, "model", None)) if place]
-        beside = functools.partial(write_beside, origins=origins, config=state.start.config)
+        beside = _beside(state, sources)
         written = write_export(
             directory, plan, beside=beside, description="what is served", progress=progress
         )
         return _report(directory, plan, export.account, sources.description, written)
 
 
+def _beside(state: EngineState, sources: GenerationSources) -> Callable[[Path], object]:
+    """What puts config and tokenizer of the served generation into a folder."""
+    config = state.record.model_config
+    origins = [place for place in (sources.folder, getattr(config, "model", None)) if place]
+    return functools.partial(write_beside, origins=origins, config=state.start.config)
+
+
 def export_rank(
     model: nn.Module, directory: str, rank: int, *, max_shard_size: int | str | None, lossy: Lossy | None
 ) -> ExportReport | None:
-    """One rank's part of an export: the first writes, from files that hold whole tensors; the others do
-    nothing, and return None.
+    """One rank's part of an export; see ``RankedExport``. Only the first returns a report.
+
+    Raises:
+        RanksDisagreeError: another rank failed; nothing was written.
+        ExportError: as ``export_checkpoint``.
+
     """
-    if rank:
-        end_push(model)
+    if state_of(model).record.world_size == 1:
+        return export_model(model, directory, max_shard_size=max_shard_size, lossy=lossy)
+    with reading_served(model, "export") as state:
+        vote = vote_for(state.record)
+        if vote is None:
+            raise ExportError(OUT_OF_REACH)
+        ranked = RankedExport(vote, rank)
+        try:
+            with GenerationSources(model, state) as sources:
+                export = ServedExport(model, state, sources, lossy, ranked=True)
+                groups = export.groups(progress=False)
+                account = export.account
+                offer = RankOffer(tensors=account.offers, omitted=account.omitted)
+                shared = ranked.agree(offer)
+                beside = _beside(state, sources)
+                plan, written = ranked.write(directory, shared, groups, max_shard_size, beside)
+        except BaseException as error:
+            ranked.fail(error)
+            raise
+    if written is None:
         return None
-    return export_model(model, directory, max_shard_size=max_shard_size, lossy=lossy)
+    account.infos, account.tiers, account.omitted = shared.infos, shared.tiers, shared.omitted
+    return _report(directory, plan, account, sources.description, written)
 
 
 def _report(

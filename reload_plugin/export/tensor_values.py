@@ -16,6 +16,7 @@ from ..transaction.engine_state import EngineState
 from .candidates import places, read_back
 from .components import Component
 from .inverse_plan import InvertedTensor, Unfit, assembled
+from .parts import boxes_of
 from .recovery import Recoveries
 
 
@@ -36,12 +37,17 @@ class ServedTensors:
         model: recorded, and not being reloaded.
         state: of the model.
         dequantize: take what kernels compute with for what was quantized, where that is gone.
+        parts: this rank holds parts of tensors: they are made in the shape of the whole, and the other parts
+            have no values.
 
     """
 
-    def __init__(self, model: nn.Module, state: EngineState, dequantize: bool = False) -> None:
+    def __init__(
+        self, model: nn.Module, state: EngineState, dequantize: bool = False, parts: bool = False
+    ) -> None:
         self.recoveries = Recoveries(model, state)
         self._dequantize = dequantize
+        self._parts = parts
         self._formats: Mapping[str, TensorFormat] = {
             record.name: record.format for group in state.record.groups for record in group.tensors
         }
@@ -71,7 +77,9 @@ class ServedTensors:
         reason = ""
         for dtype in dict.fromkeys([*dtypes, one.plan.dtype, *_served_dtypes(one)]):
             try:
-                return assembled(_in_dtype(one, dtype), held.values, self._formats)
+                if self._parts:
+                    boxes_of(one)
+                return assembled(_in_dtype(one, dtype), held.values, self._formats, self._parts)
             except Unfit as error:
                 reason = reason or str(error)
         return reason

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from .placement import hooks_of, is_cache
+from ..checkpoint.formats.offloading import hooks_of, is_cache
 
 _FORWARD = ("forward", "_hf_hook", "_old_forward", "_original_forward_func")
 _MOVERS = ("to", "cuda", "npu", "xpu", "mlu", "sdaa", "musa", "neuron")

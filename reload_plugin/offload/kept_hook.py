@@ -12,8 +12,9 @@ from accelerate.hooks import AlignDevicesHook
 from accelerate.utils import find_device, send_to_device, set_module_tensor_to_device
 from torch import nn
 
+from ..checkpoint.formats.offloading import hooks_of
 from .collected import like
-from .placement import Placement, hooks_of
+from .placement import Placement
 
 _Away = tuple[dict[str, torch.Tensor | None], str, torch.Tensor]
 """A module's dictionary, a name in it, and the tensor that belongs there."""

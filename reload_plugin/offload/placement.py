@@ -16,6 +16,15 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..checkpoint.formats.offloading import (
+    IndexedValue,
+    MadeValue,
+    hooks_of,
+    is_cache,
+    is_offloading,
+    value_in_cache,
+    value_in_mapping,
+)
 from ..checkpoint.formats.safetensors_files import SafetensorsSource
 from ..errors import SourceError
 from .stored import DatFile, InMemory, SafetensorsEntry, Stored, folder_of
@@ -127,24 +136,6 @@ def is_offloaded(model: nn.Module) -> bool:
     return any(place.offloaded for place in placements(model))
 
 
-def hooks_of(module: nn.Module) -> Iterator[Any]:
-    """Accelerate's hooks of a module, one by one in their order; nested ``SequentialHook``s are opened."""
-    hook = module.__dict__.get("_hf_hook")
-    waiting = [] if hook is None else [hook]
-    while waiting:
-        hook = waiting.pop(0)
-        inner = getattr(hook, "hooks", None)
-        if inner is None:
-            yield hook
-        else:
-            waiting[:0] = inner
-
-
-def is_offloading(hook: Any) -> bool:
-    """Whether a hook takes weights from a mapping for each forward pass."""
-    return bool(getattr(hook, "offload", False)) and getattr(hook, "weights_map", None) is not None
-
-
 class _Walk:
     """One walk over a model. Files are listed once."""
 
@@ -167,7 +158,7 @@ class _Walk:
             cache = module._buffers if is_buffer else module._parameters
             statistics, noted, hooks = None, False, []
             if is_cache(cache):
-                stored: Stored | None = self._cached(cache, attribute, full)
+                stored = self._cached(cache, attribute, full)
             else:
                 hooks = [pair for pair in covering if _covers(*pair, full, is_buffer, persistent)]
                 stored = None
@@ -188,41 +179,30 @@ class _Walk:
             if submodule is not None:
                 yield from self.of(submodule, f"{name}.{child}" if name else child, passed)
 
-    def _mapped(self, mapping: Mapping[str, Any], key: str) -> Stored | None:
-        """Where a mapping has the value of a key; None if it has no such key."""
-        while hasattr(mapping, "prefix") and hasattr(mapping, "dataset"):  # PrefixedDataset
-            key = f"{mapping.prefix}{key}"
-            mapping = mapping.dataset
-        held = getattr(mapping, "state_dict", mapping)  # OffloadedWeightsLoader, or a plain mapping
-        index = getattr(mapping, "index", {}) if held is not mapping else {}
-        if key in held:
-            return InMemory(held[key], "memory")
-        if key not in index:
-            return None
-        folder = mapping.save_folder  # type: ignore[attr-defined]
-        if index[key].get("safetensors_file") is None:
-            return DatFile(key, index, str(folder))
-        owned = None if folder is None else Path(folder) / f"{key}.safetensors"
-        return SafetensorsEntry(
-            key,
-            key,
-            index,
-            lambda: folder_of(mapping, folder),
-            lambda file: Path(file) == owned,
-            self._listed,
-        )
+    def _mapped(self, mapping: Any, key: str) -> Stored | None:
+        """Where a hook's mapping has the value of a key; None if it has no such key."""
+        value = value_in_mapping(mapping, key)
+        if isinstance(value, IndexedValue):
+            if value.is_dat:
+                return DatFile(value)
+            owned = None if value.folder is None else Path(value.folder) / f"{value.name}.safetensors"
+            return SafetensorsEntry(
+                value,
+                lambda: folder_of(value.owner, value.folder),
+                lambda file: Path(file) == owned,
+                self._listed,
+            )
+        if isinstance(value, MadeValue):
+            return InMemory(value.mapping[value.key], "memory")
+        return None if value is None else InMemory(value.tensor, "memory")
 
-    def _cached(self, cache: Any, attribute: str, name: str) -> Stored:
+    def _cached(self, cache: Any, attribute: str, name: str) -> Stored | None:
         """Where a cache of compressed-tensors' has a value."""
-        held = cache.offloaded_values[attribute]
-        if not held.is_meta:
-            return InMemory(held, "memory")
-        folder = str(cache.offload_dir)
-        return SafetensorsEntry(name, held, cache.index, lambda: folder, lambda _: True, self._listed)
-
-
-def is_cache(mapping: Any) -> bool:
-    return hasattr(mapping, "offloaded_values")
+        value = value_in_cache(cache, attribute, name)
+        if isinstance(value, IndexedValue):
+            folder = str(value.folder)
+            return SafetensorsEntry(value, lambda: folder, lambda _: True, self._listed)
+        return None if value is None else InMemory(value.tensor, "memory")
 
 
 def _tensors_of(module: nn.Module) -> Iterator[tuple[str, torch.Tensor, bool, bool]]:

@@ -9,12 +9,13 @@ from collections.abc import Hashable, Iterator, Mapping, Sequence
 import torch
 from torch import nn
 
+from ..checkpoint.formats.offloading import is_cache
 from ..errors import OffloadError, ReloadError
 from ..interrupts import held
 from .collected import Value, digest_of, moved_to, show
 from .hooks import Dispatch
 from .memory import needs_of, refuse_if_short
-from .placement import Placement, is_cache
+from .placement import Placement
 from .stored import InMemory, StagedWrite, memory_key
 
 Memory = torch.Tensor | None

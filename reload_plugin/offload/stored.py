@@ -19,6 +19,7 @@ from typing import Any, Protocol
 
 import torch
 
+from ..checkpoint.formats.offloading import IndexedValue
 from ..checkpoint.formats.safetensors_files import SafetensorsSource
 from ..checkpoint.io.readahead import Piece, read_piece
 from ..checkpoint.io.stamps import WRITE_AGAIN
@@ -84,20 +85,18 @@ class DatFile:
     """The ``.dat`` file of a weight in Accelerate's offload folder.
 
     Args:
-        name: key in the index.
-        index: of the folder: name -> ``dtype`` and ``shape``.
-        folder: holds ``<name>.dat``.
+        value: its file, and the index that describes it.
 
     """
 
     where = "dat"
 
-    def __init__(self, name: str, index: MutableMapping[str, Any], folder: str) -> None:
-        self.file = str(Path(folder) / f"{name}.dat")
-        self._name = name
-        self.entry = name
-        self.index = index
-        self._folder = folder
+    def __init__(self, value: IndexedValue) -> None:
+        self.file = value.file
+        self._name = value.name
+        self.entry = value.key
+        self.index = value.index
+        self._folder = str(value.folder)
 
     @property
     def key(self) -> Hashable:
@@ -149,9 +148,7 @@ class SafetensorsEntry:
     """A weight in a safetensors file, as an index names it.
 
     Args:
-        name: of the weight, for files and messages.
-        entry: its key in the index.
-        index: name -> ``safetensors_file``, ``weight_name`` and ``dtype``.
+        value: the index, and its key there.
         folder: where new files go; called when one is written.
         replaceable: whether a file belongs to the offload folder and may be replaced. Others are checkpoints:
             they stay, and the index is pointed at a new file.
@@ -163,28 +160,27 @@ class SafetensorsEntry:
 
     def __init__(
         self,
-        name: str,
-        entry: Any,
-        index: MutableMapping[Any, Any],
+        value: IndexedValue,
         folder: Callable[[], str],
         replaceable: Callable[[str], bool],
         listed: MutableMapping[str, SafetensorsSource],
     ) -> None:
-        self._name = name
-        self.entry = entry
-        self.index = index
+        self._value = value
+        self._name = value.name
+        self.entry = value.key
+        self.index = value.index
         self._folder = folder
         self._replaceable = replaceable
         self._listed = listed
 
     @property
     def file(self) -> str:
-        return str(self.index[self.entry]["safetensors_file"])
+        return self._value.file
 
     @property
     def weight_name(self) -> str:
         """The tensor's name in the file."""
-        return str(self.index[self.entry].get("weight_name", self._name))
+        return self._value.weight_name
 
     @property
     def key(self) -> Hashable:

@@ -95,6 +95,15 @@ class HolderRecord:
     rewritten: frozenset[Key] = frozenset()
     """Keys not in ``undo`` whose tensors PWAL kept and changed."""
 
+    def is_bound_late(self, key: Key, value: object) -> bool:
+        """Whether neither the constructor nor PWAL made what the holder has under a key: it was bound after
+        the start, like a KV cache. A table of experts is state of the model whoever made it.
+        """
+        constructed = self.constructed.get(key)
+        if not isinstance(constructed, TensorRecord) or constructed.ref() is value:
+            return False
+        return key not in self.undo and not constructed.is_table
+
     @functools.cached_property
     def keys(self) -> list[Key]:
         """All recorded keys, sorted. Cached: valid once the record is complete."""

@@ -171,10 +171,11 @@ class StagedGroup:
             self.served.tensors[id(tensor)] = state
             storage.served[id(record)] = state.data
             tensor.data = view
-        elif issubclass(fmt.cls, nn.Parameter):
-            tensor = nn.Parameter(view, requires_grad=fmt.requires_grad)
         else:
-            tensor = view
+            if tensor is not None and not tensor.is_meta and not wraps_others(type(tensor)):
+                storage.served[id(record)] = tensor.data  # parked: its values are in host memory
+            is_parameter = issubclass(fmt.cls, nn.Parameter)
+            tensor = nn.Parameter(view, requires_grad=fmt.requires_grad) if is_parameter else view
         tensor.__class__ = fmt.cls
         tensor.__dict__ = dict(fmt.attributes)
         self._objects[id(record)] = storage.objects[id(record)] = tensor

@@ -45,6 +45,7 @@ class StagedStorage:
         aliases_served: bool = False,
     ) -> None:
         self.records = records
+        self._device = device
         self._gauge = MemoryGauge() if gauge is None else gauge
         self._held = 0
         """Bytes of this storage that the gauge counts."""
@@ -197,8 +198,10 @@ class StagedStorage:
         served = [(record.format, self.served.get(id(record))) for record in self.records]
         if all(tensor is not None and _has_format(tensor, fmt) for fmt, tensor in served):
             places = {storage_id(tensor): tensor for _, tensor in served if tensor is not None}
-            if len(places) == 1:
-                self.served_memory = next(iter(places.values())).untyped_storage()
+            only = next(iter(places.values()))
+            there = ops_for(only.device).on_host == ops_for(self._device).on_host  # and not parked
+            if len(places) == 1 and there:
+                self.served_memory = only.untyped_storage()
 
     def _initialise(self, record: TensorRecord, unwritten: bool) -> None:
         view, initial = self.views[id(record)], record.format.initial

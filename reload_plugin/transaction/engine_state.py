@@ -31,6 +31,11 @@ from .start import StartedFrom
 
 logger = logging.getLogger("vllm.reload_plugin")
 
+PARKED = (
+    "its weights are parked in host memory. Bring them back first: reload_plugin.unpark(llm), or "
+    "reload-plugin unpark URL."
+)
+
 
 class OpenUpdate(Protocol):
     """An update that spans several calls: a session, or a push through ``model.load_weights``."""
@@ -45,6 +50,16 @@ class OpenUpdate(Protocol):
 
     def abort(self) -> None:
         """Drop what was loaded."""
+
+
+class Parked(Protocol):
+    """Weights that are in host memory until they are brought back to their device."""
+
+    def note_commit(self) -> None:
+        """A reload wrote to them."""
+
+    def settle(self) -> None:
+        """A call is over: what a reload left on the device goes to the host too."""
 
 
 class EngineState:
@@ -81,6 +96,8 @@ class EngineState:
         """This rank's vote in the reload that is under way, where several ranks hold the model."""
         self.asleep = False
         """Whether the memory of the weights is given away by ``sleep``, so that nobody may read it."""
+        self.parked: Parked | None = None
+        """The served weights, while they are in host memory and nothing serves."""
         self.outcome = Outcome()
         self._reloading = _OneAtATime()
 
@@ -92,6 +109,8 @@ class EngineState:
         self.generation = Generation(self.generation.version + 1, weight_version, source, known=known)
         if whole:
             self.broken = None
+        if self.parked is not None:
+            self.parked.note_commit()
 
     def rolled_back_to(self, generation: Generation) -> None:
         """The old weights were read again: they are served under the version they had."""
@@ -130,12 +149,20 @@ class EngineState:
             self.broken = None
 
     def fall_asleep(self) -> None:
-        """The memory of the weights was given away, to be brought back or not."""
-        self.asleep = True
+        """The memory of the weights was given away, to be brought back or not. Parked weights stay."""
+        self.asleep = self.parked is None
 
     def wake_up(self) -> None:
         """The memory of the weights can be read again."""
         self.asleep = False
+
+    def park(self, parked: Parked) -> None:
+        """The weights are in host memory from now on."""
+        self.parked = parked
+
+    def unpark(self) -> None:
+        """The weights are on their device again."""
+        self.parked = None
 
     def replace_rollback_source(self, source: Rereadable | None) -> None:
         """The served weights come from ``source`` now; what the old one holds and the new one does not is
@@ -156,7 +183,7 @@ class EngineState:
 
         Raises:
             EngineBrokenError: the model holds a mixture of two generations, or has lost its weights.
-            SessionError: see ``refuse_inside_a_call``.
+            SessionError: its weights are parked; or see ``refuse_inside_a_call``.
 
         """
         if self.broken is not None:
@@ -164,6 +191,8 @@ class EngineState:
                 f"The engine does not serve: {self.broken}. Reload a complete checkpoint to heal it."
             )
         self.refuse_inside_a_call()
+        if self.parked is not None:
+            raise SessionError(f"The engine does not serve: {PARKED}")
 
     def refuse_inside_a_call(self) -> None:
         """Wait for the reload of another thread.
@@ -187,7 +216,8 @@ class EngineState:
             return None
         # Asleep: the memory is away, and reading it would end the process. Unknown: native handles may have
         # been made of other weights than those that they were hashed with.
-        if self.asleep or not self.generation.known:
+        # Parked: host memory hashes to something else than the device's.
+        if self.asleep or self.parked is not None or not self.generation.known:
             return self.generation.digest
         with self.record.changes.blocked() as all_there:
             if self.generation.digest is None and all_there:
@@ -206,7 +236,11 @@ class EngineState:
 
         """
         with self._reloading.entered():
-            yield
+            try:
+                yield
+            finally:
+                if self.parked is not None and self._reloading.is_outermost:
+                    self.parked.settle()
 
     def open(self, update: OpenUpdate) -> None:
         """An update that spans several calls begins."""
@@ -289,6 +323,11 @@ class _OneAtATime:
         self._lock = threading.RLock()
         self._holder: tuple[int, str] | None = None
         self._depth = 0
+
+    @property
+    def is_outermost(self) -> bool:
+        """Whether this thread, which holds it, entered it once."""
+        return self._depth == 1
 
     def wait_unless_mine(self) -> bool:
         """Wait until no other thread holds it. Says whether this one does."""

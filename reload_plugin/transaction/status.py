@@ -11,7 +11,7 @@ from torch import nn
 
 from ..errors import ReloadError
 from ..report import ReloadReport
-from .engine_state import state_of
+from .engine_state import EngineState, state_of
 
 
 class ReloadStatus(BaseModel):
@@ -19,8 +19,10 @@ class ReloadStatus(BaseModel):
 
     model_config = ConfigDict(frozen=True)
 
-    state: Literal["serving", "updating", "broken"]
-    """``updating``: an update is open and the old weights are served; ``broken``: nothing is served."""
+    state: Literal["serving", "updating", "parked", "broken"]
+    """``updating``: an update is open and the old weights are served. Nothing is served in the others:
+    ``parked``: the weights are in host memory until they are unparked; ``broken``: they are a mixture, or
+    lost."""
     version: int
     """Reloads committed since the start."""
     weight_version: str | None
@@ -31,6 +33,8 @@ class ReloadStatus(BaseModel):
     """Of all that the kernels read (``digest.digest``); None when it was not computed or cannot be known."""
     source: str
     """Where the served weights came from."""
+    weights: str = ""
+    """Where they live: a device, ``host memory (parked)``, or ``nowhere until it wakes up (asleep)``."""
     since: float
     """Unix time (s) of the commit."""
     update: str | None
@@ -61,7 +65,8 @@ def status_of(model: nn.Module, digest: bool = True, rank: int = 0) -> ReloadSta
         update = state.update.describe()
         update += f", failed: {state.update.failed}" if state.update.failed else ""
     return ReloadStatus(
-        state="broken" if state.broken is not None else "updating" if update else "serving",
+        state=_state_in_a_word(state, update),
+        weights=_where(state),
         version=serving.version,
         weight_version=serving.weight_version,
         known=serving.known,
@@ -73,6 +78,22 @@ def status_of(model: nn.Module, digest: bool = True, rank: int = 0) -> ReloadSta
         report=None if report is None else report.model_copy(update={"digest": known}),
         rank=rank,
     )
+
+
+def _state_in_a_word(
+    state: EngineState, update: str | None
+) -> Literal["serving", "updating", "parked", "broken"]:
+    if state.broken is not None:
+        return "broken"
+    if state.parked is not None:
+        return "parked"
+    return "updating" if update else "serving"
+
+
+def _where(state: EngineState) -> str:
+    if state.parked is not None:
+        return "host memory (parked)"
+    return "nowhere until it wakes up (asleep)" if state.asleep else str(state.record.target_device)
 
 
 def status(engine: Any, digest: bool = True) -> list[ReloadStatus]:

@@ -18,7 +18,7 @@ from .checkpoint_files import (
     stored_weights,
     weight_files,
 )
-from .engine_config import construct_on_meta, full_config, one_rank
+from .engine_config import captures_graphs, construct_on_meta, full_config, has_sleep_mode, one_rank
 from .loading import (
     current_vllm_config,
     default_weight_loader,
@@ -34,6 +34,7 @@ from .symbols import (
     ATTENTION,
     CONFIGS,
     DUMMY,
+    ENGINE_CORE,
     EXECUTOR,
     INPLACE,
     LAYERWISE,
@@ -86,6 +87,7 @@ __all__ = [
     "BUILDS",
     "CONFIGS",
     "DUMMY",
+    "ENGINE_CORE",
     "EXECUTOR",
     "INPLACE",
     "LAYERWISE",
@@ -115,6 +117,7 @@ __all__ = [
     "attach",
     "binders_of",
     "calls",
+    "captures_graphs",
     "choose",
     "construct_on_meta",
     "current_vllm_config",
@@ -122,6 +125,7 @@ __all__ = [
     "finalize_layerwise",
     "full_config",
     "get",
+    "has_sleep_mode",
     "index_name",
     "initialize_layerwise",
     "is_deferred_attention_layer",

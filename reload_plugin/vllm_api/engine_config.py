@@ -67,3 +67,16 @@ def full_config(raw: dict[str, Any], model_config: Any) -> dict[str, Any] | None
     except Exception:  # noqa: BLE001 - classes of anyone's; the caller compares the plain texts then
         return None
     return filled
+
+
+def captures_graphs(vllm_config: Any) -> bool:
+    """Whether an engine of this config captures CUDA graphs, which hold the addresses of its weights."""
+    if getattr(getattr(vllm_config, "model_config", None), "enforce_eager", False):
+        return False
+    mode = getattr(getattr(vllm_config, "compilation_config", None), "cudagraph_mode", None)
+    return getattr(mode, "name", "NONE") != "NONE"
+
+
+def has_sleep_mode(vllm_config: Any) -> bool:
+    """Whether the weights of an engine of this config lie in memory that vLLM's ``sleep`` gives back."""
+    return bool(getattr(getattr(vllm_config, "model_config", None), "enable_sleep_mode", False))

@@ -36,6 +36,7 @@ WORKER = ("vllm.v1.worker.gpu_worker", "Worker")
 PROCESSES = "vllm.v1.executor.multiproc_executor"
 EXECUTOR = (PROCESSES, "MultiprocExecutor")
 WORKER_PROCESS = (PROCESSES, "WorkerProc")
+ENGINE_CORE = ("vllm.v1.engine.core", "EngineCore")
 RUN_METHOD = ("vllm.v1.serial_utils", "run_method")
 
 

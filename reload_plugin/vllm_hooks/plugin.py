@@ -75,7 +75,7 @@ def unregister() -> None:
 
 def _patch_all(hooks: Hooks) -> None:
     from ..transaction.vllm_processing import use_process_weights
-    from . import construction, executors, layerwise, live
+    from . import construction, executors, layerwise, live, parking
 
     use_process_weights(vllm_api.get(vllm_api.LOADER_UTILS, "process_weights_after_loading"))
     processing = construction.recording_processing(then=functools.partial(_patch_workers, hooks))
@@ -89,13 +89,15 @@ def _patch_all(hooks: Hooks) -> None:
     hooks.patch_worker_process()
     replace_method(*vllm_api.WORKER_PROCESS, "handle_output", live.hearing_answers)
     replace_function(*vllm_api.RUN_METHOD, live.hearing)
+    parking.patch_engine_core()
 
 
 def _patch_workers(hooks: Hooks) -> None:
     """Patch the runners and the worker of this process, now that vLLM has imported them."""
-    from . import workers
+    from . import parking, workers
 
     hooks.patch_runners()
+    parking.patch_engine_core()
     module, cls = vllm_api.WORKER
     replace_method(module, cls, "execute_model", workers.guarding)
     replace_method(module, cls, "update_weights", workers.ending)
@@ -107,6 +109,7 @@ def _patch_workers(hooks: Hooks) -> None:
     worker = getattr(sys.modules.get(module), cls, None)
     if worker is not None:
         workers.add_worker_calls(worker)
+        parking.add_parking_calls(worker)
 
 
 def _offer_transfer_engine() -> None:

@@ -181,7 +181,7 @@ def _note_sleep(worker: object, discarded: bool) -> None:
         if state.update is not None and state.update.gives_way:
             state.abandon_update()
         state.fall_asleep()
-        if discarded:
+        if discarded and state.parked is None:
             state.mark_lost("its weights were discarded when it was put to sleep")
 
 

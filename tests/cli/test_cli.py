@@ -561,3 +561,49 @@ def test_a_server_is_pushed_to_in_chunks(
     assert whole != on_a
     run("push", folders["B"], "--url", server)
     assert tokens(server) == whole
+
+
+def test_a_server_is_verified_and_exported_over_its_socket(
+    run: Run, server: str, folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VLLM_API_KEY", KEY)
+    assert run("push", folders["B"], "--url", server).code == 0
+    said = run("verify", server, folders["B"], "--json")
+    assert (said.code, said.json["serves"]) == (0, True), said.err
+    said = run("verify", server, folders["A"], "--json")
+    assert (said.code, said.json["serves"]) == (1, False)
+    assert len(said.json["different"]) == len(read_tensors(folders["A"]))
+    said = run("export", server, tmp_path / "out", "--max-shard-size", "100KB", "--json")
+    assert said.code == 0, said.err
+    assert len(set(said.json["files"].values())) > 1
+    written = read_tensors(tmp_path / "out")
+    expected = read_tensors(folders["B"])
+    assert written.keys() == expected.keys()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in written.items())
+    fact, _ = complaint(run("export", server, tmp_path / "out", "--max-shard-size", "much"))
+    assert "max_shard_size" in fact
+    fact, _ = complaint(run("verify", server, "/nowhere"))
+    assert "/nowhere" in fact
+
+
+def test_a_server_is_parked_and_unparked(
+    run: Run, server: str, folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A request meanwhile is refused and does not end the server; a push counts afterwards."""
+    monkeypatch.setenv("VLLM_API_KEY", KEY)
+    assert run("push", folders["B"], "--url", server).code == 0
+    on_b = tokens(server)
+    assert run("push", folders["A"], "--url", server).code == 0
+    said = run("park", server, "--json")
+    assert (said.code, said.json[0]["state"]) == (0, "parked"), said.err
+    said = run("status", server)
+    assert (said.code, "host memory (parked)" in said.out) == (1, True)
+    with pytest.raises(httpx.HTTPStatusError):
+        tokens(server)
+    fact, _ = complaint(run("verify", server, folders["A"]))
+    assert "parked" in fact
+    assert run("push", folders["B"], "--url", server, "--pause", "none").code == 0
+    said = run("unpark", server)
+    assert (said.code, "are on cpu" in said.out) == (0, True), said.err
+    assert run("status", server).code == 0
+    assert tokens(server) == on_b

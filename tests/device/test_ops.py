@@ -29,7 +29,7 @@ def test_a_device_has_one_object_and_the_cpu_its_own_class() -> None:
 
 
 def test_only_the_cpu_does_what_touches_memory_by_its_address() -> None:
-    questions = ("reads_files", "reuses_outputs", "has_native_handles", "pauses_gc")
+    questions = ("on_host", "reads_files", "reuses_outputs", "has_native_handles", "pauses_gc")
     assert all(getattr(ops_for(CPU), question) for question in questions)
     assert not any(getattr(ops_for(META), question) for question in questions)
 

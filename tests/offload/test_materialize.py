@@ -12,8 +12,9 @@ from torch import nn
 
 import reload_plugin
 from reload_plugin import OffloadError, SourceError, materialize, materialized
+from reload_plugin.checkpoint.formats.offloading import hooks_of
 from reload_plugin.offload import memory
-from reload_plugin.offload.placement import hooks_of, placements
+from reload_plugin.offload.placement import placements
 from tests.dispatched import counted, counted_situations, llama, logits, situations, values
 
 EACH = [(tied, name) for tied in (False, True) for name in situations(tied)]

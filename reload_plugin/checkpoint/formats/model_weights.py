@@ -23,6 +23,15 @@ from ...plan.source import TensorInfo
 from ...tensors import storage_id, wraps_others
 from ..dtypes import TORCH_DTYPES
 from ..io.stamps import Stamp, stamp_of
+from .offloading import (
+    FoundValue,
+    HeldValue,
+    IndexedValue,
+    hooks_of,
+    is_cache,
+    value_in_cache,
+    value_in_mapping,
+)
 from .safetensors_files import read_header
 
 
@@ -120,9 +129,8 @@ class _Search:
             return LiveWeight(info, entry.detach())
         if cached := self._cached(name, info):
             return cached
-        for mapping, key in self._mapped(name):
-            if weight := self._resolved(info, mapping, key):
-                return weight
+        for value in self._mapped(name):
+            return self._resolved(info, value)
         self._refused[name] = "is on meta, and no hook of Accelerate's holds its values"
         return None
 
@@ -131,54 +139,45 @@ class _Search:
         path, _, leaf = name.rpartition(".")
         module = self._modules.get(path)
         for cache in (getattr(module, "_parameters", None), getattr(module, "_buffers", None)):
-            offloaded = getattr(cache, "offloaded_values", {}).get(leaf)
-            index = getattr(cache, "index", {})
-            if offloaded is not None and offloaded in index:
-                return self._indexed(info, index[offloaded], name, None)
+            value = value_in_cache(cache, leaf, name) if is_cache(cache) else None
+            if isinstance(value, IndexedValue):
+                return self._indexed(info, value)
         return None
 
-    def _mapped(self, name: str) -> Iterator[tuple[Any, str]]:
-        """Mappings of hooks that may hold a weight, the innermost module's first, and its key there."""
+    def _mapped(self, name: str) -> Iterator[FoundValue]:
+        """What hooks have for a weight, those of the innermost module first."""
         path = name.rpartition(".")[0]
         while True:
-            prefix = f"{path}." if path else ""
-            for hook in _hooks(getattr(self._modules.get(path), "_hf_hook", None)):
+            key = name.removeprefix(f"{path}." if path else "")
+            for hook in hooks_of(self._modules.get(path)):
                 mapping: Any = getattr(hook, "weights_map", None)
-                key = name.removeprefix(prefix)
-                while hasattr(mapping, "dataset") and hasattr(mapping, "prefix"):  # PrefixedDataset
-                    mapping, key = mapping.dataset, f"{mapping.prefix}{key}"
-                if mapping is not None:
-                    yield mapping, key
+                if mapping is not None and (value := value_in_mapping(mapping, key)) is not None:
+                    yield value
             if not path:
                 return
             path = path.rpartition(".")[0]
 
-    def _resolved(self, info: TensorInfo, mapping: Any, key: str) -> HeldWeight | None:
-        """A weight of a hook's mapping, None where the mapping does not have it."""
-        state, index = getattr(mapping, "state_dict", None), getattr(mapping, "index", None)
-        if isinstance(state, Mapping) and isinstance(index, Mapping):  # Accelerate's OffloadedWeightsLoader
-            if key in state:
-                return LiveWeight(info, state[key].detach())
-            return self._indexed(info, index[key], key, mapping.save_folder) if key in index else None
-        if isinstance(mapping, dict):
-            return LiveWeight(info, mapping[key].detach()) if key in mapping else None
-        return MappedWeight(info, mapping, key) if key in set(mapping) else None
+    def _resolved(self, info: TensorInfo, value: FoundValue) -> HeldWeight:
+        if isinstance(value, HeldValue):
+            return LiveWeight(info, value.tensor.detach())
+        if isinstance(value, IndexedValue):
+            return self._indexed(info, value)
+        return MappedWeight(info, value.mapping, value.key)
 
-    def _indexed(self, info: TensorInfo, entry: Mapping[str, Any], key: str, folder: Any) -> FileWeight:
+    def _indexed(self, info: TensorInfo, value: IndexedValue) -> FileWeight:
         """A weight by its entry in an index of offloaded weights."""
-        if (file := entry.get("safetensors_file")) is None:
-            file = str(Path(folder, f"{key}.dat").absolute())
+        file, entry = str(Path(value.file).absolute()), value.entry
+        if value.is_dat:
             return FileWeight(info, file, 0, _checked(info, file, entry, _size_of(file)), entry)
-        file = str(Path(file).absolute())
         if file not in self._headers:
             layout = read_header(file).layout
             places = layout.locations_in(file)
             self._headers[file] = {name: (place.info, place.start) for name, place in places.items()}
-        stored, start = self._headers[file].get(entry.get("weight_name", key), (None, 0))
+        stored, start = self._headers[file].get(value.weight_name, (None, 0))
         if stored is None or stored.shape != info.shape:
             found = "nothing" if stored is None else str(list(stored.shape))
             raise SourceError(
-                f"{file} should hold {entry.get('weight_name', key)} {list(info.shape)} and holds {found}. "
+                f"{file} should hold {value.weight_name} {list(info.shape)} and holds {found}. "
                 "The file was replaced after the model was offloaded: load the model again."
             )
         return FileWeight(info, file, start, stored.dtype, entry)
@@ -199,14 +198,6 @@ def _checked(info: TensorInfo, file: str, entry: Mapping[str, Any], size: int) -
 
 def _size_of(file: str) -> int:
     return stamp_of(file)[0]
-
-
-def _hooks(hook: Any) -> Iterator[Any]:
-    """A hook, or those that a sequence of hooks consists of."""
-    if hook is not None:
-        yield hook
-        for part in getattr(hook, "hooks", ()):
-            yield from _hooks(part)
 
 
 @contextlib.contextmanager
