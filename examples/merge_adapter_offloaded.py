@@ -21,12 +21,8 @@ from transformers import AutoModelForCausalLM  # noqa: E402
 from transformers.utils import logging  # noqa: E402
 
 TARGETS = ("q_proj", "v_proj", "down_proj")
-ON_DISK = {
-    "model.embed_tokens": "cpu",
-    "model.rotary_emb": "cpu",
-    "model.layers": "disk",
-    "model.norm": "disk",
-}
+IN_MEMORY = ("model.embed_tokens", "model.rotary_emb", "lm_head")
+ON_DISK = {**dict.fromkeys(IN_MEMORY, "cpu"), "model.layers": "disk", "model.norm": "disk"}
 
 
 def write_adapter(model: torch.nn.Module, file: Path, rank: int) -> None:
