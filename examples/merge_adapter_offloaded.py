@@ -80,7 +80,7 @@ def main() -> int:
         with materialized(offloaded):
             merged = merge(offloaded, adapter, alpha=2.0)
         assert on_disk == sum(weight.is_meta for weight in offloaded.parameters())
-        report = save_offloaded(offloaded, output, max_shard_size="200KB")
+        report = save_offloaded(offloaded, output, max_shard_size="50KB")
         print(
             f"{on_disk} weights on disk, {merged} of them merged; saved {report.nbytes:,} bytes to {output}"
         )
