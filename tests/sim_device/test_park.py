@@ -229,7 +229,7 @@ def test_memory_that_sleeps_keeps_its_addresses(sim: SimDevice) -> None:
         for generation in "AB":
             report = park_model(model.model, sleeps=True)
             assert report.sleeps
-            sim.sleep("weights", discard=True)
+            sim.sleep("weights", discard=False)  # level 1: what is not parked is kept by vLLM
             state_of(model.model).fall_asleep()
             sim.wake("weights")
             state_of(model.model).wake_up()
