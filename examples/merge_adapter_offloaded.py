@@ -21,12 +21,8 @@ from transformers import AutoModelForCausalLM  # noqa: E402
 from transformers.utils import logging  # noqa: E402
 
 TARGETS = ("q_proj", "v_proj", "down_proj")
-ON_DISK = {
-    "model.embed_tokens": "cpu",
-    "model.rotary_emb": "cpu",
-    "model.layers": "disk",
-    "model.norm": "disk",
-}
+IN_MEMORY = ("model.embed_tokens", "model.rotary_emb", "lm_head")
+ON_DISK = {**dict.fromkeys(IN_MEMORY, "cpu"), "model.layers": "disk", "model.norm": "disk"}
 
 
 def write_adapter(model: torch.nn.Module, file: Path, rank: int) -> None:
@@ -84,7 +80,7 @@ def main() -> int:
         with materialized(offloaded):
             merged = merge(offloaded, adapter, alpha=2.0)
         assert on_disk == sum(weight.is_meta for weight in offloaded.parameters())
-        report = save_offloaded(offloaded, output, max_shard_size="200KB")
+        report = save_offloaded(offloaded, output, max_shard_size="50KB")
         print(
             f"{on_disk} weights on disk, {merged} of them merged; saved {report.nbytes:,} bytes to {output}"
         )

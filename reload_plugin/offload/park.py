@@ -53,7 +53,8 @@ def park(engine: Any) -> list[ParkReport]:
 
     Every weight is then a real tensor on the CPU: the same object, with its class, attributes and place in
     its module. Reading and writing it is allowed; what is written counts after ``unpark``. So does a reload
-    by any road. Requests are refused until then. Calling it again changes nothing.
+    by any road, which takes device memory for one copy of the model meanwhile. Requests are refused until
+    then. Calling it again changes nothing.
 
     Where vLLM's sleep mode is on (``enable_sleep_mode``), the engine is also put to sleep (level 1), which
     keeps the addresses of the weights and gives back the KV cache too. Without it the memory is freed and

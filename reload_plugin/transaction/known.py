@@ -45,6 +45,8 @@ def session_for(
 ) -> ReloadSession:
     """A session over a model that puts weights aside on disk when they come in too wild an order."""
     folder = chosen.pop("spill_dir", None)
+    if state.parked is not None:
+        policy = "staged"  # a layer that is committed is on the host, where the tail cannot read it (MLA)
 
     def order(infos: Any) -> Any:
         return _order(model, state, infos)

@@ -14,6 +14,7 @@ from reload_plugin import vllm_api
 from reload_plugin.device.accelerator import AcceleratorOps
 from reload_plugin.offload.park import park_model
 from reload_plugin.offload.parked_weights import recorded_tensors
+from reload_plugin.record.snapshot import ABSENT
 from reload_plugin.transaction.engine_state import state_of
 from tests.engine.gpu_methods import walker
 from tests.sim_device.device import SimDevice
@@ -228,12 +229,12 @@ def test_memory_that_sleeps_keeps_its_addresses(sim: SimDevice) -> None:
         for generation in "AB":
             report = park_model(model.model, sleeps=True)
             assert report.sleeps
-            sim.sleep("weights", discard=True)
+            sim.sleep("weights", discard=False)  # level 1: what is not parked is kept by vLLM
             state_of(model.model).fall_asleep()
-            if generation == "B":
-                ROADS["host iterator"](model, "B")
             sim.wake("weights")
             state_of(model.model).wake_up()
+            if generation == "B":
+                ROADS["host iterator"](model, "B")
             reload_plugin.unpark(model.model)
             expect_cold(PACKED, generation, model)
             expect_unmoved(before, model)
@@ -253,10 +254,14 @@ def test_what_cannot_be_parked_is_refused_and_serves_on(sim: SimDevice) -> None:
             reload_plugin.park(model.model)
         patch.undo()
         layer = next(m for name, m in model.model.named_modules() if name.endswith("o_proj"))
-        patch.setattr(layer, "input_size", layer.weight.data_ptr())  # an attribute that was recorded
+        held = next(h for one in state.record.layers for h in one.holders if h.ref() is layer)
+        patch.setattr(layer, "input_size", layer.weight.data_ptr())
+        patch.setitem(held.undo, ("attribute", "input_size"), ABSENT)  # as if processing had made it
+        vars(held).pop("keys", None)
         with pytest.raises(reload_plugin.UnsupportedError, match="input_size holds its address"):
             reload_plugin.park(model.model)
         patch.undo()
+        vars(held).pop("keys", None)
         state.broken = "half of it"
         with pytest.raises(reload_plugin.EngineBrokenError, match="Reload"):
             reload_plugin.park(model.model)
