@@ -30,7 +30,7 @@ def served(lab: roads.Lab) -> str:
                 return letter
         except Exception as error:  # noqa: BLE001 - an engine that cannot answer is an outcome
             return f"does not answer ({type(error).__name__})"
-    return "a mixture"
+    return "neither"
 
 
 def outcome(lab: roads.Lab, road: roads.Road) -> str:
