@@ -109,7 +109,7 @@ def main() -> None:
     parser.add_argument("--executor", choices=SCENARIOS, default="mp")
     parser.add_argument("--model", action="append", help="one of two_ranks.CASES; default: all")
     parser.add_argument("scenarios", nargs="*")
-    asked = parser.parse_args()
+    asked = parser.parse_intermixed_args()
     os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "fork")
     if asked.executor == "ray":
         ray_cluster.offer_platform(asked.folder / "platform")
