@@ -70,10 +70,8 @@ RAY = {
         two_ranks.layerwise,
         two_ranks.live_push,
         two_ranks.source_raises,
-        two_ranks.names_are_missing,
-        two_ranks.the_tail_raises,
-        two_ranks.live_push_fails_on_one_rank,
         *failing_ranks.SURVIVED,
+        two_ranks.live_push_fails_on_one_rank,
         failing_ranks.a_rank_is_killed,
     ),
 }
