@@ -130,6 +130,15 @@ SURVIVED = (
 )
 
 
+def is_running(process: int) -> bool:
+    """Whether a process goes on; one that has ended stays listed until somebody asks for its exit code."""
+    try:
+        stat = Path(f"/proc/{process}/stat").read_text()
+    except OSError:
+        return False
+    return stat.rpartition(")")[2].split()[0] not in "ZX"
+
+
 def a_rank_is_killed(engine: Engine) -> None:
     """While the other one waits for its vote. Such an engine is over: the last scenario that it sees."""
 
@@ -148,7 +157,7 @@ def a_rank_is_killed(engine: Engine) -> None:
     said = raised(lambda: engine.reload("B"))
     assert "rank 1 (" in said, "later calls name it too: " + said
     deadline = time.monotonic() + 2 * SECONDS  # vLLM gives it nine to end by itself
-    while survivor.exists() and Path(f"/proc/{survivor.read_text()}").exists():
+    while survivor.exists() and is_running(int(survivor.read_text())):
         assert time.monotonic() < deadline, "the other rank is still waiting"
         time.sleep(0.1)
     assert not committed.exists(), "the other rank committed alone"

@@ -8,6 +8,7 @@ Prints one JSON object; `ranks/test_replicas.py` runs it, and says what has to b
 import asyncio
 import json
 import sys
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +32,9 @@ async def answers(engine: Any, replica: int) -> list[dict]:
         prompt_logprobs=5,
     )
     found = []
-    for number, prompt in enumerate(oracle.PROMPTS):
-        request = engine.generate(
-            {"prompt_token_ids": prompt}, params, f"{replica}-{number}", data_parallel_rank=replica
-        )
+    for prompt in oracle.PROMPTS:
+        name = uuid.uuid4().hex
+        request = engine.generate({"prompt_token_ids": prompt}, params, name, data_parallel_rank=replica)
         async for output in request:
             last = output
         found.append(
@@ -69,8 +69,9 @@ async def run(case: oracle.Case, folders: dict[str, Path], cold: dict[str, list]
 
     how = oracle.ENGINE_KWARGS | dict(case.engine_kwargs) | {"data_parallel_size": REPLICAS}
     engine = AsyncLLM.from_engine_args(AsyncEngineArgs(model=str(folders["A"]), **how))
-    found: dict[str, Any] = {"start": await served(engine, cold)}
+    found: dict[str, Any] = {}
     try:
+        found["start"] = await served(engine, cold)
         for step, letter in enumerate("BAB"):
             states = await reload_plugin.reload_engine_async(engine, str(folders[letter]))
             found[f"reload {step}"] = [letter, await served(engine, cold), told(states)]
