@@ -19,6 +19,14 @@ from tests.zoo import case_named
 REPLICAS = 2
 
 
+class Steps(dict[str, Any]):
+    """What was served after each step; told as it comes, for who waits."""
+
+    def __setitem__(self, step: str, served: Any) -> None:
+        print(f"{step}: {served}", file=sys.stderr, flush=True)
+        super().__setitem__(step, served)
+
+
 async def answers(engine: Any, replica: int) -> list[dict]:
     """As `oracle.answer`, by one replica."""
     from vllm import SamplingParams
@@ -69,7 +77,7 @@ async def run(case: oracle.Case, folders: dict[str, Path], cold: dict[str, list]
 
     how = oracle.ENGINE_KWARGS | dict(case.engine_kwargs) | {"data_parallel_size": REPLICAS}
     engine = AsyncLLM.from_engine_args(AsyncEngineArgs(model=str(folders["A"]), **how))
-    found: dict[str, Any] = {}
+    found = Steps()
     try:
         found["start"] = await served(engine, cold)
         for step, letter in enumerate("BAB"):

@@ -37,6 +37,8 @@ VOTE_TIMEOUT = 600.0
 READY, COMMIT = "ready", "commit"
 NOT_EVERY_RANK = "Not every rank is ready"
 """How the error begins of a rank that did not commit because of others."""
+TOLD = 16
+"""Ranks that refuse and are named with their reasons; more of them say no more."""
 LONGEST = 2000
 """Characters of a reason that travel to the other ranks."""
 
@@ -133,6 +135,10 @@ class Vote:
     def _refuse(self, reason: str) -> None:
         try:
             self._store.set(self._key(self._place.rank), reason)
+            number = self._store.add(self._prefix + "refusals", 1)
+            if number <= TOLD:
+                self._store.set(self._refusal(number), json.dumps([self._place.rank, reason]))
+                self._past.append(self._refusal(number))
             self._decide({self._place.rank: reason})
         except Exception as error:  # noqa: BLE001 - the reload's own error is the one to raise
             logger.warning("The other ranks could not be told that this one failed: %s", error)
@@ -200,11 +206,11 @@ class Vote:
     def _reasons(self, decision: str) -> dict[int, str]:
         """Rank -> why it refused: what was decided on, and whatever other ranks have said since."""
         reasons = {int(rank): str(reason) for rank, reason in json.loads(decision).items()}
-        for rank in range(self._place.ranks):
-            if self._store.check([self._key(rank)]):
-                said = self._store.get(self._key(rank)).decode()
-                if said != READY:
-                    reasons[rank] = said
+        # One by one of those that refused: to ask for each rank would cost their square in all.
+        for number in range(1, min(self._store.add(self._prefix + "refusals", 0), TOLD) + 1):
+            if self._store.check([self._refusal(number)]):
+                rank, reason = json.loads(self._store.get(self._refusal(number)))
+                reasons[rank] = reason
         return reasons
 
     def _forget(self) -> None:
@@ -221,11 +227,15 @@ class Vote:
         text = "\n".join([f"{NOT_EVERY_RANK} to commit this reload, so none does.", *lines])
         return RanksDisagreeError(f"{text}\nEvery rank serves what it served before.", reasons)
 
+    def _refusal(self, number: int) -> str:
+        return f"{self._prefix}refusal/{number}"
+
     def _key(self, rank: int) -> str:
         return f"{self._prefix}{rank}"
 
     def _keys(self) -> list[str]:
-        return [self._key(self._place.rank), self._prefix + "ready", self._prefix + "decision"]
+        shared = [self._prefix + name for name in ("ready", "refusals", "decision")]
+        return [self._key(self._place.rank), *shared]
 
 
 class ReloadIds:
