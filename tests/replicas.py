@@ -2,7 +2,8 @@
 
     python -m tests.replicas FOLDER [CASE]
 
-Prints one JSON object; `ranks/test_replicas.py` runs it, and says what has to be in it.
+Prints what was served after each step. Both replicas have to answer as the checkpoint of the step, under one
+version and digest; a step that fails has to name its replica and leave both as they were.
 """
 
 import asyncio
