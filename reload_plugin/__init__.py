@@ -29,6 +29,7 @@ if TYPE_CHECKING:
         UnexpectedWeightsError,
         UnsupportedError,
         WeightsError,
+        WorkerDiedError,
     )
     from .export.offloaded import save_offloaded
     from .export.served import export_checkpoint
@@ -44,7 +45,7 @@ if TYPE_CHECKING:
     from .transaction.chunked_update import abort_weight_update, restore_for_reloading
     from .transaction.reload import record_for_reloading, reload_weights
     from .transaction.session import ReloadSession
-    from .transaction.status import ReloadStatus, reload_engine, status
+    from .transaction.status import ReloadStatus, reload_engine, reload_engine_async, status, status_async
 
 _HOME = {
     "DuplicateWeightsError": "errors",
@@ -74,6 +75,7 @@ _HOME = {
     "UnsupportedError": "errors",
     "VerifyReport": "report",
     "WeightsError": "errors",
+    "WorkerDiedError": "errors",
     "abort_weight_update": "transaction.chunked_update",
     "convert": "tools.conversion",
     "dispatch": "offload.keep",
@@ -90,11 +92,13 @@ _HOME = {
     "record_for_reloading": "transaction.reload",
     "reload_dispatched": "offload.reload_dispatched",
     "reload_engine": "transaction.status",
+    "reload_engine_async": "transaction.status",
     "reload_weights": "transaction.reload",
     "restore_for_reloading": "transaction.chunked_update",
     "restore_fsdp": "tools.fsdp",
     "save_offloaded": "export.offloaded",
     "status": "transaction.status",
+    "status_async": "transaction.status",
     "unflatten": "tools.nested",
     "unpark": "offload.park",
     "verify": "export.verify",
@@ -128,6 +132,7 @@ __all__ = [
     "UnsupportedError",
     "VerifyReport",
     "WeightsError",
+    "WorkerDiedError",
     "abort_weight_update",
     "convert",
     "dispatch",
@@ -144,11 +149,13 @@ __all__ = [
     "record_for_reloading",
     "reload_dispatched",
     "reload_engine",
+    "reload_engine_async",
     "reload_weights",
     "restore_for_reloading",
     "restore_fsdp",
     "save_offloaded",
     "status",
+    "status_async",
     "unflatten",
     "unpark",
     "verify",

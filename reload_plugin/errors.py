@@ -21,6 +21,7 @@
     ├── KernelFormatError          weights in kernel format that do not match it exactly
     ├── OffloadError               weights that live elsewhere could not be brought, taken back or written
     ├── RanksDisagreeError         another rank failed or did not answer, so no rank committed
+    ├── WorkerDiedError            a worker process of the engine died, and the engine with it
     ├── ExportError                weights could not be written out; lists every tensor concerned
     └── SessionError               a call that the state of the reload does not allow
         └── EngineBrokenError      the engine holds a mixture and refuses to serve until healed
@@ -88,6 +89,22 @@ class RanksDisagreeError(ReloadError):
 
     def __reduce__(self) -> tuple[object, ...]:
         return type(self), (str(self), self.reasons)
+
+
+class WorkerDiedError(ReloadError):
+    """A worker process of the engine died. vLLM ends the others then: the engine has to be started again.
+
+    Attributes:
+        ranks: rank -> how it ended.
+
+    """
+
+    def __init__(self, message: str, ranks: Mapping[int, str] | None = None) -> None:
+        super().__init__(message)
+        self.ranks = dict(ranks or {})
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return type(self), (str(self), self.ranks)
 
 
 class OffloadError(ReloadError):
@@ -225,6 +242,18 @@ def export_error(what: str, next_step: str, tensors: Mapping[str, str]) -> Expor
     """
     noun = "tensor" if len(tensors) == 1 else "tensors"
     return ExportError(f"{_list(f'{noun} {what}', tensors, 'tensors').strip()}\n{next_step}", tensors)
+
+
+def describe_ranks(texts: Mapping[int, str]) -> str:
+    """One line a text that ranks have in common: ``ranks 0, 2: no such folder``."""
+    by_text: dict[str, list[int]] = {}
+    for rank in sorted(texts):
+        by_text.setdefault(texts[rank], []).append(rank)
+    lines = []
+    for text, ranks in by_text.items():
+        noun = "rank" if len(ranks) == 1 else "ranks"
+        lines.append(f"{noun} {', '.join(map(str, ranks))}: {text}")
+    return "\n".join(lines)
 
 
 def _list(kind: str, found: Mapping[str, str], attribute: str | None = None) -> str:

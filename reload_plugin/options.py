@@ -63,6 +63,25 @@ the reload hashes only the arguments of native handles. False hashes nothing.
 """
 
 
+class Together(BaseModel):
+    """Several engines that reload together; whoever pushes to all of them makes this, see ``ranks.joint``."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    store: str
+    """``host:port`` of a TCPStore, where all ranks of all engines vote."""
+    reload_id: str
+    """Never used again."""
+    first: int
+    """The number of this engine's first rank among all."""
+    replica: int = 0
+    """The number of this engine's first replica."""
+    names: tuple[str, ...]
+    """What to call each rank in messages."""
+    seconds: float
+    """How long a rank waits for the others, once it is ready."""
+
+
 class ReloadOptions(BaseModel):
     """Options of one reload; see ``reload_weights``."""
 
@@ -79,6 +98,7 @@ class ReloadOptions(BaseModel):
     digest: Wanted = True
     require_marker: str | None = None
     progress: bool | None = None
+    together: Together | None = None
 
 
 ROAD_OPTIONS = "RELOAD_PLUGIN_OPTIONS"

@@ -271,8 +271,8 @@ def test_errors_of_the_readme_are_those_that_can_be_raised() -> None:
     named |= {
         name for cells in rows(README, "error", "cause") for name in re.findall(r"`(\w+Error)`", cells[1])
     }
-    # Of weights that go out: the recipes have it.
-    named |= {"ExportError"} & set(inline(ROOT / "examples" / "README.md"))
+    # Of weights that go out, and of worker processes: the recipes have them.
+    named |= {"ExportError", "WorkerDiedError"} & set(inline(ROOT / "examples" / "README.md"))
     public = {name for name in reload_plugin.__all__ if name.endswith("Error")}
     assert named <= {name for name in vars(errors) if name.endswith("Error")}
     assert public - named <= {"ReloadError", "NotRecordedError"}

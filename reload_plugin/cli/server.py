@@ -147,24 +147,30 @@ def _print_states(states: list[ReloadStatus], in_json: bool) -> None:
         return
     rows = [
         (
-            s.rank,
+            s.rank if len({state.replica for state in states}) == 1 else f"{s.replica}/{s.rank}",
             s.state if s.known else f"{s.state}, unknown weights",
             s.version,
             s.weight_version or "-",
             s.weights or "-",
             time.strftime("%F %T", time.localtime(s.since)),
             s.source,
+            s.digest or "-",
         )
         for s in states
     ]
-    table(("rank", "state", "version", "name", "weights on", "since", "source"), rows)
+    table(("rank", "state", "version", "name", "weights on", "since", "source", "digest"), rows)
     for state in states:
         if state.report is not None:
-            print(f"rank {state.rank}: last reload: {_described(state.report)}")
+            print(f"{label(state)}: last reload: {_described(state.report)}")
         if state.update:
-            print(f"rank {state.rank}: update open: {state.update}")
+            print(f"{label(state)}: update open: {state.update}")
         if state.last_error:
-            print(f"rank {state.rank}: last error: {' '.join(state.last_error.split())}")
+            print(f"{label(state)}: last error: {' '.join(state.last_error.split())}")
+
+
+def label(state: ReloadStatus) -> str:
+    """The rank that a state is of, with its replica where there may be several."""
+    return f"replica {state.replica} rank {state.rank}" if state.replica else f"rank {state.rank}"
 
 
 def _described(report: ReloadReport) -> str:
@@ -181,7 +187,7 @@ def push(
     checkpoint: str,
     options: dict[str, Any],
     pause: Pause,
-    reset_prefix_cache: bool,
+    empty_prefix_cache: bool,
     chunk_bytes: int | None,
     in_json: bool,
 ) -> int:
@@ -192,7 +198,7 @@ def push(
         checkpoint: path; where it exists here it is made absolute and its headers are read first.
         options: of ``reload_weights``.
         pause: what becomes of running requests while weights change.
-        reset_prefix_cache: drop what was computed with the old weights, once the new ones are served.
+        empty_prefix_cache: drop what was computed with the old weights, once the new ones are served.
         chunk_bytes: send it in pieces of about so many bytes while the old weights are served; needs a server
             with the weight-transfer engine ``files``.
         in_json: print the states of the ranks as JSON.
@@ -202,13 +208,13 @@ def push(
     before = server.status()
     started = time.perf_counter()
     if chunk_bytes is None:
-        with _paused(server, pause), waiting(f"reloading from {path}"), _explained(server):
+        with paused(server, pause), waiting(f"reloading from {path}"), _explained(server):
             server.rpc("reload_weights", weights_path=path, **options)
     else:
         _push_chunks(server, path, options, pause, chunk_bytes)
     seconds = time.perf_counter() - started
-    if reset_prefix_cache:
-        _reset_prefix_cache(server)
+    if empty_prefix_cache:
+        reset_prefix_cache(server)
     states = server.status()
     if any(now.version == then.version for now, then in zip(states, before, strict=False)):
         raise CommandError(
@@ -222,7 +228,8 @@ def push(
     return FINE
 
 
-def _reset_prefix_cache(server: Server) -> None:
+def reset_prefix_cache(server: Server) -> None:
+    """Drop what a server computed with the old weights."""
     if not server.post("reset_prefix_cache", timeout=QUICK).get("success", True):
         raise CommandError(
             "The new weights are served, but the prefix cache could not be reset: requests are running.",
@@ -246,7 +253,8 @@ def path_on_server(checkpoint: str) -> str:
 
 
 @contextlib.contextmanager
-def _paused(server: Server, pause: Pause) -> Iterator[None]:
+def paused(server: Server, pause: Pause) -> Iterator[None]:
+    """Around a reload: running requests are treated as ``pause`` says."""
     if pause == "none":
         yield
         return
@@ -311,7 +319,7 @@ def _push_chunks(server: Server, path: str, options: dict[str, Any], pause: Paus
                     server.post("update_weights", {"update_info": {"path": path, "names": names}})
                     done += nbytes
                     tick(done, total)
-            with _paused(server, pause), waiting("committing"):
+            with paused(server, pause), waiting("committing"):
                 server.post("finish_weight_update", {"weight_version": version} if version else {})
         except BaseException:
             with contextlib.suppress(ReloadError):

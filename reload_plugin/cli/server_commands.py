@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 from enum import StrEnum
 from typing import Annotated
 
 import typer
 
 from .program import Debug, Json, command
+from .show import CommandError
 
 Url = Annotated[str, typer.Argument(metavar="[URL]", help="Address of the server.")]
 ApiKey = Annotated[
@@ -31,6 +33,10 @@ def push(
     checkpoint: Annotated[
         str, typer.Argument(metavar="CHECKPOINT", help="A file or folder that the server can read.")
     ],
+    urls: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[URL]...", help="Addresses of servers; all of them or none."),
+    ] = None,
     url: Annotated[str, typer.Option(help="Address of the server.")] = LOCAL,
     version: Annotated[
         str | None, typer.Option(help="A name for these weights (for chunks: in /weight_info).")
@@ -50,12 +56,18 @@ def push(
     digest: Annotated[bool, typer.Option("--digest/--no-digest", help="Hash what is then served.")] = True,
     api_key: ApiKey = None,
     timeout: Timeout = 3600.0,
+    address: Annotated[
+        str | None, typer.Option(help="This machine, as several servers see it. Default: found out.")
+    ] = None,
     json: Json = False,
     debug: Debug = False,  # noqa: ARG001
 ) -> int:
-    r"""Reload a running server from a checkpoint, and say what it serves then.
+    r"""Reload a running server from a checkpoint, and say what it serves then; or several servers at once.
 
-    The server needs VLLM_SERVER_DEV_MODE=1. If anything fails it serves the old weights. --pause wait
+    Several servers load at the same time and commit when all of them are ready; if one fails, all serve the
+    old weights. They have to reach this machine, where they vote.
+
+    A server needs VLLM_SERVER_DEV_MODE=1. If anything fails it serves the old weights. --pause wait
     lets running requests end and clears the prefix cache; new ones wait meanwhile, or newer servers
     answer them with HTTP 503 (--pause keep queues them). --chunk-mib needs a server started with
     --weight-transfer-config '{"backend": "files"}', and pauses only for the last step.
@@ -65,6 +77,7 @@ def push(
       reload-plugin push /checkpoints/step-12 --version 12
       reload-plugin push /checkpoints/step-12 --url http://gpu-7:8000 --pause keep --reset-prefix-cache
       reload-plugin push /checkpoints/step-12 --chunk-mib 512
+      reload-plugin push /checkpoints/step-12 http://gpu-7:8000 http://gpu-8:8000
     """
     from . import server as remote
 
@@ -76,8 +89,20 @@ def push(
     }
     options = {name: value for name, value in given.items() if value} | ({} if digest else {"digest": False})
     chunk_bytes = None if chunk_mib is None else chunk_mib << 20
-    with remote.Server(url, api_key, timeout) as server:
-        return remote.push(server, checkpoint, options, pause.value, reset_prefix_cache, chunk_bytes, json)
+    addresses = urls or [url]
+    if len(addresses) == 1:
+        with remote.Server(addresses[0], api_key, timeout) as server:
+            return remote.push(
+                server, checkpoint, options, pause.value, reset_prefix_cache, chunk_bytes, json
+            )
+    if chunk_bytes is not None:
+        raise CommandError("A push in chunks goes to one server.", "Leave out --chunk-mib.")
+    from .many_servers import PushOptions, push_together
+
+    how = PushOptions(options, pause.value, reset_prefix_cache, timeout, address)
+    with contextlib.ExitStack() as stack:
+        servers = [stack.enter_context(remote.Server(one, api_key, timeout)) for one in addresses]
+        return push_together(servers, checkpoint, how, json)
 
 
 @command

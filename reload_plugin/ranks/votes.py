@@ -11,6 +11,7 @@ replicas, take a failure of one for a failure of all.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -19,7 +20,7 @@ import os
 import time
 import weakref
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,6 +35,10 @@ TIMEOUT = "RELOAD_PLUGIN_TIMEOUT"
 VOTE_TIMEOUT = 600.0
 
 READY, COMMIT = "ready", "commit"
+NOT_EVERY_RANK = "Not every rank is ready"
+"""How the error begins of a rank that did not commit because of others."""
+TOLD = 16
+"""Ranks that refuse and are named with their reasons; more of them say no more."""
 LONGEST = 2000
 """Characters of a reason that travel to the other ranks."""
 
@@ -45,6 +50,12 @@ class RankPlace:
     group: str
     rank: int
     ranks: int
+    names: tuple[str, ...] = ()
+    """What to call each rank in messages, where numbers do not say enough."""
+
+    def called(self, rank: int) -> str:
+        """The name of a rank of this group."""
+        return self.names[rank] if self.names else f"rank {rank}"
 
 
 class Vote:
@@ -72,6 +83,8 @@ class Vote:
         """Whether the ranks decided to commit."""
         self.postponed: BaseException | None = None
         """What interrupted the wait when commit was decided already; to be raised after the commit."""
+        self.in_doubt = False
+        """Whether this rank was ready and then lost the others: they may have committed, or not."""
         self._cast = False
         self._store = store
         self._place = place
@@ -92,6 +105,11 @@ class Vote:
         vote = Vote(self._store, self._place, "", self._past)
         vote._prefix, vote.vote_timeout = self._prefix + "then/", self.vote_timeout
         return vote
+
+    @property
+    def ranks(self) -> int:
+        """How many vote."""
+        return self._place.ranks
 
     @property
     def missed(self) -> bool:
@@ -117,6 +135,10 @@ class Vote:
     def _refuse(self, reason: str) -> None:
         try:
             self._store.set(self._key(self._place.rank), reason)
+            number = self._store.add(self._prefix + "refusals", 1)
+            if number <= TOLD:
+                self._store.set(self._refusal(number), json.dumps([self._place.rank, reason]))
+                self._past.append(self._refusal(number))
             self._decide({self._place.rank: reason})
         except Exception as error:  # noqa: BLE001 - the reload's own error is the one to raise
             logger.warning("The other ranks could not be told that this one failed: %s", error)
@@ -125,20 +147,25 @@ class Vote:
     def _agree(self) -> None:
         try:
             decision = self._ready()
+            self.in_doubt = False
             reasons = {} if decision == COMMIT else self._reasons(decision)
         except Exception as error:
-            raise _disagree({self._place.rank: f"could not reach the others: {error}"}) from error
+            lost = (
+                "lost the others, which may have committed" if self.in_doubt else "could not reach the others"
+            )
+            raise self._disagree({self._place.rank: f"{lost}: {error}"}) from error
         self.committed = decision == COMMIT
         if self.committed:
             self._forget()
         self._past += self._keys()
         if not self.committed:
-            raise _disagree(reasons)
+            raise self._disagree(reasons)
 
     def _ready(self) -> str:
         """Be ready, and wait; returns the decision."""
         try:
             self._store.set(self._key(self._place.rank), READY)
+            self.in_doubt = True
             if self._store.add(self._prefix + "ready", 1) == self._place.ranks:
                 return self._decide(COMMIT)
             return self._decide({} if self._decided() else self._silent())
@@ -169,16 +196,21 @@ class Vote:
 
     def _silent(self) -> dict[int, str]:
         ranks = [rank for rank in range(self._place.ranks) if not self._store.check([self._key(rank)])]
-        return dict.fromkeys(ranks, f"did not answer rank {self._place.rank} within {self.vote_timeout:g} s")
+        if not ranks:  # one of them is, or ended, between its key and its count
+            mine = self._place.rank
+            return {mine: f"waited {self.vote_timeout:g} s, and a rank was not counted though it was ready"}
+        return dict.fromkeys(
+            ranks, f"did not answer {self._place.called(self._place.rank)} within {self.vote_timeout:g} s"
+        )
 
     def _reasons(self, decision: str) -> dict[int, str]:
         """Rank -> why it refused: what was decided on, and whatever other ranks have said since."""
         reasons = {int(rank): str(reason) for rank, reason in json.loads(decision).items()}
-        for rank in range(self._place.ranks):
-            if self._store.check([self._key(rank)]):
-                said = self._store.get(self._key(rank)).decode()
-                if said != READY:
-                    reasons[rank] = said
+        # One by one of those that refused: to ask for each rank would cost their square in all.
+        for number in range(1, min(self._store.add(self._prefix + "refusals", 0), TOLD) + 1):
+            if self._store.check([self._refusal(number)]):
+                rank, reason = json.loads(self._store.get(self._refusal(number)))
+                reasons[rank] = reason
         return reasons
 
     def _forget(self) -> None:
@@ -190,17 +222,20 @@ class Vote:
             logger.warning("Keys of earlier reloads could not be deleted: %s", error)
         self._past.clear()
 
+    def _disagree(self, reasons: dict[int, str]) -> RanksDisagreeError:
+        lines = [f"  {self._place.called(rank)}: {reason}" for rank, reason in sorted(reasons.items())]
+        text = "\n".join([f"{NOT_EVERY_RANK} to commit this reload, so none does.", *lines])
+        return RanksDisagreeError(f"{text}\nEvery rank serves what it served before.", reasons)
+
+    def _refusal(self, number: int) -> str:
+        return f"{self._prefix}refusal/{number}"
+
     def _key(self, rank: int) -> str:
         return f"{self._prefix}{rank}"
 
     def _keys(self) -> list[str]:
-        return [self._key(self._place.rank), self._prefix + "ready", self._prefix + "decision"]
-
-
-def _disagree(reasons: dict[int, str]) -> RanksDisagreeError:
-    lines = [f"  rank {rank}: {reason}" for rank, reason in sorted(reasons.items())]
-    text = "\n".join(["Not every rank is ready to commit this reload, so none does.", *lines])
-    return RanksDisagreeError(f"{text}\nEvery rank serves what it served before.", reasons)
+        shared = [self._prefix + name for name in ("ready", "refusals", "decision")]
+        return [self._key(self._place.rank), *shared]
 
 
 class ReloadIds:
@@ -270,6 +305,21 @@ def vote_for(record: ModelRecord) -> Vote | None:
         vote(error)
         raise
     return vote
+
+
+def refuse_next(records: Iterable[ModelRecord], error: BaseException) -> None:
+    """A call of the executor raised on this rank. Others may wait in it for a vote to which this one does not
+    come: it votes against the next one that would begin here. Costs two operations of the store.
+
+    Does nothing where calls are not counted: there the next vote may be one of the next reload.
+    """
+    if not counts_calls():
+        return
+    for record in records:
+        with contextlib.suppress(ReloadError):
+            vote = vote_for(record)
+            if vote is not None:
+                vote(error)
 
 
 def vote_among(purpose: str, ranks: Sequence[int], rank: int) -> Vote:

@@ -23,7 +23,7 @@ def policy_for_source(
 
     """
     if chosen.policy == "auto":
-        alone = ranks_of(state.record) == 1 and not chosen.whole_model
+        alone = _voters(state) == 1 and not chosen.whole_model
         reads_again = plan is not None and alone and has_rollback_source(model, state)
         return POLICIES["reread" if reads_again else "host"]
     policy = POLICIES[chosen.policy]
@@ -47,7 +47,7 @@ def policy_for_iterator(model: nn.Module, state: EngineState, chosen: ReloadOpti
         policy = POLICIES[chosen.policy]
         _require_rollback_source(model, state, policy)
         return policy
-    if chosen.whole_model or ranks_of(state.record) > 1:
+    if chosen.whole_model or _voters(state) > 1:
         return POLICIES["host"]
     needed = sum(group.nbytes for group in state.record.groups)
     crowded = ops_for(state.record.target_device).free_bytes() < needed + needed // 4
@@ -58,12 +58,17 @@ def require_one_rank(state: EngineState, chosen: ReloadOptions) -> None:
     """Raises ReloadError for a policy that commits group by group, where several ranks have to commit
     together.
     """
-    ranks = ranks_of(state.record)
+    ranks = _voters(state)
     if chosen.policy not in ("auto", "host") and ranks > 1:
         raise ReloadError(
             f"policy={chosen.policy!r} commits layer by layer, and {ranks} ranks can commit together "
             f"under 'host' only. {SERVES_OLD}"
         )
+
+
+def _voters(state: EngineState) -> int:
+    """Ranks that have to commit together, those of other engines included."""
+    return ranks_of(state.record) if state.vote is None else state.vote.ranks
 
 
 def _require_rollback_source(model: nn.Module, state: EngineState, policy: Policy) -> None:

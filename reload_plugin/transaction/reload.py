@@ -82,6 +82,7 @@ def reload_weights(
               not, nor what native handles are made of, so that the status cannot tell it either.
             * ``progress``: whether a bar on stderr counts the bytes of a reload from disk. None: on rank 0
               where stderr is a terminal.
+            * ``together``: engines that commit together with this one, or not at all; see ``ranks.joint``.
             * ``whole_model``: load everything before anything is processed; for models whose loader comes
               back to layers it has finished.
 
@@ -95,7 +96,7 @@ def reload_weights(
 
     """
     started = time.perf_counter()
-    with reload_call(model) as state, full_gc_paused(), as_reload_errors(state):
+    with reload_call(model, together=how.get("together")) as state, full_gc_paused(), as_reload_errors(state):
         chosen = options(**how)
         require_one_rank(state, chosen)
         if weights_iterator is not None and weights_path is not None:

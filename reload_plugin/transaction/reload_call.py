@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 
 from torch import nn
 
 from .. import vllm_api
 from ..errors import SERVES_OLD, ReloadError, UnsupportedError
 from ..interrupts import held
+from ..options import Together
+from ..ranks.joint import joint_vote, together_in
 from ..ranks.votes import vote_for
 from .engine_state import EngineState, state_of
 
@@ -18,13 +21,14 @@ SHARED = "ipc_cache"
 
 
 @contextlib.contextmanager
-def reload_call(model: nn.Module, spans_calls: bool = False) -> Iterator[EngineState]:
+def reload_call(model: nn.Module, spans_calls: bool = False, together: Any = None) -> Iterator[EngineState]:
     """Around one reload, from its beginning to its commit. What it fails with is kept for ``status``.
 
     Args:
         model: that is reloaded.
         spans_calls: the caller's own code runs in between and may serve; the model is taken only for a call
             of the session each.
+        together: the option of that name, not yet checked.
 
     Raises:
         UnsupportedError: see ``refuse_shared_weights``.
@@ -34,7 +38,7 @@ def reload_call(model: nn.Module, spans_calls: bool = False) -> Iterator[EngineS
     state = state_of(model)
     with held(), state.in_a_call() if not spans_calls else contextlib.nullcontext():
         try:
-            with with_all_ranks(state):
+            with with_all_ranks(state, together_in(together)):
                 refuse_shared_weights(state)
                 state.refuse_while_update_open()
                 yield state
@@ -69,19 +73,21 @@ def as_reload_errors(state: EngineState) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def with_all_ranks(state: EngineState) -> Iterator[None]:
-    """One reload on every rank of the model: what fails here before the commit fails everywhere.
+def with_all_ranks(state: EngineState, engines: Together | None = None) -> Iterator[None]:
+    """One reload on every rank of the model, and of the engines that reload together with it: what fails here
+    before the commit fails everywhere.
 
     A commit itself cannot be taken back elsewhere: a rank on which it fails refuses to serve.
 
     Raises:
         RanksDisagreeError: another rank failed, or did not get ready in time.
-        EngineBrokenError: the other ranks have committed and this one could not.
+        EngineBrokenError: the other ranks have committed and this one could not; or it does not know whether
+            they have.
 
     """
     if state.vote is not None:
         state.refuse_while_update_open()
-    vote = state.vote = vote_for(state.record)
+    vote = state.vote = vote_for(state.record) if engines is None else joint_vote(state.record, engines)
     before = state.generation
     try:
         yield
@@ -89,6 +95,10 @@ def with_all_ranks(state: EngineState) -> Iterator[None]:
         if vote is not None and vote.committed and state.generation is before:
             reason = f"the other ranks committed a reload that failed here: {error}"
             raise state.break_(reason) from error
+        if vote is not None and vote.in_doubt:
+            raise state.break_(
+                f"this rank was ready to commit and does not know if others did: {error}"
+            ) from error
         if vote is not None:
             vote(error)
         raise

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable
 from typing import Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict
@@ -44,15 +45,18 @@ class ReloadStatus(BaseModel):
     report: ReloadReport | None = None
     """Of the last reload that succeeded, without the lists of what it kept and ignored."""
     rank: int = 0
+    replica: int = 0
+    """Which of the engine's replicas (``data_parallel_size``)."""
 
 
-def status_of(model: nn.Module, digest: bool = True, rank: int = 0) -> ReloadStatus:
+def status_of(model: nn.Module, digest: bool = True, rank: int = 0, replica: int = 0) -> ReloadStatus:
     """The state of a model.
 
     Args:
         model: a recorded model.
         digest: compute the digest if it is not known, and keep it. Reads all weights once.
         rank: this rank, for the answer.
+        replica: this replica, for the answer.
 
     Raises:
         NotRecordedError: the model was built without the plugin.
@@ -77,6 +81,7 @@ def status_of(model: nn.Module, digest: bool = True, rank: int = 0) -> ReloadSta
         last_error=state.broken or state.outcome.error,
         report=None if report is None else report.model_copy(update={"digest": known}),
         rank=rank,
+        replica=replica,
     )
 
 
@@ -106,6 +111,7 @@ def status(engine: Any, digest: bool = True) -> list[ReloadStatus]:
     """
     if isinstance(engine, nn.Module):
         return [status_of(engine, digest)]
+    _require_sync(engine, "status")
     answers = engine.collective_rpc("reload_status", kwargs={"digest": digest})
     return [ReloadStatus.model_validate(answer) for answer in answers]
 
@@ -136,9 +142,8 @@ def reload_engine(
         ReloadError: the reload failed and the engine serves what it served before.
 
     """
-    asked = tuple(reset_caches)
-    if unknown := sorted(set(asked) - set(get_args(Cache))):
-        raise ReloadError(f"No cache is called {', '.join(unknown)}: {', '.join(get_args(Cache))} are.")
+    asked = _known(reset_caches)
+    _require_sync(llm, "reload_engine")
     llm.collective_rpc("reload_weights", kwargs={"weights_path": weights_path, **how})
     engine = llm.llm_engine
     calls = {
@@ -155,9 +160,62 @@ def reload_engine(
 def _reset(cache: Cache, call: Callable[[], object]) -> str:
     """Reset one cache; returns the outcome. Never raises, because the new weights are served already."""
     try:
-        reason = "running requests hold parts of it; reset it when they have ended" if call() is False else ""
+        return _outcome(cache, "" if call() is not False else HELD)
     except Exception as error:  # noqa: BLE001 - any error is part of the outcome
-        reason = f"{type(error).__name__}: {error}"
+        return _outcome(cache, f"{type(error).__name__}: {error}")
+
+
+async def _reset_async(cache: Cache, call: Callable[[], Awaitable[object]]) -> str:
+    """Likewise."""
+    try:
+        return _outcome(cache, "" if await call() is not False else HELD)
+    except Exception as error:  # noqa: BLE001 - any error is part of the outcome
+        return _outcome(cache, f"{type(error).__name__}: {error}")
+
+
+HELD = "running requests hold parts of it; reset it when they have ended"
+
+
+def _outcome(cache: Cache, reason: str) -> str:
     if reason:
         logger.warning("The %s cache holds results of the old weights. It was not reset: %s", cache, reason)
     return f"not reset: {reason}" if reason else "reset"
+
+
+async def status_async(engine: Any, digest: bool = True) -> list[ReloadStatus]:
+    """The state of every rank of every replica of an ``AsyncLLM``; see ``status``."""
+    answers = await engine.collective_rpc("reload_status", kwargs={"digest": digest})
+    return [ReloadStatus.model_validate(answer) for answer in answers]
+
+
+async def reload_engine_async(
+    engine: Any, weights_path: str | None = None, reset_caches: Iterable[Cache] = (), **how: Any
+) -> list[ReloadStatus]:
+    """Reload all ranks of all replicas of an ``AsyncLLM`` from disk; see ``reload_engine``.
+
+    Every replica commits, or none does. While it is reloaded a replica answers no requests.
+    """
+    asked = _known(reset_caches)
+    await engine.collective_rpc("reload_weights", kwargs={"weights_path": weights_path, **how})
+    calls = {
+        "prefix": engine.reset_prefix_cache,
+        "encoder": engine.reset_encoder_cache,
+        "multimodal": engine.reset_mm_cache,
+    }
+    if asked:
+        outcomes = {cache: await _reset_async(cache, calls[cache]) for cache in asked}
+        await engine.collective_rpc("note_reset_caches", kwargs={"outcomes": outcomes})
+    return await status_async(engine)
+
+
+def _known(caches: Iterable[Cache]) -> tuple[Cache, ...]:
+    asked = tuple(caches)
+    if unknown := sorted(set(asked) - set(get_args(Cache))):
+        raise ReloadError(f"No cache is called {', '.join(unknown)}: {', '.join(get_args(Cache))} are.")
+    return asked
+
+
+def _require_sync(engine: Any, name: str) -> None:
+    """A coroutine that nobody waits for would do nothing, and nobody would know."""
+    if inspect.iscoroutinefunction(engine.collective_rpc):
+        raise ReloadError(f"{type(engine).__name__} answers asynchronously: await {name}_async(...) instead.")

@@ -37,6 +37,9 @@ PROCESSES = "vllm.v1.executor.multiproc_executor"
 EXECUTOR = (PROCESSES, "MultiprocExecutor")
 WORKER_PROCESS = (PROCESSES, "WorkerProc")
 ENGINE_CORE = ("vllm.v1.engine.core", "EngineCore")
+CLIENTS = "vllm.v1.engine.core_client"
+REPLICAS = (CLIENTS, "DPLBAsyncMPClient")
+"""What a front end asks its replicas through, where vLLM balances their load."""
 RUN_METHOD = ("vllm.v1.serial_utils", "run_method")
 
 

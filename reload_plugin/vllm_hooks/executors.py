@@ -1,14 +1,13 @@
-"""vLLM's executor with several worker processes: calls are counted, and each call reads its own answers."""
+"""vLLM's worker processes: calls are counted, and a call that raises leaves no other rank waiting."""
 
 from __future__ import annotations
 
-import inspect
-import time
 from collections.abc import Callable
 from typing import Any
 
-from ..ranks.votes import begin_call
+from ..ranks.votes import begin_call, refuse_next
 from ..transaction.push_failures import current_call
+from .workers import states_of
 
 
 def counting_calls(original: Callable[..., None]) -> Callable[..., None]:
@@ -53,66 +52,14 @@ def counting_calls_of_a_loop(original: Callable[..., None]) -> Callable[..., Non
     return worker_busy_loop
 
 
-class _Answers:
-    """The answers of one rank: how many were asked for, and how many were read."""
-
-    def __init__(self, queue: Any) -> None:
-        self.queue = queue
-        self.asked = 0
-        self.read = 0
-
-
-class _Answer:
-    """One answer of a rank; stands for the rank's queue in one call."""
-
-    def __init__(self, answers: _Answers) -> None:
-        self.awaited = False
-        self._answers = answers
-        self._number = answers.asked
-
-    def dequeue(self, timeout: float | None = None) -> Any:
-        self.awaited = True
-        deadline = None if timeout is None else time.monotonic() + timeout
-        while True:
-            left = None if deadline is None else max(0.0, deadline - time.monotonic())
-            found = self._answers.queue.dequeue(timeout=left)
-            self._answers.read += 1
-            if self._answers.read == self._number:
-                return found
-
-
-ANSWERS = "_reload_plugin_answers"
-AGGREGATORS = ("kv_output_aggregator", "ec_output_aggregator")
-"""With one of these, every rank answers whatever ``unique_reply_rank`` says."""
-
-
-def reading_own_answers(original: Callable[..., Any]) -> Callable[..., Any]:
-    """The executor's ``collective_rpc``, where each call reads its own answers.
-
-    vLLM's stops at the first rank that failed, and the answers of the ranks after it are read by the next
-    call: after one failed reload, every later one would report what became of the one before.
+def telling_other_ranks(original: Callable[..., Any]) -> Callable[..., Any]:
+    """``WorkerProc.handle_output``, which gets what a call of the worker returned, or its error: a rank whose
+    call raised takes part in no vote of this call any more, so it refuses the one that others may wait in.
     """
-    signature = inspect.signature(original)
 
-    def collective_rpc(self: Any, *args: Any, **kwargs: Any) -> Any:
-        queues = self.response_mqs
-        known: list[_Answers] = self.__dict__.setdefault(ANSWERS, [])
-        if [answers.queue for answers in known] != queues:
-            known[:] = [_Answers(queue) for queue in queues]
-        given = signature.bind(self, *args, **kwargs).arguments
-        only = None if any(given.get(name) for name in AGGREGATORS) else given.get("unique_reply_rank")
-        asked = known if only is None else known[only : only + 1]
-        for answers in asked:
-            answers.asked += 1
-        self.response_mqs = own = [_Answer(answers) for answers in known]
-        try:
-            return original(self, *args, **kwargs)
-        except BaseException:
-            if not any(answer.awaited for answer in own):  # it was never sent
-                for answers in asked:
-                    answers.asked -= 1
-            raise
-        finally:
-            self.response_mqs = queues
+    def handle_output(self: Any, output: Any) -> Any:
+        if isinstance(output, BaseException):
+            refuse_next([state.record for state in states_of(self.worker)], output)
+        return original(self, output)
 
-    return collective_rpc
+    return handle_output

@@ -41,10 +41,30 @@ def replace_function(module: str, name: str, wrap: Wrap) -> None:
 def replace_method(module: str, cls: str, name: str, wrap: Wrap) -> None:
     """Replace a method of a class, if vLLM has imported it and it has that method, and only once."""
     owner = getattr(sys.modules.get(module), cls, None)
-    original = getattr(owner, name, None)
-    if original is None or any(patch.owner is owner and patch.name == name for patch in _patches):
-        return
-    _replace(owner, name, original, functools.wraps(original)(wrap(original)))
+    if owner is not None and hasattr(owner, name):
+        replace_own_method(owner, name, wrap)
+
+
+def replace_method_of_all(module: str, cls: str, name: str, wrap: Wrap) -> None:
+    """As ``replace_method``, and in every subclass that has the method too.
+
+    Ray makes a subclass of an actor's class with copies of all its methods, so a patch of the class itself is
+    not seen by actors.
+    """
+    replace_method(module, cls, name, wrap)
+    waiting = list(getattr(sys.modules.get(module), cls).__subclasses__())
+    while waiting:
+        owner = waiting.pop()
+        waiting += owner.__subclasses__()
+        if name in vars(owner):
+            replace_own_method(owner, name, wrap)
+
+
+def replace_own_method(owner: type, name: str, wrap: Wrap) -> None:
+    """Replace a method that a class has, itself or by inheritance, and only once."""
+    if not any(patch.owner is owner and patch.name == name for patch in _patches):
+        original = getattr(owner, name)
+        _replace(owner, name, original, functools.wraps(original)(wrap(original)))
 
 
 def _replace(owner: Any, name: str, original: object, replacement: object) -> None:

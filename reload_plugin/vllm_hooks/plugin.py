@@ -6,10 +6,11 @@ import functools
 import logging
 import os
 import sys
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 from .. import vllm_api
-from .patches import patched, replace_function, replace_method, undo_all
+from .patches import patched, replace_function, replace_method, replace_method_of_all, undo_all
 
 if TYPE_CHECKING:
     from .ranges import Hooks
@@ -75,7 +76,7 @@ def unregister() -> None:
 
 def _patch_all(hooks: Hooks) -> None:
     from ..transaction.vllm_processing import use_process_weights
-    from . import construction, executors, layerwise, live, parking
+    from . import answers, construction, layerwise, live, parking, replicas
 
     use_process_weights(vllm_api.get(vllm_api.LOADER_UTILS, "process_weights_after_loading"))
     processing = construction.recording_processing(then=functools.partial(_patch_workers, hooks))
@@ -85,11 +86,19 @@ def _patch_all(hooks: Hooks) -> None:
     replace_function(vllm_api.LAYERWISE, "initialize_layerwise_reload", layerwise.opening)
     for name in ("finalize_layerwise_reload", "finalize_layerwise_processing"):
         replace_function(vllm_api.LAYERWISE, name, layerwise.finishing)
-    replace_method(*vllm_api.EXECUTOR, "collective_rpc", executors.reading_own_answers)
+    replace_method(*vllm_api.EXECUTOR, "collective_rpc", answers.reading_own_answers)
     hooks.patch_worker_process()
-    replace_method(*vllm_api.WORKER_PROCESS, "handle_output", live.hearing_answers)
+    replace_method_of_all(*vllm_api.WORKER_PROCESS, "handle_output", _answering)
     replace_function(*vllm_api.RUN_METHOD, live.hearing)
     parking.patch_engine_core()
+    vllm_api.get(*vllm_api.REPLICAS)  # it has to be imported to be patched
+    replace_method(*vllm_api.REPLICAS, "collective_rpc_async", replicas.reaching_all_replicas)
+
+
+def _answering(original: Callable[..., Any]) -> Callable[..., Any]:
+    from . import executors, live
+
+    return executors.telling_other_ranks(live.hearing_answers(original))
 
 
 def _patch_workers(hooks: Hooks) -> None:

@@ -58,7 +58,8 @@ def add_worker_calls(worker: type) -> None:
     def reload_status(self: Any, digest: bool = True) -> dict[str, Any]:
         """The state of this worker's model, as JSON; see ``status.ReloadStatus``."""
         model = vllm_api.unwrapped(self.model_runner.get_model())
-        return status_of(model, digest, int(getattr(self, "rank", 0))).model_dump(mode="json")
+        replica = getattr(getattr(self, "parallel_config", None), "data_parallel_index", 0)
+        return status_of(model, digest, int(getattr(self, "rank", 0)), replica).model_dump(mode="json")
 
     def note_reset_caches(self: Any, outcomes: dict[str, str]) -> None:
         """Put into the last report what became of caches (by name) that only the engine can reset."""

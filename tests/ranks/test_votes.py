@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from reload_plugin import errors
 from reload_plugin.ranks import votes as ranks
-from tests import two_ranks
+from tests import rank_scenarios
 
 RANKS = 3
 
@@ -314,15 +314,14 @@ def test_a_store_that_is_gone_is_a_refusal() -> None:
 
 @pytest.fixture(scope="module")
 def scenarios(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], str]:
-    """What went wrong in each scenario of `two_ranks`, by model and name; all run in one process."""
-    script = "from tests import two_ranks; two_ranks.main()"
+    """What went wrong in each scenario of `rank_scenarios`, by model and name; all run in one process."""
     done = subprocess.run(
-        [sys.executable, "-c", script, str(tmp_path_factory.mktemp("two_ranks"))],
+        [sys.executable, "-m", "tests.rank_scenarios", str(tmp_path_factory.mktemp("two_ranks"))],
         capture_output=True,
         text=True,
         cwd=Path(__file__).parents[2],
         # vLLM compiles small functions of its sampler in every new process, for longer than all else takes.
-        env=os.environ | {"VLLM_WORKER_MULTIPROC_METHOD": "fork", "TORCHDYNAMO_DISABLE": "1"},
+        env=os.environ | {"TORCHDYNAMO_DISABLE": "1"},
     )
     lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("[")]
     found = {(kind, name): error for kind, name, _, error in lines}
@@ -330,7 +329,7 @@ def scenarios(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str],
     return found
 
 
-EACH = [(kind, scenario.__name__) for kind, chosen in two_ranks.SCENARIOS.items() for scenario in chosen]
+EACH = [(kind, scenario.__name__) for kind, chosen in rank_scenarios.PROCESSES.items() for scenario in chosen]
 
 
 @pytest.mark.alone

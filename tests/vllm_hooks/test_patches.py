@@ -8,7 +8,7 @@ import pytest
 
 from reload_plugin.record.model_record import record_of
 from reload_plugin.transaction.engine_state import state_of
-from reload_plugin.vllm_hooks import construction, plugin
+from reload_plugin.vllm_hooks import construction, patches, plugin
 from tests.transaction.test_session import CONFIG, A, B, Model, cold, registered, start, values  # noqa: F401 - a fixture among them
 
 
@@ -115,3 +115,31 @@ def test_two_models_built_at_once_are_both_recorded() -> None:
     go_on.set()
     thread.join(10)
     assert all(record_of(built[name]) is not None for name in ("first", "second"))
+
+
+def test_copies_of_a_method_in_subclasses_are_patched_and_put_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray runs an actor in a subclass that has copies of all methods of the actor's class."""
+
+    class Worker:
+        def run(self) -> str:
+            return "plain"
+
+    class Inherits(Worker):
+        pass
+
+    class Copy(Inherits):
+        run = Worker.run
+
+    module = types.ModuleType("module_of_workers")
+    module.Worker = Worker
+    monkeypatch.setitem(sys.modules, "module_of_workers", module)
+    monkeypatch.setattr(patches, "_patches", [])
+    monkeypatch.setattr(patches, "_additions", [])
+    for _ in range(2):
+        patches.replace_method_of_all(
+            "module_of_workers", "Worker", "run", lambda original: lambda self: f"patched {original(self)}"
+        )
+    assert [cls().run() for cls in (Worker, Inherits, Copy)] == ["patched plain"] * 3
+    patches.undo_all()
+    assert [cls().run() for cls in (Worker, Inherits, Copy)] == ["plain"] * 3
+    assert "run" not in vars(Inherits)

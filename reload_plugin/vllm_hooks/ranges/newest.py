@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ... import vllm_api
 from .. import executors, runners
-from ..patches import replace_function, replace_method
+from ..patches import replace_function, replace_method, replace_method_of_all
 
 
 class Hooks:
@@ -21,4 +21,4 @@ class Hooks:
 
     def patch_worker_process(self) -> None:
         """The place where a worker process takes up a call."""
-        replace_method(*vllm_api.WORKER_PROCESS, "_execute_worker_rpc", executors.counting_calls)
+        replace_method_of_all(*vllm_api.WORKER_PROCESS, "_execute_worker_rpc", executors.counting_calls)
