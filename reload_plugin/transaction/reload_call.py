@@ -28,7 +28,8 @@ def reload_call(model: nn.Module, spans_calls: bool = False) -> Iterator[EngineS
 
     Raises:
         UnsupportedError: see ``refuse_shared_weights``.
-        SessionError: a weight update is open and well, or another thread is in a call; it says whose.
+        SessionError: the engine sleeps; a weight update is open and well, or another thread is in a call, it
+            says whose.
 
     """
     state = state_of(model)
@@ -36,6 +37,7 @@ def reload_call(model: nn.Module, spans_calls: bool = False) -> Iterator[EngineS
         try:
             with with_all_ranks(state):
                 refuse_shared_weights(state)
+                state.refuse_while_asleep("reload")
                 state.refuse_while_update_open()
                 yield state
         except BaseException as error:
