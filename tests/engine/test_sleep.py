@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from reload_plugin import EngineBrokenError, status
+from reload_plugin.vllm_hooks import workers
 from tests import roads
 
 Push = Callable[[roads.Lab, roads.Weights], None]
@@ -59,7 +60,7 @@ def test_an_engine_that_lost_its_weights_refuses_requests_until_a_reload(lab: ro
     lab.llm.wake_up()
     assert status(lab.llm)[0].state == "lost"
     with pytest.raises(EngineBrokenError, match=r"discarded.*Reload a complete checkpoint"):
-        lab.serve()
+        lab.rpc(lambda worker: workers.guarding(lambda *_: None)(worker))  # a forward pass
     roads.whole(lab, lab.weights[letter])
     assert lab.difference(letter) == ""
 
