@@ -24,8 +24,8 @@ class ReloadStatus(BaseModel):
     state: State
     """``updating``: an update is open and the old weights are served. Nothing is served in the others:
     ``parked``: the weights are in host memory until they are unparked; ``asleep``: their memory is away until
-    it is woken up; ``lost``: their values are gone, by a deep sleep, a discard or a reset; ``broken``: a reload
-    failed half way. A reload heals the last two.
+    it is woken up; ``lost``: their values are gone, by a deep sleep, a discard or a reset; ``broken``: a
+    reload failed half way. A reload heals the last two.
     """
     version: int
     """Reloads committed since the start."""
