@@ -138,7 +138,7 @@ def show_status(server: Server, in_json: bool) -> int:
     """``status``: exit code 1 where a rank does not serve."""
     states = server.status()
     _print_states(states, in_json)
-    return NO if any(state.state in ("parked", "broken") for state in states) else FINE
+    return NO if any(state.state not in ("serving", "updating") for state in states) else FINE
 
 
 def _print_states(states: list[ReloadStatus], in_json: bool) -> None:

@@ -19,12 +19,18 @@ class Generation:
     """Of all that the kernels read; None until it was computed. See ``digest.digest``."""
     known: bool = True
     """False where somebody else wrote to the served weights, so that nothing here tells what they are."""
+    lost: bool = False
+    """Whether the memory of the weights was discarded or overwritten: nothing is served."""
     since: float = field(default_factory=time.time)
     """Unix time (s) of the commit."""
 
     def with_digest(self, digest: str | None) -> Generation:
         """The same generation with its computed digest."""
         return replace(self, digest=digest)
+
+    def as_lost(self) -> Generation:
+        """The same generation, of which nothing is left."""
+        return replace(self, digest=None, lost=True)
 
     def without_digest(self) -> Generation:
         """The same generation with an unknown digest, because the served weights may have been written to."""

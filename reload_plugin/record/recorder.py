@@ -122,7 +122,8 @@ class _Recorder:
         if storage is None or tensor.is_meta:
             return noted or AsServed()
         if tensor.numel() * tensor.element_size() <= SMALL_BYTES:
-            return Values(tensor.detach().clone())
+            # On the host: while a model starts, its device's memory may belong to a pool that sleep discards.
+            return Values(tensor.detach().to("cpu", copy=True))
         return AsServed()
 
 
@@ -299,7 +300,7 @@ def _has_initial_values(record: TensorRecord) -> bool:
     """Whether a tensor still has the constructor's shape and values after PWAL."""
     tensor, initial = record.ref(), record.format.initial
     same_shape = isinstance(initial, Values) and tensor is not None and tensor.shape == initial.tensor.shape
-    return same_shape and torch.equal(tensor, initial.tensor)  # type: ignore[arg-type, union-attr]
+    return same_shape and torch.equal(tensor.cpu(), initial.tensor)  # type: ignore[union-attr]
 
 
 def _difference(constructed: Contents, after: Contents) -> Contents:

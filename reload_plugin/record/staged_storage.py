@@ -98,7 +98,7 @@ class StagedStorage:
         """Make placeholders; or the values themselves for a tensor smaller than its description."""
         only = self.records[0] if len(self.records) == 1 else None
         if only is not None and only.scalars is not None and not self.from_served:
-            view = only.scalars.clone()
+            view = only.scalars.to(device, copy=True)
             self.storage, self.views = view.untyped_storage(), {id(only): view}
             self.materialised = True
             return

@@ -27,7 +27,9 @@ class Constant:
 
 @dataclass(frozen=True, eq=False)
 class Values:
-    """The constructor's values; the record owns this copy (at most ``SMALL_BYTES``)."""
+    """The constructor's values; the record owns this copy (at most ``SMALL_BYTES``), in host memory, which no
+    device's sleep mode discards.
+    """
 
     tensor: torch.Tensor
 

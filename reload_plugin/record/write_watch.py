@@ -15,7 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..tensors import storage_id
 from .model_record import ModelRecord, TensorRecord
-from .tensor_layout import AsServed, Values
+from .tensor_layout import Values
+from .unloaded_values import computed_by_constructor
 
 
 class WriteWatch(TorchDispatchMode):
@@ -41,7 +42,7 @@ class WriteWatch(TorchDispatchMode):
         """Tensor record (by identity) -> what the constructor put into it, where PWAL wrote to it."""
         self._in_tail = False
         self._unkept: dict[int, list[tuple[TensorRecord, torch.Tensor]]] = {}
-        for tensor in _constructors_own(record):
+        for tensor in computed_by_constructor(record):
             if (live := tensor.ref()) is not None and (storage := storage_id(live)) is not None:
                 self._unkept.setdefault(storage, []).append((tensor, live.data))
 
@@ -77,16 +78,6 @@ class WriteWatch(TorchDispatchMode):
     def _keep(self, record: TensorRecord, values: torch.Tensor) -> None:
         with torch.no_grad():
             self.initial.setdefault(id(record), Values(values.detach().to("cpu", copy=True)))
-
-
-def _constructors_own(record: ModelRecord) -> Iterator[TensorRecord]:
-    """Tensors whose initial values are large and computed. Parameters count where the construction was
-    watched: else nobody knows whether they had values at all.
-    """
-    for layer in record.layers:
-        for tensor in layer.tensors:
-            if isinstance(tensor.format.initial, AsServed) and (tensor.traced or not tensor.is_parameter):
-                yield tensor
 
 
 def _written_by(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[torch.Tensor]:

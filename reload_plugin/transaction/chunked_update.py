@@ -114,12 +114,13 @@ def open_layerwise(model: nn.Module) -> None:
 
     Raises:
         ReloadError: ``RELOAD_PLUGIN_OPTIONS`` is not valid.
-        SessionError: another update is open; it says whose.
+        SessionError: the engine sleeps; or another update is open, it says whose.
 
     """
     state = state_of(model)
     with state.in_a_call():
         refuse_shared_weights(state)
+        state.refuse_while_asleep("start an update")
         state.refuse_while_update_open()
         _open_update(model, state, "a weight update", road_options())
 

@@ -95,7 +95,7 @@ class EngineState:
         self.vote: Vote | None = None
         """This rank's vote in the reload that is under way, where several ranks hold the model."""
         self.asleep = False
-        """Whether the memory of the weights is given away by ``sleep``, so that nobody may read it."""
+        """Whether the memory of the weights is given away by ``sleep``, so that nobody may touch it."""
         self.parked: Parked | None = None
         """The served weights, while they are in host memory and nothing serves."""
         self.outcome = Outcome()
@@ -105,8 +105,9 @@ class EngineState:
 
     def commit(self, weight_version: str | None, source: str, whole: bool = True) -> None:
         """New weights are served from now on. ``whole``: all of them, so that a broken model is healed."""
-        known = whole or self.generation.known
-        self.generation = Generation(self.generation.version + 1, weight_version, source, known=known)
+        before = self.generation
+        known, lost = whole or before.known, before.lost and not whole
+        self.generation = Generation(before.version + 1, weight_version, source, known=known, lost=lost)
         if whole:
             self.broken = None
         if self.parked is not None:
@@ -129,7 +130,7 @@ class EngineState:
         forgotten and their rollback source is given back, so that nothing is built upon them.
         """
         self.broken = reason
-        self.generation = self.generation.without_digest()
+        self.generation = self.generation.as_lost()
         self.replace_rollback_source(None)
 
     def mark_unknown(self, reason: str, heals: bool = False) -> None:
@@ -143,7 +144,8 @@ class EngineState:
             heals: whether all of them were, so that a model whose weights were lost serves again.
 
         """
-        self.generation = Generation(self.generation.version + 1, None, reason, known=False)
+        lost = self.generation.lost and not heals
+        self.generation = Generation(self.generation.version + 1, None, reason, known=False, lost=lost)
         self.replace_rollback_source(None)
         if heals:
             self.broken = None
@@ -183,9 +185,10 @@ class EngineState:
 
         Raises:
             EngineBrokenError: the model holds a mixture of two generations, or has lost its weights.
-            SessionError: its weights are parked; or see ``refuse_inside_a_call``.
+            SessionError: the engine sleeps, or its weights are parked; or see ``refuse_inside_a_call``.
 
         """
+        self.refuse_while_asleep("generate")
         if self.broken is not None:
             raise EngineBrokenError(
                 f"The engine does not serve: {self.broken}. Reload a complete checkpoint to heal it."
@@ -193,6 +196,14 @@ class EngineState:
         self.refuse_inside_a_call()
         if self.parked is not None:
             raise SessionError(f"The engine does not serve: {PARKED}")
+
+    def refuse_while_asleep(self, what: str) -> None:
+        """Raises SessionError while the memory of the weights is away. ``what``: what cannot be done then."""
+        if self.asleep:
+            raise SessionError(
+                'The engine sleeps, and its weights are not in memory. Wake it up first (tags=["weights"] is '
+                f"enough), then {what}."
+            )
 
     def refuse_inside_a_call(self) -> None:
         """Wait for the reload of another thread.

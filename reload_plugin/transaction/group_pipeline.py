@@ -91,12 +91,12 @@ class GroupPipeline:
 
     def process_rest(self) -> None:
         """Process every group that is left, but for those that vLLM processes last. The view has to be
-        shown.
+        shown. Groups without weights too, where what they serve is lost.
         """
         for group in list(self._open.values()):
             if group.group.deferred:
                 continue
-            if group.touched or group.group.effect:
+            if group.touched or group.group.effect or self._state.generation.lost:
                 self._close(group)
             else:
                 self._leave_untouched(group)

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..errors import SERVES_OLD, RanksDisagreeError, ReloadError, SessionError
+from ..errors import SERVES_OLD, RanksDisagreeError, ReloadError
 from ..interrupts import held
 from ..ranks.votes import counts_calls
 from ..report import ReloadReport
@@ -219,11 +219,7 @@ class LoadWeights:
         return model
 
     def _take(self, model: nn.Module, state: EngineState, weights: Weights) -> set[str] | None:
-        if state.asleep:
-            raise SessionError(
-                'The engine sleeps, and its weights are not in memory. Wake it up first (tags=["weights"] is '
-                "enough), then push."
-            )
+        state.refuse_while_asleep("push")
         named = NamedWeights(weights)
         self.failures.admit(state, named, lambda: self._expected(model, state))
         push = self._push_for(model, state, named)

@@ -32,7 +32,8 @@ def reload_call(model: nn.Module, spans_calls: bool = False, together: Any = Non
 
     Raises:
         UnsupportedError: see ``refuse_shared_weights``.
-        SessionError: a weight update is open and well, or another thread is in a call; it says whose.
+        SessionError: the engine sleeps; a weight update is open and well, or another thread is in a call, it
+            says whose.
 
     """
     state = state_of(model)
@@ -40,6 +41,7 @@ def reload_call(model: nn.Module, spans_calls: bool = False, together: Any = Non
         try:
             with with_all_ranks(state, together_in(together)):
                 refuse_shared_weights(state)
+                state.refuse_while_asleep("reload")
                 state.refuse_while_update_open()
                 yield state
         except BaseException as error:

@@ -187,6 +187,7 @@ class ReloadSession:
         parts = self._parts
         if self.state is not SessionState.OPEN or not parts.load_format.entered or parts.intake.needs_view:
             return False
+        parts.state.refuse_while_asleep("load")
         if torch.is_inference_mode_enabled() or not cpu_is_default():
             return False
         with parts.state.in_a_call():
@@ -205,6 +206,7 @@ class ReloadSession:
     def _load(
         self, weights: Iterable[tuple[str, torch.Tensor]], fetching: Fetching, last: bool
     ) -> set[str] | None:
+        self._parts.state.refuse_while_asleep("load")
         self.mismatches.missing.clear()  # of a finish that was too early
         show = last or self._parts.intake.needs_view
         timed = self._parts.clock.timed("load")
@@ -273,9 +275,10 @@ class ReloadSession:
         Raises:
             WeightsError: lists all that does not fit; the session stays open.
             ProcessingError: vLLM's processing raised; the session can only be aborted.
-            SessionError: it can only be aborted, because something failed before.
+            SessionError: the engine sleeps; or the session can only be aborted, because something failed.
 
         """
+        self._parts.state.refuse_while_asleep("finish")
         with held(), self._parts.state.in_a_call(), full_gc_paused(), self._noting_failure():
             self._require(SessionState.OPEN)
             if reason := self._spoiled or self._parts.processing.spoiled:

@@ -14,16 +14,20 @@ from ..errors import ReloadError
 from ..report import ReloadReport
 from .engine_state import EngineState, state_of
 
+State = Literal["serving", "updating", "parked", "asleep", "lost", "broken"]
+
 
 class ReloadStatus(BaseModel):
     """State of one model on one rank."""
 
     model_config = ConfigDict(frozen=True)
 
-    state: Literal["serving", "updating", "parked", "broken"]
+    state: State
     """``updating``: an update is open and the old weights are served. Nothing is served in the others:
-    ``parked``: the weights are in host memory until they are unparked; ``broken``: they are a mixture, or
-    lost."""
+    ``parked``: the weights are in host memory until they are unparked; ``asleep``: their memory is away until
+    it is woken up; ``lost``: their values are gone, by a deep sleep, a discard or a reset; ``broken``: a
+    reload failed half way. A reload heals the last two.
+    """
     version: int
     """Reloads committed since the start."""
     weight_version: str | None
@@ -85,11 +89,11 @@ def status_of(model: nn.Module, digest: bool = True, rank: int = 0, replica: int
     )
 
 
-def _state_in_a_word(
-    state: EngineState, update: str | None
-) -> Literal["serving", "updating", "parked", "broken"]:
+def _state_in_a_word(state: EngineState, update: str | None) -> State:
+    if state.asleep:
+        return "asleep"
     if state.broken is not None:
-        return "broken"
+        return "lost" if state.generation.lost else "broken"
     if state.parked is not None:
         return "parked"
     return "updating" if update else "serving"

@@ -12,6 +12,7 @@ from torch import nn
 
 from .. import vllm_api
 from ..record.model_record import record_of
+from ..record.unloaded_values import UnloadedValues
 from ..transaction.engine_state import EngineState, state_of
 from . import live
 from .patches import add_method
@@ -133,7 +134,7 @@ def _note_foreign_writer(worker: Any, model: Any = None, finished: bool = False)
 
 
 def resetting(original: Callable[..., Any]) -> Callable[..., Any]:
-    """The worker's ``reset_weights``, which writes zeros."""
+    """The worker's ``reset_weights``, which writes zeros: nothing is served until a reload."""
 
     def reset_weights(self: Any, *args: Any, **kwargs: Any) -> Any:
         try:
@@ -141,6 +142,7 @@ def resetting(original: Callable[..., Any]) -> Callable[..., Any]:
         finally:
             for state in states_of(self):
                 state.mark_unknown("zeros, by reset_weights")
+                state.mark_lost("its weights were set to zero by reset_weights")
 
     return reset_weights
 
@@ -153,11 +155,15 @@ def sleeping(original: Callable[..., Any]) -> Callable[..., Any]:
 
     def sleep(self: Any, *args: Any, **kwargs: Any) -> Any:
         level = args[0] if args else kwargs.get("level", 1)
+        if level >= 2:
+            _save_unloaded_values(self)
         try:
             returned = original(self, *args, **kwargs)
         except BaseException:
             if vllm_api.is_suspended(self):  # vLLM looks at the free memory last, and may raise then
                 _note_sleep(self, discarded=level >= 2)
+            else:
+                vars(self).pop(_SAVED, None)
             raise
         _note_sleep(self, discarded=level >= 2)
         return returned
@@ -169,12 +175,24 @@ def discarding(original: Callable[..., Any]) -> Callable[..., Any]:
     """The worker's ``discard``, which gives memory away for good."""
 
     def discard(self: Any, tags: tuple[str, ...]) -> Any:
+        if "weights" not in tags:
+            return original(self, tags)
+        _save_unloaded_values(self)
         returned = original(self, tags)
-        if "weights" in tags:
-            _note_sleep(self, discarded=True)
+        _note_sleep(self, discarded=True)
         return returned
 
     return discard
+
+
+_SAVED = "_reload_plugin_unloaded_values"
+"""Where a worker keeps them while its weights are away, as vLLM's keeps the buffers."""
+
+
+def _save_unloaded_values(worker: Any) -> None:
+    """Of a worker that is awake: what is discarded twice was saved before."""
+    if vars(worker).get(_SAVED) is None:
+        setattr(worker, _SAVED, [UnloadedValues(state.record) for state in states_of(worker)])
 
 
 def _note_sleep(worker: object, discarded: bool) -> None:
@@ -193,6 +211,8 @@ def waking(original: Callable[..., Any]) -> Callable[..., Any]:
         returned = original(self, *args, **kwargs)
         tags = args[0] if args else kwargs.get("tags")
         if tags is None or "weights" in tags:
+            for values in vars(self).pop(_SAVED, None) or ():
+                values.put_back()
             for state in states_of(self):
                 state.wake_up()
         return returned

@@ -59,15 +59,21 @@ def start() -> None:
 
 
 @contextmanager
-def built(name: str, generation: str = "A", layers: int | None = None) -> Iterator[driver.Built]:
-    """A model of a row on the device, started on a generation of its weights; with so many layers."""
+def built(
+    name: str, generation: str = "A", layers: int | None = None, pool: str = ""
+) -> Iterator[driver.Built]:
+    """A model of a row on the device, started on a generation of its weights; with so many layers.
+
+    ``pool``: what the start allocates belongs to it, as with sleep mode.
+    """
     from vllm.config import set_current_vllm_config
 
     from tests.engine.gpu_methods import driver
 
     row = ROW_OF[name]
     with driver.machine(row, DEVICE), _with_layers(row.model, layers):
-        model = driver.build(row, generation, DEVICE)
+        with load().pool(pool):
+            model = driver.build(row, generation, DEVICE)
         with set_current_vllm_config(model.config):
             yield model
 

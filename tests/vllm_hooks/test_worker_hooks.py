@@ -257,7 +257,7 @@ def test_after_its_weights_were_discarded_an_engine_claims_nothing(sleeping: typ
     worker.wake_up()
     for each in (model, draft):
         state = status_of(each)
-        assert (state.state, state.digest) == ("broken", None)
+        assert (state.state, state.digest) == ("lost", None)
         assert "discarded" in state.last_error
         assert state_of(each).rollback_source is None
     with pytest.raises(EngineBrokenError, match="Reload a complete checkpoint to heal it"):
@@ -306,4 +306,6 @@ def test_a_sleep_that_failed_after_the_weights_had_gone_has_lost_them(
     monkeypatch.setattr(torch.accelerator, "get_memory_info", lambda *_: next(free))
     with pytest.raises(AssertionError, match="Memory usage increased"):
         worker.sleep(level=2)
-    assert status_of(model).state == "broken"
+    assert status_of(model).state == "asleep"
+    worker.wake_up()
+    assert status_of(model).state == "lost"
