@@ -1,22 +1,16 @@
-"""Mechanisms of sleeping for vLLM's worker that spoil discarded memory, and workers that use them."""
+"""A mechanism of sleeping for vLLM's worker over memory of the simulated device, and its worker."""
 
 from __future__ import annotations
 
-import contextlib
 import types
-from collections.abc import Iterator
 from typing import Any
 from unittest import mock
 
 import torch
 from torch import nn
 from vllm.device_allocator.sleep_mode_backend import SleepModeBackend, SleepModeBackendFactory
-from vllm.v1.worker.cpu_worker import CPUWorker
 from vllm.v1.worker.gpu_worker import Worker
 
-from reload_plugin.record.module_state import holders_of
-from reload_plugin.record.snapshot import read
-from reload_plugin.tensors import storage_id
 from tests.sim_device.loading import load
 
 POOL = "weights"
@@ -42,10 +36,9 @@ class SimBackend(SleepModeBackend):
 
 
 def register() -> None:
-    """Offer the mechanisms to vLLM, by their class names."""
-    for name in ("SimBackend", "HostBackend"):
-        if name not in SleepModeBackendFactory._registry:
-            SleepModeBackendFactory.register_backend(name, __name__, name)
+    """Offer the mechanism to vLLM, by its class name."""
+    if "SimBackend" not in SleepModeBackendFactory._registry:
+        SleepModeBackendFactory.register_backend("SimBackend", __name__, "SimBackend")
 
 
 class Runner:
@@ -90,75 +83,3 @@ class SleepingWorker(Worker):
 
     def synchronize_device(self) -> None:
         torch.accelerator.synchronize()
-
-
-class HostBackend(SleepModeBackend):
-    """Spoils host memory while it is away; with level 2 and with discard for good."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.memory: list[torch.UntypedStorage] = []
-        """What the start of a model allocated."""
-        self._kept: list[torch.Tensor] | None = None
-
-    def suspend(self, level: int = 1) -> None:
-        self._state = "SUSPENDED"
-        self._kept = [_bytes_of(storage).clone() for storage in self.memory] if level == 1 else None
-        self._spoil()
-
-    def resume(self, tags: list[str] | None = None) -> None:
-        if self._kept is not None and (tags is None or POOL in tags):
-            for storage, values in zip(self.memory, self._kept, strict=True):
-                _bytes_of(storage).copy_(values)
-            self._kept = None
-        self._state = "RUNNING"
-
-    def discard(self, tags: tuple[str, ...]) -> None:
-        if POOL in tags:
-            self._spoil()
-        self._state = "SUSPENDED"
-
-    def _spoil(self) -> None:
-        for storage in self.memory:
-            _bytes_of(storage).fill_(0xFF)  # NaN in every floating-point type, -1 in integers
-
-
-def _bytes_of(storage: torch.UntypedStorage) -> torch.Tensor:
-    return torch.empty(0, dtype=torch.uint8).set_(storage)
-
-
-class SleepingCpuWorker(CPUWorker):
-    """vLLM's worker on a CPU with the sleep of its worker on a GPU, over ``HostBackend``."""
-
-    def load_model(self, *args: Any, **kwargs: Any) -> None:
-        super().load_model(*args, **kwargs)
-        register()
-        self.model_config.sleep_mode_backend = "HostBackend"
-        model = self.get_model()
-        holders = [holder for module in model.modules() for _, holder in holders_of(module)]
-        values = [value for holder in holders for value in read(holder).values()]
-        found = {
-            key: value.untyped_storage()
-            for value in values
-            if isinstance(value, torch.Tensor) and (key := storage_id(value)) is not None
-        }
-        self.sleep_mode_backend.memory = list(found.values())
-
-    def sleep(self, level: int = 1) -> None:
-        with _as_if_there_were_an_accelerator():
-            Worker.sleep(self, level)
-
-    def wake_up(self, tags: list[str] | None = None) -> None:
-        Worker.wake_up(self, tags)
-
-    def discard(self, tags: tuple[str, ...]) -> None:
-        Worker.discard(self, tags)
-
-
-@contextlib.contextmanager
-def _as_if_there_were_an_accelerator() -> Iterator[None]:
-    with (
-        mock.patch.object(torch.accelerator, "synchronize", return_value=None),
-        mock.patch.object(torch.accelerator, "get_memory_info", return_value=(1, 2)),
-    ):
-        yield

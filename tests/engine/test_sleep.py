@@ -15,7 +15,7 @@ from tests import roads
 
 Push = Callable[[roads.Lab, roads.Weights], None]
 
-WORKER = "tests.sleep_backends.SleepingCpuWorker"
+WORKER = "tests.sleeping_cpu.SleepingCpuWorker"
 
 
 @pytest.fixture(scope="module", params=["llama_tied", "mixtral"])
