@@ -22,7 +22,7 @@ import sys
 import tempfile
 import threading
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from unittest import mock
 
@@ -200,6 +200,21 @@ FRAMEWORKS: dict[str, type[Worker]] = {
 }
 
 
+def by_model_express(lab: object, folder: Path) -> None:
+    """ModelExpress' installer of a checkpoint: it drives vLLM's layerwise internals, which are left to it."""
+    from modelexpress_rl.inference.engines.vllm.installer import _VllmInstaller
+
+    config = lab.llm.llm_engine.vllm_config
+    installer = _VllmInstaller(
+        model=lab.model, vllm_config=config, model_config=config.model_config, device=lab.worker.device
+    )
+    installer.install_checkpoint(folder)
+
+
+HANDS_OFF: dict[str, Callable[[object, Path], None]] = {"ModelExpress": by_model_express}
+"""What writes by itself: the status has to say that nobody knows what is served, and a reload to heal it."""
+
+
 @contextlib.contextmanager
 def on_a_cpu() -> Iterator[None]:
     """What asks for CUDA by name gets the CPU."""
@@ -229,10 +244,32 @@ def wrong_shape(weights: list) -> list:
     return [*weights[:at], (name, torch.zeros((*tensor.shape, 2), dtype=tensor.dtype)), *weights[at + 1 :]]
 
 
+def try_hands_off(name: str, model: str) -> dict[str, str]:
+    """What is not as it should be after a writer of its own, and after a reload."""
+    from safetensors.torch import save_file
+
+    from reload_plugin import status
+    from tests.roads import lab
+
+    with tempfile.TemporaryDirectory() as folder, lab(model, Path(folder)) as engine:
+        weights = {name: tensor.contiguous() for name, tensor in engine.weights["B"]}
+        engine.worker = engine.llm.llm_engine.model_executor.driver_worker.worker
+        there = Path(tempfile.mkdtemp(dir=folder))
+        save_file(weights, there / "model.safetensors")
+        with on_a_cpu():
+            HANDS_OFF[name](engine, there)
+        known = status(engine.llm, digest=False)[0].known
+        engine.llm.collective_rpc("reload_weights", kwargs={"weights_path": str(there)})
+        healed = engine.difference("B") or ("" if status(engine.llm)[0].known else "still unknown")
+        return {"0: status": "says that the weights are known" if known else "", "1: healed": healed}
+
+
 def try_framework(name: str, model: str) -> dict[str, str]:
     """What is not as it should be after each push; empty strings if nothing."""
     from tests.roads import lab
 
+    if name in HANDS_OFF:
+        return try_hands_off(name, model)
     kind = FRAMEWORKS[name]
     said: dict[str, str] = {}
     with tempfile.TemporaryDirectory() as folder:
@@ -293,7 +330,7 @@ def described_vllm() -> Iterator[str]:
         yield folder
 
 
-PINS = ("openrlhf==0.11.2", "verl==0.9.1", "areal==1.0.4", "ms-swift==4.6.0")
+PINS = ("openrlhf==0.11.2", "verl==0.9.1", "areal==1.0.4", "ms-swift==4.6.0", "modelexpress==0.7.0")
 """Installed without what they depend on, such as flash-attn and deepspeed: a worker's extension needs little,
 and that is the extra `workers`."""
 
@@ -313,7 +350,8 @@ def ready() -> Path:
 
 def main() -> None:
     """Read the command line, run, print."""
-    names = [name for name in sys.argv[1:] if name in FRAMEWORKS] or list(FRAMEWORKS)
+    everything = [*FRAMEWORKS, *HANDS_OFF]
+    names = [name for name in sys.argv[1:] if name in everything] or everything
     found: dict[str, dict[str, str]] = {name: {} for name in names}
     for name, model, said in in_processes(names, MODELS):
         wrong = {leg: text for leg, text in said.items() if text}
