@@ -1,10 +1,7 @@
-"""What ``collective_rpc`` reaches in vLLM's worker to park its weights (see ``offload.park``), and a note of
-that in the engine's core, which refuses requests meanwhile.
-"""
+"""What ``collective_rpc`` reaches in vLLM's worker to park its weights; see ``offload.park``."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 from torch import nn
@@ -13,8 +10,7 @@ from .. import vllm_api
 from ..export.answers import told
 from ..offload.park import park_models, unpark_models, where_models_are
 from ..record.model_record import record_of
-from .patches import add_method, replace_method
-from .requests import PARKED_NOTE
+from .patches import add_method
 
 
 def add_parking_calls(worker: type) -> None:
@@ -35,27 +31,6 @@ def add_parking_calls(worker: type) -> None:
 
     for function in (park_weights, unpark_weights, parked_weights):
         add_method(worker, function)
-
-
-def patch_engine_core() -> None:
-    """Patch vLLM's ``EngineCore``, where this process has imported it."""
-    replace_method(*vllm_api.ENGINE_CORE, "collective_rpc", noting_parked)
-
-
-def noting_parked(original: Callable[..., Any]) -> Callable[..., Any]:
-    """The engine core's ``collective_rpc``, by which its workers are told to park."""
-
-    def collective_rpc(self: Any, method: Any, *args: Any, **kwargs: Any) -> Any:
-        answers = original(self, method, *args, **kwargs)
-        if method in ("park_weights", "unpark_weights"):
-            states = {answer.get("state") for answer in answers if isinstance(answer, dict)}
-            if method == "park_weights":
-                vars(self)[PARKED_NOTE] = states == {"parked"}
-            elif states == {"serving"}:
-                vars(self)[PARKED_NOTE] = False
-        return answers
-
-    return collective_rpc
 
 
 def _models(worker: object) -> list[nn.Module]:
