@@ -33,8 +33,8 @@ CHANGING = frozenset(
     }
 )
 """Calls of the workers after which an engine may serve that did not, or the other way round."""
-
-
+ASKING = 1.0
+"""Seconds that workers have to answer: one of them may hang, and the call before has failed for that."""
 HARMLESS = frozenset({"reload_status", "parked_weights", "verify_checkpoint", "export_checkpoint"})
 """Calls that change nothing of that."""
 
@@ -80,8 +80,8 @@ def _why_not_serving(core: Any) -> ReloadError | None:
     if hasattr(core.model_executor, "driver_worker"):
         return None
     try:
-        states = core.model_executor.collective_rpc("reload_status", kwargs={"digest": False})
-    except Exception:  # noqa: BLE001 - the call's own error is the one to raise; a dead worker tells by itself
+        states = core.model_executor.collective_rpc("reload_status", ASKING, kwargs={"digest": False})
+    except Exception:  # noqa: BLE001 - the call's own error is the one to raise; nobody knows then
         return None
     for said in states:
         if said["state"] == "parked":
