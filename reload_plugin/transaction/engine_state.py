@@ -188,12 +188,22 @@ class EngineState:
             SessionError: the engine sleeps, or its weights are parked; or see ``refuse_inside_a_call``.
 
         """
+        self.refuse_requests()
+        self.refuse_inside_a_call()
+
+    def refuse_requests(self) -> None:
+        """Nothing is served in some states, whoever asks.
+
+        Raises:
+            EngineBrokenError: the model holds a mixture of two generations, or has lost its weights.
+            SessionError: the engine sleeps, or its weights are parked.
+
+        """
         self.refuse_while_asleep("generate")
         if self.broken is not None:
             raise EngineBrokenError(
                 f"The engine does not serve: {self.broken}. Reload a complete checkpoint to heal it."
             )
-        self.refuse_inside_a_call()
         if self.parked is not None:
             raise SessionError(f"The engine does not serve: {PARKED}")
 

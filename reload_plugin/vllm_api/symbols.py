@@ -36,6 +36,7 @@ WORKER = ("vllm.v1.worker.gpu_worker", "Worker")
 PROCESSES = "vllm.v1.executor.multiproc_executor"
 EXECUTOR = (PROCESSES, "MultiprocExecutor")
 WORKER_PROCESS = (PROCESSES, "WorkerProc")
+ENGINE = ("vllm.v1.engine.llm_engine", "LLMEngine")
 ENGINE_CORE = ("vllm.v1.engine.core", "EngineCore")
 CLIENTS = "vllm.v1.engine.core_client"
 REPLICAS = (CLIENTS, "DPLBAsyncMPClient")

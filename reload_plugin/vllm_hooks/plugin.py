@@ -76,7 +76,7 @@ def unregister() -> None:
 
 def _patch_all(hooks: Hooks) -> None:
     from ..transaction.vllm_processing import use_process_weights
-    from . import answers, construction, layerwise, live, parking, replicas
+    from . import answers, construction, layerwise, live, replicas, requests
 
     use_process_weights(vllm_api.get(vllm_api.LOADER_UTILS, "process_weights_after_loading"))
     processing = construction.recording_processing(then=functools.partial(_patch_workers, hooks))
@@ -90,9 +90,11 @@ def _patch_all(hooks: Hooks) -> None:
     hooks.patch_worker_process()
     replace_method_of_all(*vllm_api.WORKER_PROCESS, "handle_output", _answering)
     replace_function(*vllm_api.RUN_METHOD, live.hearing)
-    parking.patch_engine_core()
-    vllm_api.get(*vllm_api.REPLICAS)  # it has to be imported to be patched
+    # Processes that are forked from this one do not register again, so these are imported now to be patched.
+    vllm_api.get(*vllm_api.REPLICAS)
+    vllm_api.get(*vllm_api.ENGINE_CORE)
     replace_method(*vllm_api.REPLICAS, "collective_rpc_async", replicas.reaching_all_replicas)
+    requests.patch_engine()
 
 
 def _answering(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -103,10 +105,10 @@ def _answering(original: Callable[..., Any]) -> Callable[..., Any]:
 
 def _patch_workers(hooks: Hooks) -> None:
     """Patch the runners and the worker of this process, now that vLLM has imported them."""
-    from . import parking, workers
+    from . import parking, requests, workers
 
     hooks.patch_runners()
-    parking.patch_engine_core()
+    requests.patch_engine()
     module, cls = vllm_api.WORKER
     replace_method(module, cls, "execute_model", workers.guarding)
     replace_method(module, cls, "update_weights", workers.ending)

@@ -586,6 +586,25 @@ def test_a_server_is_verified_and_exported_over_its_socket(
     assert "/nowhere" in fact
 
 
+def test_a_server_that_lost_its_weights_answers_with_errors_until_a_push(
+    run: Run, server: str, folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A request to it is refused and does not end it."""
+    monkeypatch.setenv("VLLM_API_KEY", KEY)
+    assert run("push", folders["B"], "--url", server).code == 0
+    on_b = tokens(server)
+    headers = {"Authorization": f"Bearer {KEY}"}
+    answer = httpx.post(f"{server}/collective_rpc", json={"method": "reset_weights"}, headers=headers)
+    assert answer.status_code == 200
+    said = run("status", server)
+    assert (said.code, "lost" in said.out) == (1, True), said.out
+    for _ in range(2):
+        with pytest.raises(httpx.HTTPStatusError):
+            tokens(server)
+    assert run("push", folders["B"], "--url", server).code == 0
+    assert tokens(server) == on_b
+
+
 def test_a_server_is_parked_and_unparked(
     run: Run, server: str, folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:

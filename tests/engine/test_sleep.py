@@ -59,6 +59,9 @@ def test_an_engine_that_lost_its_weights_refuses_requests_until_a_reload(lab: ro
     lab.llm.sleep(level=2)
     lab.llm.wake_up()
     assert status(lab.llm)[0].state == "lost"
+    for _ in range(2):  # and leaves nothing half begun
+        with pytest.raises(EngineBrokenError, match=r"discarded.*Reload a complete checkpoint"):
+            lab.serve()
     with pytest.raises(EngineBrokenError, match=r"discarded.*Reload a complete checkpoint"):
         lab.rpc(lambda worker: workers.guarding(lambda *_: None)(worker))  # a forward pass
     roads.whole(lab, lab.weights[letter])
