@@ -532,7 +532,7 @@ def test_a_layerwise_reload_of_a_part_leaves_the_whole_unknown(monkeypatch: pyte
     layerwise.finishing(calls.append)(model.first)
     assert calls == [model.first]
     said = status(model)[0]
-    assert (said.state, said.known, said.digest, said.version) == ("lost", False, None, 1)
+    assert (said.state, said.known, said.digest, said.version) == ("serving", False, None, 1)
     assert "layerwise reload of a part" in said.source
 
 
@@ -554,7 +554,7 @@ def test_zeros_by_reset_weights_are_nobodys_generation() -> None:
     model = cold(Model, A)
     workers.resetting(nothing)(Worker(model))
     said = status(model)[0]
-    assert (said.known, said.digest, said.version) == (False, None, 1)
+    assert (said.state, said.known, said.digest, said.version) == ("lost", False, None, 1)
     assert "reset_weights" in said.source
 
 
