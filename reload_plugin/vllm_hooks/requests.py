@@ -52,14 +52,11 @@ def noting(original: Callable[..., Any]) -> Callable[..., Any]:
 
     def collective_rpc(self: Any, method: Any, *args: Any, **kwargs: Any) -> Any:
         name = method if isinstance(method, str) else ""
-        failed = True
         try:
-            answers = original(self, method, *args, **kwargs)
-            failed = False
-            return answers
+            return original(self, method, *args, **kwargs)
         finally:
             if name not in HARMLESS:
-                vars(self)[NOTE] = _why_not_serving(self) if failed or name in CHANGING else None
+                vars(self)[NOTE] = _why_not_serving(self) if name in CHANGING else None
 
     return collective_rpc
 
