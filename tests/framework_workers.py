@@ -249,6 +249,7 @@ def try_hands_off(name: str, model: str) -> dict[str, str]:
     from safetensors.torch import save_file
 
     from reload_plugin import status
+    from tests import oracle
     from tests.roads import lab
 
     with tempfile.TemporaryDirectory() as folder, lab(model, Path(folder)) as engine:
@@ -259,6 +260,7 @@ def try_hands_off(name: str, model: str) -> dict[str, str]:
         with on_a_cpu():
             HANDS_OFF[name](engine, there)
         known = status(engine.llm, digest=False)[0].known
+        engine.places = oracle.snapshot(engine.llm, engine.case)  # where it left its own objects
         engine.llm.collective_rpc("reload_weights", kwargs={"weights_path": str(there)})
         healed = engine.difference("B") or ("" if status(engine.llm)[0].known else "still unknown")
         return {"0: status": "says that the weights are known" if known else "", "1: healed": healed}
