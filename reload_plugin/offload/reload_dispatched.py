@@ -176,6 +176,7 @@ class _Run:
                 for name, value in made.items():
                     pointed = self._pointed(group.sources[0][0], value) if group.converter is None else None
                     self._write(name, value, pointed)
+                    del value  # its memory is read into again
                 del made
             if next(self._stream, None) is not None:
                 raise SourceError("The source gave more than it was asked for.")

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -109,8 +109,9 @@ class FilesTransfer:
         vllm_api.finalize_layerwise(self.model, self.model_config)
 
     def parse_update_info(self, update_dict: object) -> UpdateInfo:
-        """See ``UpdateInfo.parse``."""
-        return UpdateInfo.parse(update_dict)
+        """See ``UpdateInfo.parse``. What is wrong ends the update."""
+        with self._ending_on_failure():
+            return UpdateInfo.parse(update_dict)
 
     def update_weights(self, update_info: object) -> None:
         """Load one chunk into the open update.
@@ -121,14 +122,9 @@ class FilesTransfer:
             ReloadError: anything else. In all cases the update has ended and the old weights are served.
 
         """
-        try:
-            self.receive_weights(self.parse_update_info(update_info))
+        self.receive_weights(self.parse_update_info(update_info))
+        with self._ending_on_failure():
             ops_for(_device_of(self.model)).fence()  # the weights may be copied on another stream
-        except BaseException as error:
-            _abandon(self.model)
-            if isinstance(error, SourceError):
-                raise SourceError(f"{error} {UPDATE_ENDED}") from error
-            raise
 
     def receive_weights(
         self, update_info: UpdateInfo, load_weights: Callable[[Any], object] | None = None
@@ -137,17 +133,30 @@ class FilesTransfer:
 
         ``load_weights``: what takes its place, where the caller has one.
         """
-        # Without an open update load_weights would write into the weights that are served.
-        if record_of(self.model) is not None and state_of(self.model).update is None:
-            raise SessionError(f"No weight update is open: none was started, or it failed. {SERVES_OLD}")
-        record = record_of(self.model)  # engines of older versions are not told the configs
-        vllm_config = getattr(self, "vllm_config", getattr(record, "vllm_config", None))
-        model_config = getattr(self, "model_config", getattr(record, "model_config", None))
-        source = open_folder(update_info.path, vllm_config, model_config, self.model)
-        order = _order(source, update_info.names)
-        load: Any = load_weights or self.model.load_weights
-        with contextlib.closing(source.read(order)) as weights:
-            load(weights)
+        with self._ending_on_failure():
+            # Without an open update load_weights would write into the weights that are served.
+            if record_of(self.model) is not None and state_of(self.model).update is None:
+                raise SessionError(f"No weight update is open: none was started, or it failed. {SERVES_OLD}")
+            record = record_of(self.model)  # engines of older versions are not told the configs
+            vllm_config = getattr(self, "vllm_config", getattr(record, "vllm_config", None))
+            model_config = getattr(self, "model_config", getattr(record, "model_config", None))
+            source = open_folder(update_info.path, vllm_config, model_config, self.model)
+            order = _order(source, update_info.names)
+            load: Any = load_weights or self.model.load_weights
+            with contextlib.closing(source.read(order)) as weights:
+                load(weights)
+
+    @contextlib.contextmanager
+    def _ending_on_failure(self) -> Iterator[None]:
+        """Whatever is raised ends the update; vLLM 0.24 calls only a part of ``update_weights``."""
+        try:
+            yield
+        except BaseException as error:
+            if record_of(self.model) is not None:
+                state_of(self.model).abandon_update()
+            if isinstance(error, SourceError):
+                raise SourceError(f"{error} {UPDATE_ENDED}") from error
+            raise
 
 
 def _order(source: Source, names: Sequence[str] | None) -> Sequence[str] | None:
@@ -168,11 +177,6 @@ def _device_of(model: nn.Module) -> torch.device:
     if (record := record_of(model)) is not None:
         return record.target_device
     return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
-
-
-def _abandon(model: nn.Module) -> None:
-    if record_of(model) is not None:
-        state_of(model).abandon_update()
 
 
 @functools.cache

@@ -307,12 +307,13 @@ def test_a_chunk_that_fails_in_an_engine_of_vllms_ends_the_update(
 ) -> None:
     """Such an engine raises before a weight arrives, as NCCL does when the trainer is gone."""
 
-    def broken(*_: object) -> None:
+    def broken(*_: object, **__: object) -> None:
         raise ConnectionError("the trainer is gone")
 
     llm.start_weight_update()
     with monkeypatch.context() as patch:
         patch.setattr(transfer.FilesTransfer, "update_weights", broken)
+        patch.setattr(transfer.FilesTransfer, "receive_weights", broken)  # what vLLM 0.24 calls
         with pytest.raises(ConnectionError):
             send(llm, folders["A"])
     llm.start_weight_update()
