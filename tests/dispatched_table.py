@@ -5,7 +5,10 @@
 
 from __future__ import annotations
 
+import atexit
+import functools
 import gc
+import shutil
 import statistics
 import tempfile
 import threading
@@ -17,7 +20,7 @@ from pathlib import Path
 import torch
 from accelerate import dispatch_model
 from accelerate.hooks import remove_hook_from_submodules
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from reload_plugin import keep_weights_in_module, materialize, materialized, reload_dispatched
@@ -261,6 +264,8 @@ def print_outcomes() -> None:
 
 def print_memory() -> None:
     """Resident memory over fifty rounds, and at the peak of one, of a model of 260 MB."""
+    for number in (0, 1):
+        written(number)
     print("| fifty rounds of | growth, MiB | peak above the result, MiB | largest tensor, MiB |")
     print("|---|---|---|---|")
     for name in ROUNDS:
@@ -289,10 +294,28 @@ def reload_rounds(model: nn.Module, number: int) -> None:
     reload_dispatched(model, weights_iterator=pairs)
 
 
+def folder_rounds(model: nn.Module, number: int) -> None:
+    reload_dispatched(model, written(number % 2))
+
+
+@functools.cache
+def written(number: int) -> str:
+    """A checkpoint of ``large``, which stays until the process ends."""
+    folder = Path(tempfile.mkdtemp())
+    atexit.register(shutil.rmtree, folder)
+    save_file(
+        {f"{block}.weight": torch.full((2048, 2048), float(number)) for block in range(16)},
+        folder / "model.safetensors",
+    )
+    return str(folder)
+
+
 ROUNDS: dict[str, Callable[[nn.Module, int], None]] = {
     "materialized": materialize_rounds,
+    "forward passes, Accelerate's hooks": forward_rounds,
     "forward passes, kept in module": forward_rounds,
-    "reload_dispatched": reload_rounds,
+    "reload_dispatched, from a folder": folder_rounds,
+    "reload_dispatched, from an iterator, its tensors too": reload_rounds,
 }
 
 
