@@ -22,6 +22,9 @@ class ReloadReport(BaseModel):
     """Checkpoint tensors received."""
     nbytes: int
     """Their bytes."""
+    bytes_read: int | None = None
+    """Bytes of checkpoint files that this rank read: its own part of the tensors, where a copy plan tells
+    which that is. None where the weights did not come from files that this package reads."""
     replayed: int = 0
     """How many of ``tensors`` were copied without the model's loader: by the copy plan, or by name where they
     were sent in kernel format. The loader loaded all others."""

@@ -3,7 +3,7 @@
 All of them share one engine a model, in a process of their own: the ranks are forked from it, which is much
 faster than starting two interpreters. Ray starts its own.
 
-    python -m tests.rank_scenarios FOLDER [--executor ray] [--model tied] [SCENARIO ...]
+    python -m tests.rank_scenarios FOLDER [--executor ray|beside] [--model tied] [SCENARIO ...]
 """
 
 import argparse
@@ -62,6 +62,24 @@ PROCESSES = {
     ),
     "shared_out": (two_ranks.live_push, two_ranks.warm_equals_cold, two_ranks.each_rank_plans),
 }
+BESIDE = {
+    "tied": (two_ranks.any_rank_raises, two_ranks.partial_update),
+    "experts": (two_ranks.any_rank_raises, two_ranks.partial_update),
+    "stages": (two_ranks.any_rank_raises, two_ranks.partial_update),
+    "shared_out": (
+        two_ranks.layerwise,
+        two_ranks.any_rank_raises,
+        two_ranks.names_are_missing,
+        two_ranks.partial_update,
+    ),
+    "grid": (
+        two_ranks.live_push,
+        two_ranks.warm_equals_cold,
+        two_ranks.any_rank_raises,
+        two_ranks.partial_update,
+    ),
+}
+"""Run by `--executor beside`, on the executor of processes; in the suite they would take too long."""
 
 
 RAY = {
@@ -75,7 +93,7 @@ RAY = {
         failing_ranks.a_rank_is_killed,
     ),
 }
-SCENARIOS = {"mp": PROCESSES, "ray": RAY}
+SCENARIOS = {"mp": PROCESSES, "ray": RAY, "beside": BESIDE}
 """Executor -> model -> what is done with it, in this order."""
 
 
@@ -84,7 +102,8 @@ def run(kind: str, root: Path, names: list[str], executor: str) -> None:
     chosen = [s for s in SCENARIOS[executor][kind] if not names or s.__name__ in names]
     if not chosen:
         return
-    with two_ranks.engine_of(CASES[kind], root, kind not in MUTE, executor) as engine:
+    backend = "ray" if executor == "ray" else "mp"
+    with two_ranks.engine_of(CASES[kind], root, kind not in MUTE, backend) as engine:
         for scenario in chosen:
             print(json.dumps([kind, scenario.__name__, *outcome(engine, scenario)]), flush=True)
 

@@ -2,8 +2,9 @@
 
     python -m tests.replicas FOLDER [CASE]
 
-Prints what was served after each step. Both replicas have to answer as the checkpoint of the step, under one
-version and digest; a step that fails has to name its replica and leave both as they were.
+Prints what was served after each step, and ``right`` at the end. Both replicas have to answer as the
+checkpoint of the step, under one version and digest; a step that fails has to name its replica and leave
+both as they were; and half of a live push to one replica leaves it, like the idle one, on the old weights.
 """
 
 import asyncio
@@ -15,6 +16,7 @@ from typing import Any
 
 import reload_plugin
 from tests import oracle, two_ranks
+from tests.checkpoints import read_tensors
 from tests.zoo import case_named
 
 REPLICAS = 2
@@ -71,6 +73,34 @@ def fail_once(worker: Any, replica: int) -> None:
         two_ranks.failing_in("reload_plugin.transaction.reload", "_opened", OSError("the disk is gone"))(None)
 
 
+def push_half(worker: Any, replica: int, folder: str, half: int) -> None:
+    """Half of a live push to one replica, while the other is idle."""
+    if worker.parallel_config.data_parallel_index == replica:
+        worker.get_model().load_weights(iter(list(read_tensors(Path(folder)).items())[half::2]))
+
+
+def check(found: dict[str, Any]) -> None:
+    """Raises AssertionError where a step did not come to what it should."""
+    assert found["start"] == ["A", "A"]
+    for step, letter in (("reload 0", "B"), ("reload 1", "A"), ("reload 2", "B"), ("afterwards", "A")):
+        assert found[step][:2] == [letter, [letter] * 2], step
+    digests = {}
+    for step, (letter, _, states) in ((s, f) for s, f in found.items() if s.startswith("reload")):
+        assert [state[:2] for state in states] == [(0, states[0][1]), (1, states[0][1])], step
+        assert digests.setdefault(letter, states[0][2]) == states[0][2] == states[1][2], step
+    assert digests["A"] != digests["B"]
+    for replica in range(REPLICAS):
+        error, letters, states = found[f"replica {replica} fails"]
+        assert f"replica {replica}" in error
+        assert "the disk is gone" in error
+        assert letters == ["B", "B"]
+        assert states == found["reload 2"][2], "a failed reload changed what is said to be served"
+    assert found["half 0 pushed to replica 0"] == [["A", "A"]], "half of an update answers"
+    assert found["half 1 pushed to replica 0"] == [["B", "A"]]
+    assert found["together again"][1] == ["B", "B"]
+    assert {state[2] for state in found["together again"][2]} == {digests["B"]}
+
+
 async def run(case: oracle.Case, folders: dict[str, Path], cold: dict[str, list]) -> dict[str, Any]:
     """Start on A, and reload; what was served after each step."""
     from vllm import AsyncEngineArgs
@@ -95,6 +125,11 @@ async def run(case: oracle.Case, folders: dict[str, Path], cold: dict[str, list]
             found[f"replica {replica} fails"] = [error, await served(engine, cold), told(states)]
         states = await reload_plugin.reload_engine_async(engine, str(folders["A"]))
         found["afterwards"] = ["A", await served(engine, cold), told(states)]
+        for half in range(2):
+            await engine.collective_rpc(push_half, args=(0, str(folders["B"]), half))
+            found[f"half {half} pushed to replica 0"] = [await served(engine, cold)]
+        states = await reload_plugin.reload_engine_async(engine, str(folders["B"]))
+        found["together again"] = ["B", await served(engine, cold), told(states)]
     finally:
         engine.shutdown()
     return found
@@ -114,7 +149,10 @@ def main() -> None:
     for letter in "AB":
         with oracle.running(case, folders[letter]) as llm:
             cold[letter] = oracle.answer(llm)
-    print(json.dumps(asyncio.run(run(case, folders, cold))), flush=True)
+    found = asyncio.run(run(case, folders, cold))
+    print(json.dumps(found), flush=True)
+    check(found)
+    print("right", flush=True)
 
 
 if __name__ == "__main__":

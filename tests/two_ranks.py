@@ -6,6 +6,7 @@ Each scenario is a function that raises if a promise is broken; `rank_scenarios`
 
 import contextlib
 import os
+import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 import reload_plugin
 from tests import exports, oracle, ray_cluster, zoo
@@ -27,6 +29,8 @@ CASES = {
     "experts": Case("experts", zoo.MIXTRAL),
     # Two pipeline stages instead: the embedding is in the first, the head that is tied to it in the last.
     "stages": Case("stages", DENSE, engine_kwargs={"pipeline_parallel_size": 2}),
+    # Two stages of two shards each: four ranks.
+    "grid": Case("grid", DENSE, engine_kwargs={"pipeline_parallel_size": 2, "tensor_parallel_size": 2}),
     # Whole experts, half of them on each rank, by a table that says which.
     "shared_out": Case("shared_out", zoo.MIXTRAL, engine_kwargs={"enable_expert_parallel": True}),
 }
@@ -50,16 +54,27 @@ class Engine:
 
     def on(self, rank: int, change: Callable, letter: str = "B", other: Callable | None = None) -> list[str]:
         """Push a checkpoint to all ranks, changed on one of them; what each rank's reload came to."""
-        folder, changes = self.folders[letter], {rank: change, 1 - rank: other or unchanged}
-        return self.llm.collective_rpc(lambda worker: push(worker, folder, changes[worker.rank]))
+        folder, others = self.folders[letter], other or unchanged
+        return self.llm.collective_rpc(
+            lambda worker: push(worker, folder, change if worker.rank == rank else others)
+        )
+
+    @property
+    def ranks(self) -> int:
+        """How many hold the model."""
+        return len(self.cold[1])
 
     def assert_is(self, letter: str) -> None:
+        self.assert_shows(self.states[letter], letter)
+
+    def assert_shows(self, state: State, name: str) -> None:
+        """The engine answers as it did in another state, with the same values at the same addresses."""
         now = state_of(self.llm, self.answers)
-        assert not oracle.differing_answers(now[0], self.states[letter][0]), f"does not answer as {letter}"
-        for rank, (found, wanted) in enumerate(zip(now[1], self.states[letter][1], strict=True)):
+        assert not oracle.differing_answers(now[0], state[0]), f"does not answer as {name}"
+        for rank, (found, wanted) in enumerate(zip(now[1], state[1], strict=True)):
             assert found.keys() == wanted.keys()
             moved = [path for path in found if found[path] != wanted[path]]
-            assert not moved, f"rank {rank} is not on {letter}: {moved[:5]}"
+            assert not moved, f"rank {rank} is not on {name}: {moved[:5]}"
 
     def assert_refused(self, found: list[str], *says: str) -> None:
         """Each rank raised what it should, and nothing changed."""
@@ -179,7 +194,7 @@ def warm_equals_cold(engine: Engine) -> None:
         engine.reload(letter)
         engine.assert_is(letter)
     for letter in "ABAB":
-        assert engine.on(0, unchanged, letter) == ["committed"] * 2
+        assert engine.on(0, unchanged, letter) == ["committed"] * engine.ranks
         engine.assert_is(letter)
     warm = state_of(engine.llm, engine.answers)
     assert not oracle.differing_answers(warm[0], engine.cold[0])
@@ -189,7 +204,9 @@ def warm_equals_cold(engine: Engine) -> None:
 
 
 def each_rank_plans(engine: Engine) -> None:
-    """A folder is planned on every rank, for that rank, and its routes are used from then on."""
+    """A folder is planned on every rank, for that rank, its routes are used from then on, and a rank does not
+    read all.
+    """
 
     def known(worker: object) -> tuple[bool, bool, str, str]:
         import reload_plugin
@@ -201,7 +218,7 @@ def each_rank_plans(engine: Engine) -> None:
         replayed = report.replayed == report.tensors
         return (
             bool(plans.copy_plan and plans.copy_plan.of),
-            replayed,
+            replayed and report.bytes_read < report.nbytes,
             report.policy,
             repr(plans.copy_plan.key),
         )
@@ -231,6 +248,40 @@ def source_raises(engine: Engine) -> None:
     digests = [[one["digest"] for one in said] for said in (first, second, third)]
     assert digests[0] == digests[2]
     assert len({*digests[0], *digests[1], None}) == 5, "ranks and generations cannot be told apart"
+
+
+def any_rank_raises(engine: Engine) -> None:
+    """One after the other: it has its own error, all others have one that names it, and none serves B."""
+    for rank in range(engine.ranks):
+        says = [f"rank {rank}: SourceError"] * engine.ranks
+        says[rank] = "SourceError"
+        engine.assert_refused(engine.on(rank, raising), *says)
+
+
+def partial_update(engine: Engine) -> None:
+    """One layer of B onto A, from a folder and from an iterator: what a reload of the mixture gives."""
+    a, b = (read_tensors(Path(engine.folders[letter])) for letter in "AB")
+    layer = {name: tensor for name, tensor in b.items() if ".layers.1." in name}
+    with tempfile.TemporaryDirectory() as root:
+        for name, tensors in (("mixture", a | layer), ("part", layer)):
+            shutil.copytree(engine.folders["A"], Path(root, name))
+            save_file(tensors, Path(root, name, "model.safetensors"))
+        engine.llm.collective_rpc("reload_weights", kwargs={"weights_path": f"{root}/mixture"})
+        wanted = state_of(engine.llm, engine.answers)
+        engine.reload("A")
+        part = {"weights_path": f"{root}/part", "partial": True}
+        engine.llm.collective_rpc("reload_weights", kwargs=part)
+        engine.assert_shows(wanted, "the mixture, from a folder")
+        engine.reload("A")
+        engine.llm.collective_rpc(push_part, args=(f"{root}/part",))
+        engine.assert_shows(wanted, "the mixture, from an iterator")
+    engine.reload("A")
+
+
+def push_part(worker: object, folder: str) -> None:
+    """A partial update from an iterator, which is this rank's own."""
+    weights = iter(read_tensors(Path(folder)).items())
+    worker.model_runner.reload_weights(weights_iterator=weights, partial=True)
 
 
 def names_are_missing(engine: Engine) -> None:
@@ -383,7 +434,7 @@ def pieces(worker: object, folder: str, part: int, parts: int, change: Callable 
 def live(engine: Engine, letter: str, parts: int = 3, serve: bool = False) -> None:
     for part in range(parts):
         found = engine.llm.collective_rpc(pieces, args=(engine.folders[letter], part, parts))
-        assert found == ["committed"] * 2, found
+        assert found == ["committed"] * engine.ranks, found
         if serve and part + 1 < parts:
             engine.assert_is("AB"[letter == "A"])
 
@@ -472,7 +523,7 @@ def an_export_is_written_by_both(engine: Engine) -> None:
 def started(case: Case, folder: Path, executor: str) -> Iterator[object]:
     """An engine on two ranks: shards, or stages where the case says so."""
     staged = "pipeline_parallel_size" in case.engine_kwargs
-    sizes = {} if staged else {"tensor_parallel_size": 2}
+    sizes = {} if staged else {"tensor_parallel_size": 2}  # a grid says both
     with oracle.running(case, folder, distributed_executor_backend=executor, **sizes) as llm:
         if staged:
             # vLLM's runner for CPUs makes the buffers of later stages in a warm-up only.

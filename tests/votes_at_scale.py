@@ -1,17 +1,20 @@
 """Votes of many ranks against one real TCPStore: seconds and operations of the store as ranks grow.
 
     python -m tests.votes_at_scale 2 16 128 1024     # prints a Markdown table
+    python -m tests.votes_at_scale --output benchmarks/results      # and writes votes.json, .md and .png
 
 Ranks are threads of a few processes, each process with one connection. In the second column all get ready at
 once; in the third one fails, and in the fourth one never comes, with a timeout of a second.
 """
 
 import argparse
+import json
 import multiprocessing
 import threading
 import time
 from collections import Counter
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
@@ -75,7 +78,9 @@ def process(first: int, count: int, ranks: int, port: int, pipe: Any) -> None:
 def measure(ranks: int) -> dict[str, Outcome]:
     """One vote of each kind; seconds of the slowest process, operations of all."""
     server = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    context = multiprocessing.get_context("fork")
+    # Not forked from here: the thread of a store may hold a lock just then.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch.distributed", "reload_plugin.ranks.votes"])
     share = -(-ranks // PROCESSES)
     pipes, children = [], []
     for first in range(0, ranks, share):
@@ -104,16 +109,55 @@ def measure(ranks: int) -> dict[str, Outcome]:
     return found
 
 
+def draw(rows: dict[int, dict[str, Outcome]], path: Path) -> None:
+    """Plot seconds and operations against the ranks."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")  # no display
+    from matplotlib import pyplot as plt
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4.5), layout="constrained")
+    for kind in TIMEOUT:
+        left.plot(list(rows), [row[kind].seconds for row in rows.values()], marker="o", label=kind)
+        right.plot(list(rows), [row[kind].operations / ranks for ranks, row in rows.items()], marker="o")
+    left.set_ylabel("seconds until the last rank knows")
+    right.set_ylabel("operations of the store, each rank")
+    left.set_ylim(bottom=0)
+    right.set_ylim(bottom=0)
+    for axes in (left, right):
+        axes.set_xscale("log", base=2)
+        axes.set_xlabel("ranks")
+        axes.spines[["top", "right"]].set_visible(False)
+    left.legend(frameon=False, title=f"one never comes: timeout of {TIMEOUT[SILENT]:g} s")
+    figure.suptitle("Votes against one TCPStore; ranks are threads of eight processes")
+    figure.savefig(path, dpi=120)
+
+
 def main() -> None:
     """See the module's docstring."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("ranks", type=int, nargs="*", default=[2, 4, 16, 64, 256, 1024])
-    print("| ranks | " + " | ".join(f"{kind}: s | operations" for kind in TIMEOUT) + " |")
-    print("|---" * (1 + 2 * len(TIMEOUT)) + "|")
-    for ranks in parser.parse_args().ranks:
-        found = measure(ranks)
+    parser.add_argument("ranks", type=int, nargs="*", default=[2, 4, 16, 64, 128, 256, 512, 1024])
+    parser.add_argument("--output", type=Path, help="a folder for votes.json, votes.md and votes.png")
+    asked = parser.parse_args()
+    lines = [
+        "| ranks | " + " | ".join(f"{kind}: s | operations" for kind in TIMEOUT) + " |",
+        "|---" * (1 + 2 * len(TIMEOUT)) + "|",
+    ]
+    print("\n".join(lines))
+    rows = {}
+    for ranks in asked.ranks:
+        found = rows[ranks] = measure(ranks)
         cells = [f"{found[kind].seconds:.3f} | {found[kind].operations:,}" for kind in TIMEOUT]
-        print(f"| {ranks:,} | {' | '.join(cells)} |", flush=True)
+        lines.append(f"| {ranks:,} | {' | '.join(cells)} |")
+        print(lines[-1], flush=True)
+    if asked.output is not None:
+        told = {
+            ranks: {kind: {"seconds": one.seconds, "operations": one.operations} for kind, one in row.items()}
+            for ranks, row in rows.items()
+        }
+        (asked.output / "votes.json").write_text(json.dumps(told, indent=1))
+        (asked.output / "votes.md").write_text("\n".join(["# Votes of many ranks", "", *lines, ""]))
+        draw(rows, asked.output / "votes.png")
 
 
 if __name__ == "__main__":

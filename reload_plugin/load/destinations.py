@@ -9,8 +9,10 @@ import torch
 from ..checkpoint import TensorInfo
 from ..device.host_memory import HostPool
 from ..device.ops import ops_for
-from ..plan.copy_plan import StridedCopy
+from ..plan.copy_plan import StridedCopy, TensorPlan
 from ..plan.materialisation import Touching
+from ..plan.source import Region
+from ..plan.source_ranges import needed_of, regions_of
 from ..plan.tracer import LoadTrace
 from .completeness import Completeness
 
@@ -68,6 +70,8 @@ class StagingDestinations:
         self._by_hand = by_hand
         self._given: dict[str, torch.Tensor] = {}
         """Weights that are read to where they go."""
+        self.bytes_read: int | None = None
+        """Bytes of files that were read; None where no file said so."""
 
     def __call__(self, info: TensorInfo) -> torch.Tensor | None:
         copy = self._copy_of(info)
@@ -85,14 +89,29 @@ class StagingDestinations:
     def key(self) -> object | None:
         return None if self._by_hand else self._completeness.copy_plan
 
-    def targets(self, infos: Sequence[TensorInfo]) -> Sequence[tuple[str, int]] | None:
+    def targets(self, infos: Sequence[TensorInfo]) -> Sequence[Sequence[Region]] | None:
         found = []
         for info in infos:
-            copy = self._copy_of(info)
-            if copy is None:
+            tensor_plan = self._plan_of(info)
+            regions = None if tensor_plan is None else regions_of(tensor_plan)
+            if regions is None or any(self._is_closed(region.parameter) for region in regions):
                 return None
-            found.append((copy.parameter, copy.target.offset * copy.target_dtype.itemsize))
+            found.append(regions)
         return found
+
+    def needed(self, info: TensorInfo) -> Sequence[Region] | None:
+        tensor_plan = None if self._by_hand else self._plan_of(info)
+        if tensor_plan is None or tensor_plan.plain is not None:
+            return None
+        copy_plan = self._completeness.copy_plan
+        assert copy_plan is not None, "a tensor plan is part of a copy plan"
+        if info.name not in copy_plan.needed:
+            copy_plan.needed[info.name] = needed_of(tensor_plan)
+        found: Sequence[Region] | None = copy_plan.needed[info.name]
+        return found
+
+    def note_read(self, nbytes: int) -> None:
+        self.bytes_read = (self.bytes_read or 0) + nbytes
 
     def memory(self, parameter: str) -> torch.UntypedStorage | None:
         memory = self._memory(parameter)
@@ -104,12 +123,18 @@ class StagingDestinations:
 
     def _copy_of(self, info: TensorInfo) -> StridedCopy | None:
         """The one write of a weight that goes as it is to a layer which is still open, and alone."""
+        tensor_plan = self._plan_of(info)
+        copy = None if tensor_plan is None else tensor_plan.plain
+        return None if copy is None or self._is_closed(copy.parameter) else copy
+
+    def _is_closed(self, parameter: str) -> bool:
+        return self._completeness.storage_of(parameter).closed
+
+    def _plan_of(self, info: TensorInfo) -> TensorPlan | None:
+        """The copy plan of a weight that shares no slot with another."""
         copy_plan = self._completeness.copy_plan
         if copy_plan is None or info.name in copy_plan.contenders:
             return None
         tensor_plan = copy_plan.of.get(info.name)
-        if tensor_plan is None or tensor_plan.dtype != info.dtype or tensor_plan.shape != info.shape:
-            return None
-        copy = tensor_plan.plain
-        closed = copy is not None and self._completeness.storage_of(copy.parameter).closed
-        return None if closed else copy
+        fits = tensor_plan is not None and tensor_plan.dtype == info.dtype and tensor_plan.shape == info.shape
+        return tensor_plan if fits else None

@@ -78,6 +78,8 @@ class CopyPlan:
     of: Mapping[str, TensorPlan]
     contested: Mapping[Slot, Collection[str]] = field(default_factory=dict)
     """Slots that several weights are written to -> those weights: fused layers share one input scale."""
+    needed: dict[str, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
+    """What ``source_ranges.needed_of`` found, by weight, for the next reload."""
 
     @functools.cached_property
     def contenders(self) -> frozenset[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 
@@ -46,6 +46,26 @@ def tensor_info(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor
     return info
 
 
+class Region(NamedTuple):
+    """Equally long runs of bytes of a tensor, and where they go: ``runs`` of them, each ``nbytes`` long."""
+
+    parameter: str
+    source: int
+    """First byte, in the tensor laid out contiguously."""
+    target: int
+    """First byte in the memory of the parameter."""
+    nbytes: int
+    runs: int = 1
+    source_step: int = 0
+    """Bytes from the start of a run to that of the next."""
+    target_step: int = 0
+
+    @property
+    def total(self) -> int:
+        """Bytes of all runs."""
+        return self.nbytes * self.runs
+
+
 @dataclass(frozen=True, eq=False)
 class DirectRead:
     """Tensors that were read to where they go, all at once; nobody has to hand them on."""
@@ -53,6 +73,7 @@ class DirectRead:
     names: Sequence[str]
     shapes: Mapping[str, tuple[int, ...]]
     nbytes: int
+    """Bytes of the whole tensors; less is read where a rank has a part of them."""
     parameters: Mapping[str, Sequence[str]]
     """Everything they went to, and the names of what went there."""
 
@@ -72,11 +93,20 @@ class Destinations(Protocol):
     def key(self) -> object | None:
         """What ``targets`` depends on: same key, same answers. None where every tensor is handed over."""
 
-    def targets(self, infos: Sequence[TensorInfo]) -> Sequence[tuple[str, int]] | None:
-        """Where tensors go as they are, one behind the other: parameter and first byte in its memory.
+    def targets(self, infos: Sequence[TensorInfo]) -> Sequence[Sequence[Region]] | None:
+        """Where the bytes of tensors go, where copying them is all there is to do: the regions of each
+        tensor, in the order of its bytes; none of a tensor that is not used.
 
         None unless all can. The stream then gives ``DirectRead`` in place of the tensors.
         """
+
+    def needed(self, info: TensorInfo) -> Sequence[Region] | None:
+        """Which bytes of a tensor that is handed over are read by anybody, each once; None for all of them.
+        The tensor has its whole shape, and anything in its other bytes.
+        """
+
+    def note_read(self, nbytes: int) -> None:
+        """So many bytes of files were read."""
 
     def memory(self, parameter: str) -> torch.UntypedStorage | None:
         """Memory of a parameter that ``targets`` named; None when files cannot be read to it."""

@@ -41,6 +41,10 @@ TOLD = 16
 """Ranks that refuse and are named with their reasons; more of them say no more."""
 LONGEST = 2000
 """Characters of a reason that travel to the other ranks."""
+LOOKING_SECONDS = 1.0
+"""The first rank that times out looks who is missing; the others give it so long before they look too."""
+LOOKS = 1e-4
+"""Seconds between two looks at the decision, for each rank: the store answers 10,000 of them a second."""
 
 
 @dataclass(frozen=True)
@@ -168,7 +172,11 @@ class Vote:
             self.in_doubt = True
             if self._store.add(self._prefix + "ready", 1) == self._place.ranks:
                 return self._decide(COMMIT)
-            return self._decide({} if self._decided() else self._silent())
+            if self._decided(self.vote_timeout):
+                return self._decide({})
+            first = self._store.add(self._prefix + "late", 1) == 1
+            known = not first and self._decided(LOOKING_SECONDS)
+            return self._decide({} if known else self._silent())
         except KeyboardInterrupt as interrupt:
             decision = self._decide({self._place.rank: "was interrupted"})
             if decision != COMMIT:
@@ -176,16 +184,16 @@ class Vote:
             self.postponed = interrupt
             return decision
 
-    def _decided(self) -> bool:
+    def _decided(self, seconds: float) -> bool:
         """Wait for a decision by looking often: a wait inside the store would lock other threads out."""
-        deadline = time.monotonic() + self.vote_timeout
-        pause = 0.0005
+        deadline = time.monotonic() + seconds
+        pause, longest = 0.0005, max(0.02, LOOKS * self._place.ranks)
         while not self._store.check([self._prefix + "decision"]):
             if time.monotonic() > deadline:
                 return False
             deliver()
             time.sleep(pause)
-            pause = min(2 * pause, 0.02)
+            pause = min(2 * pause, longest)
         return True
 
     def _decide(self, wish: str | dict[int, str]) -> str:
@@ -195,13 +203,22 @@ class Vote:
         return held.decode()
 
     def _silent(self) -> dict[int, str]:
-        ranks = [rank for rank in range(self._place.ranks) if not self._store.check([self._key(rank)])]
+        ranks = self._missing(range(self._place.ranks))
         if not ranks:  # one of them is, or ended, between its key and its count
             mine = self._place.rank
             return {mine: f"waited {self.vote_timeout:g} s, and a rank was not counted though it was ready"}
         return dict.fromkeys(
             ranks, f"did not answer {self._place.called(self._place.rank)} within {self.vote_timeout:g} s"
         )
+
+    def _missing(self, ranks: range) -> list[int]:
+        """Those of these ranks that have not voted. Asks for many at once; halves where one is missing."""
+        if self._store.check([self._key(rank) for rank in ranks]):
+            return []
+        if len(ranks) == 1:
+            return list(ranks)
+        half = len(ranks) // 2
+        return self._missing(ranks[:half]) + self._missing(ranks[half:])
 
     def _reasons(self, decision: str) -> dict[int, str]:
         """Rank -> why it refused: what was decided on, and whatever other ranks have said since."""
@@ -234,7 +251,7 @@ class Vote:
         return f"{self._prefix}{rank}"
 
     def _keys(self) -> list[str]:
-        shared = [self._prefix + name for name in ("ready", "refusals", "decision")]
+        shared = [self._prefix + name for name in ("ready", "refusals", "late", "decision")]
         return [self._key(self._place.rank), *shared]
 
 

@@ -75,13 +75,13 @@ class Screening:
         """Load what was put aside, by ``load`` of the session, now that it can be sorted."""
         if self._overflow is None or not self._overflow.nbytes:
             return
-        self._replaying = True
+        self._replaying, read = True, destinations.bytes_read
         try:
             replayed = self._overflow.replay(destinations, self._admission.has_begun)
             with contextlib.closing(replayed) as weights:
                 load(weights, call_between)
         finally:
-            self._replaying = False
+            self._replaying, destinations.bytes_read = False, read  # its file is none of the checkpoint's
         self.spilled_bytes = self._overflow.nbytes
         self._overflow.close()
 

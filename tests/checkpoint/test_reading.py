@@ -23,6 +23,7 @@ from reload_plugin.plan.arrivals import Loaded
 from reload_plugin.plan.copy_plan import CopyPlan
 from reload_plugin.plan.known_checkpoint import KnownCheckpoint
 from reload_plugin.plan.mismatches import Mismatches
+from reload_plugin.plan.source import Region
 
 EXPERTS = 5
 ORDER = (*(f"experts.{n}.{part}" for n in range(EXPERTS) for part in ("gate", "up", "down")), "norm", "empty")
@@ -38,9 +39,17 @@ class StackedDestinations:
         self.down = torch.zeros(EXPERTS, 8, 4, dtype=torch.bfloat16)
         self.norm = torch.zeros(8, dtype=torch.float32)
 
-    def targets(self, infos: list[TensorInfo]) -> list[tuple[str, int]] | None:
+    def targets(self, infos: list[TensorInfo]) -> list[list[Region]] | None:
         self.asked += 1
-        return [self._target(info.name) for info in infos]
+        return [
+            [Region(self._target(info.name)[0], 0, self._target(info.name)[1], info.nbytes)] for info in infos
+        ]
+
+    def needed(self, info: TensorInfo) -> None:
+        return None
+
+    def note_read(self, nbytes: int) -> None:
+        self.read = getattr(self, "read", 0) + nbytes
 
     def _target(self, name: str) -> tuple[str, int]:
         if not name.startswith("experts"):

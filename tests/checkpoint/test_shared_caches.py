@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 from reload_plugin.checkpoint import open_source
 from reload_plugin.checkpoint.io.read_batches import ReadBatch
-from reload_plugin.plan.source import DirectRead, TensorInfo
+from reload_plugin.plan.source import DirectRead, Region, TensorInfo
 
 TENSORS = {f"layers.{number}.weight": torch.full((64,), float(number)) for number in range(40)}
 ORDER = tuple(TENSORS)
@@ -29,8 +29,15 @@ class Memory:
     def __call__(self, info: TensorInfo) -> torch.Tensor | None:
         return None
 
-    def targets(self, infos: list[TensorInfo]) -> list[tuple[str, int]]:
-        return [(f"parameter of {id(self)}", self.order.index(info.name) * NBYTES) for info in infos]
+    def targets(self, infos: list[TensorInfo]) -> list[list[Region]]:
+        places = [self.order.index(info.name) * NBYTES for info in infos]
+        return [[Region(f"parameter of {id(self)}", 0, place, NBYTES)] for place in places]
+
+    def needed(self, info: TensorInfo) -> None:
+        return None
+
+    def note_read(self, nbytes: int) -> None:
+        pass
 
     def memory(self, parameter: str) -> torch.UntypedStorage:
         assert parameter == f"parameter of {id(self)}", "the parameter of another engine"

@@ -132,6 +132,7 @@ def test_a_stream_in_any_order_stays_within_the_budget(
     report = engine.push(order(weights), policy)
     total = sum(tensor.nbytes for _, tensor in weights)
     assert report.spilled_bytes == total if policy == "spill" else 0 < report.spilled_bytes < total
+    assert report.bytes_read is None, "bytes of a file that was spilled to are none of a checkpoint"
     assert meter.layers > (1 if policy == "spill" else 2), "what was spilled is read layer by layer"
     assert meter.open <= engine.largest + BUDGET, f"{meter.open} in {meter.layers} parameters"
     assert meter.open <= report.staging_bytes, "the report tells less than there was"

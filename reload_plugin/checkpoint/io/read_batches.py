@@ -7,14 +7,14 @@ Batches are kept for the next checkpoint with the same header: training writes o
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from ...plan.source import Destinations, DirectRead
+from ...plan.source import Destinations, DirectRead, Region
 from .locations import AssembledLocation, ContiguousLocation
 from .readahead import SHARED, reader_thread_count
 from .vectored import IOV_MAX
@@ -37,6 +37,29 @@ class FileRange(NamedTuple):
     """Index of the first part of the plan, and of the one after the last."""
 
 
+class GappedRange(NamedTuple):
+    """Runs of bytes of a file with gaps between them, and the memory of a parameter that they fill: about
+    ``SHARED`` bytes of them.
+    """
+
+    file: str
+    start: int
+    step: int
+    nbytes: int
+    """Of each run."""
+    runs: int
+    parameter: int
+    """Its number in the plan."""
+    target: int
+    """First byte in its memory."""
+    target_step: int
+
+    @property
+    def end(self) -> int:
+        """The byte of the parameter after the last that is written."""
+        return self.target + (self.runs - 1) * self.target_step + self.nbytes
+
+
 @dataclass(frozen=True, eq=False)
 class DirectReadPlan:
     """How a batch is read straight into parameter memory, without a tensor for each weight."""
@@ -45,6 +68,7 @@ class DirectReadPlan:
     ranges: Sequence[FileRange]
     parts: npt.NDArray[np.int64]
     """int64 [3, parts]: index of the parameter, first byte in its memory, number of bytes."""
+    gapped: Sequence[GappedRange]
 
     @functools.cached_property
     def ends(self) -> Sequence[int]:
@@ -52,7 +76,18 @@ class DirectReadPlan:
         numbers, first, length = self.parts
         found = np.zeros(len(self.direct_read.parameters), dtype=np.int64)
         np.maximum.at(found, numbers, first + length)
+        for gapped in self.gapped:
+            found[gapped.parameter] = max(found[gapped.parameter], gapped.end)
         return found.tolist()
+
+    @functools.cached_property
+    def extents(self) -> Sequence[tuple[str, int, int]]:
+        """(file, first byte, end) of what is read, gaps between runs included: ranks of one machine share
+        what the kernel reads ahead.
+        """
+        ranges = [(one.file, one.start, one.start + one.nbytes) for one in self.ranges]
+        runs = [(one.file, one.start, one.start + one.step * one.runs) for one in self.gapped]
+        return sorted(ranges + runs)
 
 
 @dataclass(eq=False)
@@ -86,14 +121,29 @@ class ReadBatch:
         if targets is None:
             return None
         parameters: dict[str, list[str]] = {}
-        for place, (parameter, _) in zip(places, targets, strict=True):
-            parameters.setdefault(parameter, []).append(place.info.name)
+        for place, regions in zip(places, targets, strict=True):
+            for parameter in dict.fromkeys(region.parameter for region in regions):
+                parameters.setdefault(parameter, []).append(place.info.name)
         shapes = {place.info.name: place.info.shape for place in places}
         direct_read = DirectRead(tuple(shapes), shapes, self.nbytes, parameters)
         numbers = {parameter: number for number, parameter in enumerate(parameters)}
         return DirectReadPlan(
-            direct_read, *_file_ranges(places, [(numbers[name], start) for name, start in targets])
+            direct_read, *_file_ranges(places, targets, numbers), _gapped_ranges(places, targets, numbers)
         )
+
+    def extents_for(self, destinations: Destinations | None) -> Sequence[tuple[str, int, int]]:
+        """(file, first byte, end) of what is read of it for these destinations."""
+        if destinations is None:
+            return self.extents
+        plan = self.direct_read_plan(destinations)
+        if plan is not None:
+            return plan.extents
+        return [
+            extent
+            for place in self.locations
+            if destinations.needed(place.info) != ()
+            for extent in place.extents
+        ]
 
     @functools.cached_property
     def extents(self) -> Sequence[tuple[str, int, int]]:
@@ -111,11 +161,37 @@ class ReadBatch:
         return path, next(p.info.name for p in inside if p.start <= position < p.start + p.nbytes)
 
 
+def _gapped_ranges(
+    places: Sequence[ContiguousLocation], targets: Sequence[Sequence[Region]], numbers: Mapping[str, int]
+) -> list[GappedRange]:
+    """Runs with gaps, cut so that several threads share them."""
+    found: list[GappedRange] = []
+    for place, regions in zip(places, targets, strict=True):
+        for region in regions:
+            if region.runs == 1:
+                continue
+            rows = max(1, SHARED // region.nbytes)
+            found += [
+                GappedRange(
+                    place.file,
+                    place.start + region.source + first * region.source_step,
+                    region.source_step,
+                    region.nbytes,
+                    min(rows, region.runs - first),
+                    numbers[region.parameter],
+                    region.target + first * region.target_step,
+                    region.target_step,
+                )
+                for first in range(0, region.runs, rows)
+            ]
+    return found
+
+
 def _file_ranges(
-    places: Sequence[ContiguousLocation], targets: Sequence[tuple[int, int]]
+    places: Sequence[ContiguousLocation], targets: Sequence[Sequence[Region]], numbers: Mapping[str, int]
 ) -> tuple[list[FileRange], npt.NDArray[np.int64]]:
-    """File ranges and the parts they fill; contiguous tensors share a range, and a part where their memory is
-    contiguous too.
+    """File ranges and the parts they fill; contiguous regions share a range, and a part where their memory is
+    contiguous too. Regions of several runs are not among them.
     """
     found: list[FileRange] = []
     parts: list[tuple[int, int, int]] = []
@@ -125,13 +201,19 @@ def _file_ranges(
         if end > start:
             found.append(FileRange(file, start, end - start, first, len(parts)))
 
-    for place, (parameter, target) in zip(places, targets, strict=True):
+    whole = [
+        (place.file, place.start + region.source, region.nbytes, numbers[region.parameter], region.target)
+        for place, regions in zip(places, targets, strict=True)
+        for region in regions
+        if region.runs == 1
+    ]
+    for where, begin, length, parameter, target in whole:
         done = 0
-        while done < place.nbytes:
-            if place.file != file or place.start + done != end or len(parts) - first >= IOV_MAX:
+        while done < length:
+            if where != file or begin + done != end or len(parts) - first >= IOV_MAX:
                 ended()
-                file, start, end, first = place.file, place.start + done, place.start + done, len(parts)
-            nbytes = min(place.nbytes - done, start + SHARED - end)
+                file, start, end, first = where, begin + done, begin + done, len(parts)
+            nbytes = min(length - done, start + SHARED - end)
             before = parts[-1] if len(parts) > first else None
             if before is not None and before[0] == parameter and before[1] + before[2] == target + done:
                 parts[-1] = (parameter, before[1], before[2] + nbytes)

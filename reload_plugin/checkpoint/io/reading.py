@@ -12,10 +12,10 @@ import numpy as np
 import torch
 
 from ...device.host_memory import HostPool
-from ...plan.source import Destinations, DirectRead, Stream
+from ...plan.source import Destinations, DirectRead, Region, Stream
 from .locations import AssembledLocation, ContiguousLocation, StoredBox, TensorLocation, UnresolvedLocation
 from .read_batches import DirectReadPlan, ReadBatch, read_batches_of
-from .readahead import Batch, PageCache, Piece, ReadAhead, Run, read_piece, runs_of
+from .readahead import Batch, GappedRun, PageCache, Piece, ReadAhead, Run, read_piece, runs_of
 from .vectored import iovec_of
 
 AHEAD = 16 << 20
@@ -70,7 +70,10 @@ def read_in_batches(
 
 
 def _announced(
-    batches: Iterable[ReadBatch], handles: Mapping[str, int], cache: PageCache
+    batches: Iterable[ReadBatch],
+    handles: Mapping[str, int],
+    cache: PageCache,
+    destinations: Destinations | None,
 ) -> Iterator[ReadBatch]:
     """The batches, each announced to the kernel ``ANNOUNCED`` bytes early once a read missed the page cache,
     so that the disk works meanwhile.
@@ -85,7 +88,7 @@ def _announced(
             untold.append(batch)
             nbytes += batch.nbytes
         while cache.missed and untold:
-            _announce(untold.popleft(), handles)
+            _announce(untold.popleft().extents_for(destinations), handles)
         if not window:
             return
         first = window.popleft()
@@ -95,8 +98,8 @@ def _announced(
         yield first
 
 
-def _announce(batch: ReadBatch, handles: Mapping[str, int]) -> None:
-    for file, start, end in batch.extents if hasattr(os, "posix_fadvise") else ():
+def _announce(extents: Iterable[tuple[str, int, int]], handles: Mapping[str, int]) -> None:
+    for file, start, end in extents if hasattr(os, "posix_fadvise") else ():
         with contextlib.suppress(OSError):  # it is advice
             os.posix_fadvise(handles[file], start, end - start, os.POSIX_FADV_WILLNEED)
 
@@ -120,19 +123,20 @@ class _Reading:
         waiting: deque[_PendingRead] = deque()
         ahead = 0
         with ReadAhead() as reader:
-            batches = _announced(batches, self._handles, reader.cache)
+            batches = _announced(batches, self._handles, reader.cache, self._destinations)
             more = True
             while True:
                 while more and (not waiting or (reader.threaded and ahead < AHEAD)):
                     following = next(batches, None)
                     if more := following is not None:
                         waiting.append(self._submit(reader, following))
-                        ahead += following.nbytes
+                        ahead += waiting[-1][2].nbytes
                 if not waiting:
                     return
                 batch, tensors, read = waiting.popleft()
                 read.wait()
-                ahead -= batch.nbytes
+                ahead -= read.nbytes
+                self._note_read(read.nbytes)
                 del read
                 if isinstance(tensors, DirectRead):
                     yield tensors
@@ -155,7 +159,12 @@ class _Reading:
                 reader.submit(self._runs(batch, direct_read_plan, memory), memory),
             )
         tensors = [self._memory(place) for place in batch.locations]
-        return batch, tensors, reader.submit(runs_of(self._pieces(batch.locations, tensors)), tensors[:])
+        pieces, gapped = self._pieces(batch.locations, tensors)
+        return batch, tensors, reader.submit([*runs_of(pieces), *gapped], tensors[:])
+
+    def _note_read(self, nbytes: int) -> None:
+        if self._destinations is not None:
+            self._destinations.note_read(nbytes)
 
     def _memory_for(self, direct_read_plan: DirectReadPlan) -> list[torch.UntypedStorage] | None:
         assert self._destinations is not None, "a plan comes from destinations"
@@ -169,7 +178,7 @@ class _Reading:
 
     def _runs(
         self, batch: ReadBatch, direct_read_plan: DirectReadPlan, memory: Sequence[torch.UntypedStorage]
-    ) -> list[Run]:
+    ) -> list[Run | GappedRun]:
         """The reads of a direct plan. Raises IndexError where a part lies outside of its parameter."""
         numbers, first, length = direct_read_plan.parts
         if any(end > storage.nbytes() for end, storage in zip(direct_read_plan.ends, memory, strict=True)):
@@ -181,18 +190,51 @@ class _Reading:
         handles = self._handles
         of = {
             file: functools.partial(batch.place_at, file, self._paths.get(file, file))
-            for file in {file_range.file for file_range in direct_read_plan.ranges}
+            for file in {place.file for place in batch.locations if isinstance(place, ContiguousLocation)}
         }
-        return [
+        runs: list[Run | GappedRun] = [
             Run(handles[file], start, parts.rows(begin, end), nbytes, of[file])
             for file, start, nbytes, begin, end in direct_read_plan.ranges
         ]
+        for file, start, step, nbytes, count, parameter, target, target_step in direct_read_plan.gapped:
+            address = int(addresses[parameter]) + target
+            runs.append(GappedRun(handles[file], start, step, nbytes, count, address, target_step, of[file]))
+        return runs
 
     def _pieces(
         self, places: Sequence[ContiguousLocation | AssembledLocation], tensors: Sequence[torch.Tensor]
-    ) -> list[Piece]:
-        pairs = zip(places, tensors, strict=True)
-        return [piece for place, tensor in pairs for piece in self._direct_pieces(place, tensor)]
+    ) -> tuple[list[Piece], list[GappedRun]]:
+        """The reads of tensors that are handed over, without bytes that nobody looks at."""
+        pieces: list[Piece] = []
+        gapped: list[GappedRun] = []
+        for place, tensor in zip(places, tensors, strict=True):
+            needed = None if self._destinations is None else self._destinations.needed(place.info)
+            if needed is None or (needed and isinstance(place, AssembledLocation)):
+                pieces += self._direct_pieces(place, tensor)
+            elif isinstance(place, ContiguousLocation):
+                self._add_needed(place, tensor, needed, pieces, gapped)
+        return pieces, gapped
+
+    def _add_needed(
+        self,
+        place: ContiguousLocation,
+        tensor: torch.Tensor,
+        needed: Sequence[Region],
+        pieces: list[Piece],
+        gapped: list[GappedRun],
+    ) -> None:
+        """The reads of some bytes of a tensor, each to where it lies in the whole tensor."""
+        path, handle = self._paths.get(place.file, place.file), self._handles[place.file]
+        for region in needed:
+            start = place.start + region.source
+            if region.runs == 1:
+                name, skipped = place.info.name, region.source
+                pieces.append(Piece(handle, start, tensor, path, name, skipped, region.nbytes))
+                continue
+            step = region.source_step
+            address = tensor.data_ptr() + region.source
+            named = functools.partial(_named, path, place.info.name)
+            gapped.append(GappedRun(handle, start, step, region.nbytes, region.runs, address, step, named))
 
     def _direct_pieces(
         self, place: ContiguousLocation | AssembledLocation, tensor: torch.Tensor
@@ -209,10 +251,13 @@ class _Reading:
 
     def _gather(self, place: AssembledLocation, tensor: torch.Tensor) -> None:
         """Read the boxes whose layout in the file is not that of the tensor, through a buffer."""
+        if self._destinations is not None and self._destinations.needed(place.info) == ():
+            return
         for part in place.parts:
             box = _box(tensor, part)
             if part.numel and not _is_direct(part, box):
                 _copy_strided(self._handles[part.file], part, box, place.info.name)
+                self._note_read(part.extent * tensor.element_size())
 
     def _memory(self, place: ContiguousLocation | AssembledLocation) -> torch.Tensor:
         """The memory that a tensor is read into: its destination, or the pool's."""
@@ -222,6 +267,11 @@ class _Reading:
         empty = torch.empty(0, dtype=place.info.dtype, device="cpu")
         meta = place.info.meta()
         return empty.set_(self._pool.take(place.nbytes), 0, meta.shape, meta.stride())
+
+
+def _named(path: str, name: str, position: int) -> tuple[str, str]:
+    del position
+    return path, name
 
 
 def _box(tensor: torch.Tensor, part: StoredBox) -> torch.Tensor:
