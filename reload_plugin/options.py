@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from .errors import SERVES_OLD, ReloadError
 
-ReloadPolicy = Literal["auto", "host", "spill", "reread", "streaming"]
+ReloadPolicy = Literal["auto", "device", "host", "spill", "reread", "streaming"]
 """Name of a policy; see ``POLICIES``."""
 
 
@@ -22,13 +22,14 @@ class Policy:
     """How a reload is committed, and what the rollback source is until then."""
 
     name: ReloadPolicy
-    strategy: Literal["staged", "streaming"]
+    strategy: Literal["staged", "streaming", "undo"]
     """Name of the commit strategy; see ``commit.strategies``."""
-    rollback: Literal["host", "spill", "reread", "none"]
-    """``host``: the served weights stay unchanged until the commit; the results are prepared beside them, in
-    memory of the device that serves. ``reread``: the old source is read again. ``spill``: the same, and the
-    new weights are written to a file first. ``none``: no rollback source; after a failure the engine refuses
-    to serve.
+    rollback: Literal["device", "host", "spill", "reread", "none"]
+    """``device``: the served weights stay unchanged until the commit; the results are prepared beside them,
+    in memory of the device that serves. ``host``: the served weights are in host memory: they stay unchanged
+    where the CPU serves; from a device they are saved just before they are overwritten. ``reread``: the old
+    source is read again. ``spill``: the same, and the new weights are written to a file first. ``none``: no
+    rollback source; after a failure the engine refuses to serve.
     """
     extra_memory: str
     """Peak extra memory. ``one layer`` means its staging and a fixed budget of 128 MiB."""
@@ -47,14 +48,19 @@ class Policy:
 POLICIES: Mapping[str, Policy] = {
     policy.name: policy
     for policy in (
-        Policy("host", "staged", "host", "one kernel-format copy and one layer"),
+        Policy("device", "staged", "device", "one kernel-format copy and one layer"),
+        Policy("host", "undo", "host", "one layer, and one kernel-format copy in host memory"),
         Policy("spill", "streaming", "spill", "one layer, and disk for the file"),
         Policy("reread", "streaming", "reread", "one layer"),
         Policy("streaming", "streaming", "none", "one layer"),
     )
 }
 """The policies that a caller can name. ``auto`` is ``reread`` where the old and the new weights are both in
-files; else ``host`` if there is memory for it, else ``spill``."""
+files. Else, on a CPU, ``host`` if there is memory for it, else ``spill``; on a device ``device`` if there is
+memory for it, else ``host``, and never a file."""
+
+POLICY_OF_CPU = Policy("host", "staged", "host", "one kernel-format copy and one layer")
+"""What ``device`` and ``host`` mean where the CPU serves: its memory is the host's."""
 
 
 Wanted = bool | Literal["later"]

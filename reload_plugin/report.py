@@ -14,10 +14,12 @@ class ReloadReport(BaseModel):
 
     source: str
     policy: str
-    """``staged``: all layers were committed at the end; ``streaming``: each layer when it was processed."""
+    """``staged``: all layers were committed at the end. ``streaming``: each layer when it was processed;
+    ``undo``: the same, after its old values were saved. ``prepared``: results waited in host memory."""
     old_generation: str = "host"
-    """The rollback source until the commit: ``host`` memory, a ``spill`` file, the old source that could be
-    ``reread``, or ``none``."""
+    """Where the old weights were until the commit: in memory of the ``device`` that serves, in ``host``
+    memory, in a ``spill`` file, in the old source that could be ``reread``, or ``none``. On a CPU both kinds
+    of memory are called ``host``."""
     tensors: int
     """Checkpoint tensors received."""
     nbytes: int

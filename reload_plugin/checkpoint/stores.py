@@ -160,6 +160,9 @@ class HostCopy:
         """Copy a weight to host memory; the caller may overwrite its own afterwards."""
         self._tensors[name] = tensor.detach().to("cpu", copy=True).contiguous()
 
+    def __contains__(self, name: str) -> bool:
+        return name in self._tensors
+
     def infos(self) -> Sequence[TensorInfo]:
         return [TensorInfo(name, tuple(t.shape), t.dtype) for name, t in self._tensors.items()]
 

@@ -75,7 +75,7 @@ class Commit:
             for served, new, _ in self.moves:
                 served.data = new.cpu() if _is_parked(served, new) else new
             for holder, other in self.exchanges:
-                _exchange_contents(holder, other)
+                exchange_contents(holder, other)
             for holder, key, value in self.writes:
                 write(holder, key, value)
             for cell, value in self.cells:
@@ -114,7 +114,7 @@ def _bits(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.contiguous().view(torch.uint8) if tensor.dim() else tensor.reshape(1).view(torch.uint8)
 
 
-def _exchange_contents(served: object, new: object) -> None:
+def exchange_contents(served: object, new: object) -> None:
     """Exchange what two objects hold; each keeps its own tensor objects.
 
     Afterwards ``new`` owns the old native resource and releases it when it is freed.

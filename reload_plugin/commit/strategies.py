@@ -11,6 +11,7 @@ from typing import ClassVar, Literal
 
 import torch
 
+from ..device.host_copies import HostCopies
 from ..device.host_memory import MemoryGauge
 from ..load.admission import Admission
 from ..load.overflow import OPEN_BUDGET, OPEN_STREAMING
@@ -19,8 +20,9 @@ from ..record.staged_group import StagedGroup
 from ..record.staged_storage import StagedStorage
 from .compare import plan_commit
 from .group_commit import Commit
+from .undo_log import UndoLog
 
-StrategyName = Literal["staged", "streaming"]
+StrategyName = Literal["staged", "streaming", "undo", "prepared"]
 
 
 class CommitLog:
@@ -30,11 +32,16 @@ class CommitLog:
         handles: known native handles of the model.
         native: group name -> memory that the group's native handles point into, of the model.
         fence: waits until the device has done all work that was queued, on every stream.
+        undo: saves what is overwritten; None where nothing is to be saved.
 
     """
 
     def __init__(
-        self, handles: Handles, native: dict[str, list[torch.Tensor]], fence: Callable[[], None]
+        self,
+        handles: Handles,
+        native: dict[str, list[torch.Tensor]],
+        fence: Callable[[], None],
+        undo: UndoLog | None = None,
     ) -> None:
         self.groups: set[str] = set()
         """Names of groups whose served values changed or may have changed."""
@@ -42,17 +49,27 @@ class CommitLog:
         """Paths of tensors whose address changed because their layout did."""
         self._handles = handles
         self._native = native
+        self.undo = undo
         self._fence = fence
         self._fenced = False
 
-    def before_write(self) -> None:
+    def before_write(self, *storages: torch.UntypedStorage) -> None:
         """Served memory is about to be written: forward passes that were queued before read the old values.
 
-        Costs one wait for each session.
+        Costs one wait for each session. ``storages`` are saved where there is an undo log.
         """
         if not self._fenced:
             self._fenced = True
             self._fence()
+        if self.undo is not None:
+            for storage in storages:
+                self.undo.save(storage)
+
+    @property
+    def host_copies(self) -> HostCopies:
+        """Takes results to host memory."""
+        assert self.undo is not None, "results wait on the host where there is an undo log"
+        return self.undo.copies
 
     def after_writes(self) -> None:
         """Wait until what was written is there, for forward passes on other streams. Raises the errors that
@@ -64,6 +81,8 @@ class CommitLog:
         """Serve the new values of one group."""
         self.moved += [path for _, _, path in commit.moves]
         self.before_write()
+        if self.undo is not None:
+            self.undo.save_before(commit)
         try:
             commit.apply()
         finally:
@@ -93,6 +112,8 @@ class CommitStrategy(abc.ABC):
     from its first weight on, and its native memory may be released before it is processed."""
     waiting_bytes: ClassVar[int]
     """Bytes of staging, beyond the largest group, that incomplete groups may hold."""
+    has_undo_log: ClassVar[bool] = False
+    """Whether old values are saved before they are overwritten. Then no other rollback source is needed."""
 
     def __init__(
         self,
@@ -105,6 +126,7 @@ class CommitStrategy(abc.ABC):
         self._gauge = gauge
         self._admission = admission
         self._release = release
+        self._finishing = False
         self.waiting: list[tuple[StagedGroup, Commit]] = []
         """Results that wait for the commit."""
         self.prepared_bytes = 0
@@ -115,6 +137,10 @@ class CommitStrategy(abc.ABC):
     @abc.abstractmethod
     def keep(self, group: StagedGroup) -> None:
         """Plan the commit of a processed group, which has to show what it serves; apply it or keep it."""
+
+    def begin_finish(self) -> None:
+        """All weights have come, and nothing is served until the session is over."""
+        self._finishing = True
 
     def commit_all(self) -> None:
         """Apply all waiting commits. Writes only to memory that exists already."""
@@ -154,7 +180,7 @@ class StagedCommit(CommitStrategy):
 class StreamingCommit(CommitStrategy):
     """Commits each group when it is processed. A failure after the first commit needs a rollback source."""
 
-    name = "streaming"
+    name: ClassVar[StrategyName] = "streaming"
     commits_each_group = True
     waiting_bytes = OPEN_STREAMING
 
@@ -167,4 +193,54 @@ class StreamingCommit(CommitStrategy):
         commit.forget()
 
 
-STRATEGIES: dict[str, type[CommitStrategy]] = {cls.name: cls for cls in (StagedCommit, StreamingCommit)}
+class UndoCommit(StreamingCommit):
+    """Commits each group when it is processed, and saves the old values in host memory just before.
+
+    Takes one layer of device memory, and one kernel-format copy of the model in host memory.
+    """
+
+    name = "undo"
+    has_undo_log = True
+
+
+class PreparedCommit(CommitStrategy):
+    """Keeps results in host memory until the end, because the engine serves between the calls.
+
+    At the end they are committed group by group with an undo log, then what is processed last is. Takes one
+    layer of device memory. In host memory the results make room for the old values as they are committed.
+    """
+
+    name = "prepared"
+    commits_each_group = False
+    waiting_bytes = OPEN_STREAMING
+    has_undo_log = True
+
+    def keep(self, group: StagedGroup) -> None:
+        commit = plan_commit(group)
+        if self._finishing:
+            self._log.apply(commit)
+            keep = commit.kept_storages(applied=True)
+        else:
+            copies = self._log.host_copies
+            commit.copies = [(served, copies.copy(new)) for served, new in commit.copies]
+            keep = commit.kept_storages(applied=False)
+            self.waiting.append((group, commit))
+        for storage in self._release(group, keep):
+            storage.drop_references()
+        group.drop()
+        if self._finishing:
+            commit.forget()
+
+    def begin_finish(self) -> None:
+        """Commit what waits, so that layers which are processed last see the new values of the others."""
+        super().begin_finish()
+        self._log.host_copies.finish()
+        while self.waiting:
+            _, commit = self.waiting.pop(0)
+            self._log.apply(commit)
+            commit.forget()
+
+
+STRATEGIES: dict[str, type[CommitStrategy]] = {
+    cls.name: cls for cls in (StagedCommit, StreamingCommit, UndoCommit, PreparedCommit)
+}

@@ -80,8 +80,12 @@ class AcceleratorOps:
         return event
 
     def free_bytes(self) -> int:
-        """What the device says is free; what the host has left, for one whose module does not say."""
+        """What the device says is free, and what torch holds of it and does not use; what the host has left,
+        for a device that does not say.
+        """
         with contextlib.suppress(RuntimeError, AttributeError):
+            if self._is_accelerator:
+                return int(torch.accelerator.get_memory_info(self.device)[0]) + self._unused_bytes()
             return int(torch.get_device_module(self.device).mem_get_info(self.device)[0])
         return available()
 
@@ -90,6 +94,23 @@ class AcceleratorOps:
         self.fence()
         if self._is_accelerator:
             torch.accelerator.empty_cache()
+
+    def reserved_bytes(self) -> int:
+        """What torch's allocator holds of the device, used or not; 0 for a device without one."""
+        with contextlib.suppress(RuntimeError, AttributeError):
+            if self._is_accelerator:
+                return torch.accelerator.memory_reserved(self.device)
+        return 0
+
+    def give_back(self, reserved: int) -> None:
+        """Give memory that torch holds and does not use back to the device, if torch holds more than
+        ``reserved`` bytes of it: other libraries allocate beside torch.
+        """
+        if self.reserved_bytes() > reserved:
+            torch.accelerator.empty_cache()
+
+    def _unused_bytes(self) -> int:
+        return self.reserved_bytes() - torch.accelerator.memory_allocated(self.device)
 
     def hash_values(self, tensor: torch.Tensor) -> Iterator[bytes | list[memoryview]]:
         """Sums that the device makes of each contiguous part; only these come to the host."""

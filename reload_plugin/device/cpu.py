@@ -78,6 +78,13 @@ class CpuOps:
     def release_unused(self) -> None:
         """The C heap gives back what it can by itself."""
 
+    def reserved_bytes(self) -> int:
+        """Nothing is held back."""
+        return 0
+
+    def give_back(self, reserved: int) -> None:
+        """The heap is settled by ``host_memory.settle_heap``."""
+
     def hash_values(self, tensor: torch.Tensor) -> Iterable[bytes | list[memoryview]]:
         """The memory itself where the values lie in one piece, as those of nearly all tensors do."""
         if not lies_in_one_piece(tensor):

@@ -102,6 +102,14 @@ class DeviceOps(Protocol):
         have it.
         """
 
+    def reserved_bytes(self) -> int:
+        """Bytes of this device that torch's allocator holds, used or not."""
+
+    def give_back(self, reserved: int) -> None:
+        """Give memory that torch's allocator holds and does not use back to the device, if it holds more than
+        ``reserved`` bytes.
+        """
+
     def hash_values(self, tensor: torch.Tensor) -> Iterable[bytes | list[memoryview]]:
         """What stands for the values of ``tensor`` in a digest, in order: bytes, or pieces of host memory
         that are hashed when the digest is taken. Until then the caller keeps ``tensor`` and its values.

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING
 
 import torch
 
-if TYPE_CHECKING:
-    from .ops import DeviceOps
+from .ops import DeviceOps, ops_for
 
 
 class WorkOrder:
@@ -68,3 +66,13 @@ class SourceReads:
         last, self._last = self._last, None
         if last is not None:
             last.synchronize()
+
+
+def copy_for_later(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy that the model's loader may keep for as long as it likes: where ``tensor`` is, or in host
+    memory where the device has little left.
+    """
+    # A loader that is a chain of generators keeps two weights, and their layers need memory as well.
+    ops = ops_for(tensor.device)
+    scarce = not ops.on_host and not tensor.is_meta and ops.free_bytes() < 8 * tensor.nbytes
+    return tensor.detach().to("cpu", copy=True) if scarce else tensor.detach().clone()

@@ -59,22 +59,28 @@ class StagingDestinations:
         ledger: knows the routes of weights and the staging of parameters.
         memory: staging of a parameter, allocated.
         by_hand: every weight has to be handed over, because somebody wants to see it.
+        reads_files: whether files can be read into staging. If not, none is allocated ahead of its weights.
 
     """
 
     def __init__(
-        self, completeness: Completeness, memory: Callable[[str], torch.UntypedStorage], by_hand: bool = False
+        self,
+        completeness: Completeness,
+        memory: Callable[[str], torch.UntypedStorage],
+        by_hand: bool = False,
+        reads_files: bool = True,
     ) -> None:
         self._completeness = completeness
         self._memory = memory
         self._by_hand = by_hand
+        self._reads_files = reads_files
         self._given: dict[str, torch.Tensor] = {}
         """Weights that are read to where they go."""
         self.bytes_read: int | None = None
         """Bytes of files that were read; None where no file said so."""
 
     def __call__(self, info: TensorInfo) -> torch.Tensor | None:
-        copy = self._copy_of(info)
+        copy = self._copy_of(info) if self._reads_files else None
         if copy is None:
             return None
         memory = self._memory(copy.parameter)
@@ -87,7 +93,7 @@ class StagingDestinations:
 
     @property
     def key(self) -> object | None:
-        return None if self._by_hand else self._completeness.copy_plan
+        return None if self._by_hand or not self._reads_files else self._completeness.copy_plan
 
     def targets(self, infos: Sequence[TensorInfo]) -> Sequence[Sequence[Region]] | None:
         found = []

@@ -1,4 +1,4 @@
-"""Spills weights to disk while staging is full, and reads them back layer by layer."""
+"""Puts weights aside while staging is full, and reads them back layer by layer."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from ..checkpoint import Destinations, SpillFile, Stream, TensorInfo
+from ..checkpoint import Destinations, HostCopy, SpillFile, Stream, TensorInfo
 from ..device.host_memory import HostPool
 
 Order = Callable[[Sequence[TensorInfo]], Sequence[str]]
@@ -22,52 +22,61 @@ them.
 
 
 class Overflow:
-    """Spills weights that arrive while too many layers are incomplete, as in a shuffled stream.
+    """Keeps weights that arrive while too many layers are incomplete, as in a shuffled stream.
 
     Args:
         folder: where the spill file is made, when it is needed; None for the default.
-        order: sorts the spilled weights by layer.
+        order: sorts the weights by layer.
+        in_memory: keep them in host memory and not in a file: where a device serves, that is not the memory
+            which is scarce, and a file is slower than the bus by far.
 
     """
 
-    def __init__(self, folder: str | None, order: Order) -> None:
+    def __init__(self, folder: str | None, order: Order, in_memory: bool = False) -> None:
         self._folder = folder
         self._order = order
-        self._file: SpillFile | None = None
+        self._in_memory = in_memory
+        self._kept: SpillFile | HostCopy | None = None
 
     @property
     def nbytes(self) -> int:
-        """Bytes spilled so far."""
-        return 0 if self._file is None else self._file.nbytes
+        """Bytes put aside so far."""
+        return 0 if self._kept is None else self._kept.nbytes
+
+    @property
+    def file_bytes(self) -> int:
+        """Bytes of them that went to a file."""
+        return 0 if self._in_memory else self.nbytes
 
     def __contains__(self, name: str) -> bool:
-        return self._file is not None and name in self._file
+        return self._kept is not None and name in self._kept
 
     def add(self, name: str, tensor: torch.Tensor) -> None:
-        """Spill a weight. The caller may reuse its memory afterwards.
+        """Put a weight aside. The caller may reuse its memory afterwards.
 
         Raises:
             SourceError: the disk is full.
 
         """
-        if self._file is None:
-            self._file = SpillFile(self._folder, "the weights put aside")
-        self._file.add(name, tensor)
+        if self._kept is None:
+            what = "the weights put aside"
+            self._kept = HostCopy(what) if self._in_memory else SpillFile(self._folder, what)
+        self._kept.add(name, tensor)
 
     def replay(self, destinations: Destinations, begun: Callable[[str], bool]) -> Stream:
-        """The spilled weights, layer by layer; first those of layers that have other weights already.
+        """These weights, layer by layer; first those of layers that have other weights already.
 
         Args:
             destinations: where tensors are read to.
             begun: whether a weight belongs to a layer that has other weights already.
 
         """
-        if self._file is not None:
-            names = sorted(self._order(self._file.infos()), key=begun, reverse=True)
-            yield from self._file.read(names, HostPool(), destinations)
+        if self._kept is not None:
+            names = sorted(self._order(self._kept.infos()), key=begun, reverse=True)
+            yield from self._kept.read(names, HostPool(), destinations)
 
     def close(self) -> None:
-        """Free the disk space."""
-        if self._file is not None:
-            self._file.close()
-            self._file = None
+        """Free the disk space, or the memory."""
+        if self._kept is not None:
+            self._kept.close()
+            self._kept = None

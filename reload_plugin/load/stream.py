@@ -12,7 +12,7 @@ import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
 from ..device.default_device import callers_default_device
-from ..device.stream_order import SourceReads
+from ..device.stream_order import SourceReads, copy_for_later
 from ..errors import ReloadError, SourceError
 from ..interrupts import call_out
 from ..plan.loader_run import LIMIT, load_all
@@ -83,7 +83,7 @@ class WeightStream:
             if tensor is not None:
                 self._last = tensor
                 late = self._used_late is not None and self._used_late(name)
-                ours = tensor.detach().clone() if late else tensor.detach()
+                ours = copy_for_later(tensor) if late else tensor.detach()
                 self._trace.begin(name, ours, late)
                 return name, ours
 

@@ -220,6 +220,10 @@ class StagedGroup:
         """Identities of the served storages that weights were loaded into."""
         return {storage.key for storage in self.storages if storage.is_served_memory}
 
+    def aliased_memory(self) -> list[torch.UntypedStorage]:
+        """Served storages that are loaded into from the beginning."""
+        return [storage.storage for storage in self.storages if storage.aliases_served]
+
     # -- moving between states --------------------------------------------------------------------
 
     def loaded_data(self, record: TensorRecord) -> torch.Tensor | None:

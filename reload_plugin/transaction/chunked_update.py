@@ -18,7 +18,7 @@ from ..options import ReloadOptions, options, road_options
 from ..report import ReloadReport
 from .engine_state import EngineState, state_of
 from .known import known_checkpoint, learn_copy_plan, session_for
-from .policies import policy_for_iterator
+from .policies import policy_for_iterator, strategy_between_calls
 from .push_intake import GatheringIntake, gathering_intake, inspect_finite
 from .reload_call import as_reload_errors, refuse_shared_weights, reload_call, with_all_ranks
 from .rollback import after_commit, rollback_on_failure
@@ -171,14 +171,16 @@ def _open_update(
     model: nn.Module, state: EngineState, source: str, chosen: ReloadOptions
 ) -> ReloadSession | GatheredUpdate:
     """Open an update for weights that nobody lists beforehand."""
-    if policy_for_iterator(model, state, chosen).rollback == "spill" or chosen.keep_load_format is not None:
+    policy = policy_for_iterator(model, state, chosen)
+    if policy.rollback == "spill" or chosen.keep_load_format is not None:
         gathered = GatheredUpdate(source, gathering_intake(model, state, source, chosen))
         state.open(gathered)
         return gathered
     learn_copy_plan(model, state)
     inspect = inspect_finite if chosen.check_finite else None
     known = known_checkpoint(model, state)
-    session = session_for(model, state, source, "staged", known, inspect=inspect, spill_dir=chosen.spill_dir)
+    strategy = strategy_between_calls(state, policy)
+    session = session_for(model, state, source, strategy, known, inspect=inspect, spill_dir=chosen.spill_dir)
     session.digest = chosen.digest
     session.open()
     session.take_over()

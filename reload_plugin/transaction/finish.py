@@ -31,6 +31,7 @@ def process_and_commit(session: Finished, parts: SessionParts, agree: Callable[[
     session.state = SessionState.PROCESSING
     with parts.processing.context():
         parts.load_format.enter(session)
+        parts.strategy.begin_finish()
         parts.pipeline.process_rest()
         parts.pipeline.process_tail()
     parts.load_format.check_untouched(session.source)
@@ -43,3 +44,5 @@ def process_and_commit(session: Finished, parts: SessionParts, agree: Callable[[
         session.state = SessionState.COMMITTED
         parts.state.commit(session.weight_version, session.source)
         parts.strategy.release_all()
+        if parts.log.undo is not None:
+            parts.log.undo.keep()

@@ -64,7 +64,7 @@ class GroupProcessing:
         try:
             with self._clock.timed("process"):
                 if self._at_once:
-                    self._log.before_write()
+                    self._log.before_write(*group.aliased_memory())
                 released = self._release_native_memory(group)
                 watched = self._watch.begin(
                     self._record,

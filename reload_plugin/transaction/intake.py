@@ -66,7 +66,8 @@ class Intake:
         self._ops = ops_for(state.record.target_device)
         self._reads = SourceReads(self._ops)
         # Destinations in staging are for weights that nobody wants to see or to put aside on the way.
-        self.destinations = StagingDestinations(completeness, memory, screening.wants_all(known.planned))
+        by_hand = screening.wants_all(known.planned)
+        self.destinations = StagingDestinations(completeness, memory, by_hand, self._ops.reads_files)
 
     @property
     def needs_view(self) -> bool:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 
 import torch
 from torch import nn
 
+from ..commit.undo_log import UndoLog
 from ..device.ops import ops_for
+from ..device.stream_order import SourceReads
 from ..errors import SERVES_OLD, KernelFormatError, weights_error
 from ..options import ReloadOptions
 from ..record.model_record import LayerRecord, ModelRecord
@@ -16,16 +18,19 @@ from ..record.module_state import owns_native, tensors_in
 from ..record.snapshot import ABSENT
 from ..report import ReloadReport
 from .caches import CACHES
-from .engine_state import state_of
+from .engine_state import EngineState, state_of
+
+Weights = Iterable[tuple[str, torch.Tensor]]
 
 
 def copy_kernel_format(
-    model: nn.Module, weights: Iterable[tuple[str, torch.Tensor]], source: str, chosen: ReloadOptions
+    model: nn.Module, weights: Weights, source: str, chosen: ReloadOptions
 ) -> ReloadReport:
     """Copy tensors into the served parameters and buffers of the same names.
 
-    Served memory is written only after every tensor was checked. Each tensor is copied when it arrives, so
-    the caller may reuse its buffers.
+    Each tensor is copied when it arrives, so the caller may reuse its buffers: on a CPU beside the served
+    memory, which is written when every tensor was checked; on a device to where it is served, after the old
+    values were saved in host memory, from where a failure brings them back.
 
     Raises:
         KernelFormatError: this model's kernel format is not made of tensors alone.
@@ -37,39 +42,95 @@ def copy_kernel_format(
     state = state_of(model)
     _require_tensors_only(state.record)
     served = _served(model)
-    staged: dict[str, torch.Tensor] = {}
-    offenders: dict[str, dict[str, str]] = {"unexpected": {}, "duplicate": {}, "misshapen": {}}
-    for name, tensor in weights:
-        if not _offends(name, tensor, served, staged, offenders):
-            staged[name] = tensor.detach().clone()
-    if any(offenders.values()) or not staged:
-        if not staged and not any(offenders.values()):
-            raise KernelFormatError(f"{source} holds no tensors. {SERVES_OLD}")
-        raise weights_error(source, SERVES_OLD, **offenders)
-    if state.vote is not None:
-        state.vote(None)
-    nbytes, names = sum(tensor.nbytes for tensor in staged.values()), list(staged)
-    ops = ops_for(state.record.target_device)
+    is_host = ops_for(state.record.target_device).on_host
+    sent = _Sent(source, served)
+    copied = _copy_at_the_end if is_host else _copy_at_once
     with state.record.changes.blocked(), torch.inference_mode(False), torch.no_grad():
-        ops.fence()  # forward passes that were queued before read the old values
-        _copy_all(staged, served)
-        ops.fence()
+        copied(state, weights, sent)
         state.commit(chosen.weight_version, source, whole=False)
     state.replace_rollback_source(None)
+    nbytes, names = sent.nbytes, list(sent.names)
     return ReloadReport(
         source=source,
-        policy="staged",
+        policy="staged" if is_host else "undo",
         tensors=len(names),
         nbytes=nbytes,
         replayed=len(names),
         layers=len({name.rpartition(".")[0] for name in names}),
-        staging_bytes=nbytes,
+        staging_bytes=nbytes if is_host else 0,
         seconds={"total": time.perf_counter() - started},
         version=state.generation.version,
         weight_version=chosen.weight_version,
         caches=CACHES,
         digest=state.served_digest() if chosen.digest is True else None,
     )
+
+
+class _Sent:
+    """What came: names, bytes, and what does not fit.
+
+    Args:
+        source: what to call it in errors.
+        served: tensors by name.
+
+    """
+
+    def __init__(self, source: str, served: dict[str, torch.Tensor]) -> None:
+        self.names: dict[str, None] = {}
+        self.nbytes = 0
+        self.served = served
+        self._source = source
+        self._offenders: dict[str, dict[str, str]] = {"unexpected": {}, "duplicate": {}, "misshapen": {}}
+
+    def fits(self, name: str, tensor: torch.Tensor) -> bool:
+        """Note a tensor. Returns whether it fits and everything before it did."""
+        if not _offends(name, tensor, self.served, self.names, self._offenders):
+            self.names[name] = None
+            self.nbytes += tensor.nbytes
+        return not any(self._offenders.values())
+
+    def check(self) -> None:
+        """Raises KernelFormatError where nothing came, WeightsError for what does not fit."""
+        if any(self._offenders.values()):
+            raise weights_error(self._source, SERVES_OLD, **self._offenders)
+        if not self.names:
+            raise KernelFormatError(f"{self._source} holds no tensors. {SERVES_OLD}")
+
+
+def _copy_at_the_end(state: EngineState, weights: Weights, sent: _Sent) -> None:
+    staged: dict[str, torch.Tensor] = {}
+    for name, tensor in weights:
+        if sent.fits(name, tensor):
+            staged[name] = tensor.detach().clone()
+    sent.check()
+    if state.vote is not None:
+        state.vote(None)
+    _copy_all(staged, sent.served)
+
+
+def _copy_at_once(state: EngineState, weights: Weights, sent: _Sent) -> None:
+    ops = ops_for(state.record.target_device)
+    undo, reads = UndoLog(state.record.target_device), SourceReads(ops)
+    ops.fence()  # forward passes that were queued before read the old values
+    try:
+        for name, tensor in weights:
+            if sent.fits(name, tensor):
+                undo.save(sent.served[name].untyped_storage())
+                sent.served[name].copy_(tensor)
+                reads.note(tensor)
+                reads.wait()
+        sent.check()
+        ops.fence()
+        if state.vote is not None:
+            state.vote(None)
+    except BaseException as error:
+        try:
+            undo.roll_back()
+            ops.fence()
+        except RuntimeError as failed:  # of the device
+            raise state.break_(f"the old values could not be put back: {failed}") from error
+        raise
+    undo.keep()
 
 
 def _copy_all(staged: dict[str, torch.Tensor], served: dict[str, torch.Tensor]) -> None:
@@ -101,13 +162,13 @@ def _offends(
     name: object,
     tensor: object,
     served: dict[str, torch.Tensor],
-    staged: dict[str, torch.Tensor],
+    sent: Container[str],
     offenders: dict[str, dict[str, str]],
 ) -> bool:
     label = str(name)
     if not isinstance(tensor, torch.Tensor) or tensor.is_meta:
         offenders["misshapen"][label] = "not a tensor with values"
-    elif label in staged:
+    elif label in sent:
         offenders["duplicate"][label] = "sent more than once"
     elif label not in served:
         offenders["unexpected"][label] = "no parameter or buffer of this name"

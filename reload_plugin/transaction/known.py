@@ -13,6 +13,7 @@ from torch import nn
 
 from ..checkpoint import Source, TensorInfo
 from ..commit.strategies import StrategyName as Policy
+from ..device.ops import ops_for
 from ..errors import ReloadError
 from ..load.overflow import Overflow
 from ..plan.checkpoint_plan import Plan, PlanUnavailableError, make_plan
@@ -43,7 +44,9 @@ def session_for(
     known: KnownCheckpoint,
     **chosen: Any,
 ) -> ReloadSession:
-    """A session over a model that puts weights aside on disk when they come in too wild an order."""
+    """A session over a model that puts weights aside when they come in too wild an order: on disk, or in host
+    memory where a device serves.
+    """
     folder = chosen.pop("spill_dir", None)
     if state.parked is not None:
         policy = "staged"  # a layer that is committed is on the host, where the tail cannot read it (MLA)
@@ -51,8 +54,12 @@ def session_for(
     def order(infos: Any) -> Any:
         return _order(model, state, infos)
 
-    in_order = chosen.pop("in_order", True) and policy == "streaming" and known.planned
-    overflow = None if in_order else Overflow(folder, order)
+    in_order = chosen.pop("in_order", True) and policy in ("streaming", "undo") and known.planned
+    overflow = (
+        None
+        if in_order
+        else Overflow(folder, order, in_memory=not ops_for(state.record.target_device).on_host)
+    )
     return ReloadSession(
         model,
         source=description,

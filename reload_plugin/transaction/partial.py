@@ -24,6 +24,7 @@ from ..record.model_record import LayerRecord, ModelRecord
 from ..report import ReloadReport
 from .engine_state import EngineState
 from .known import known_checkpoint, known_copy_plan, plan_listing, session_for
+from .policies import strategy_between_calls
 from .rehearsal import Rehearsal
 from .rollback import has_rollback_source, rollback_on_failure
 from .session_report import ReportFacts
@@ -150,10 +151,11 @@ def update_in_place(
     chosen = KnownCheckpoint(
         plan.names_of_group, False, plan.copy_plan, known.was_written, known.start_shapes, touched | last
     )
-    with session_for(model, state, top.description, "staged", chosen, from_served=True) as session:
+    strategy = strategy_between_calls(state)
+    with session_for(model, state, top.description, strategy, chosen, from_served=True) as session:
         session.agree = state.vote
         session.weight_version, session.digest = options.weight_version, options.digest
-        session.facts = ReportFacts("host", sent=len(top.infos() or ()))
+        session.facts = ReportFacts(sent=len(top.infos() or ()))
         with rollback_on_failure(model, state, session):
             reading = with_progress(
                 top.read(None, None, session.parts.intake.destinations), top, options.progress

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Iterator
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import nn
@@ -26,7 +26,7 @@ from ..report import ReloadReport
 from .collected import not_finite
 from .engine_state import EngineState, opened_by
 from .known import known_checkpoint, known_copy_plan, learn_copy_plan, plan_for, plan_listing, session_for
-from .policies import policy_for_iterator
+from .policies import policy_for_iterator, strategy_between_calls
 from .reload import from_source, partially
 from .rollback import after_commit, rollback_on_failure
 
@@ -120,7 +120,8 @@ class StreamingIntake:
         self._model, self._state = model, state
         learn_copy_plan(model, state)
         # An engine that serves nothing has nothing to keep until the commit.
-        strategy: Any = "staged" if state.broken is None else "streaming"
+        policy = policy_for_iterator(model, state, chosen)
+        strategy = strategy_between_calls(state, policy) if state.broken is None else "streaming"
         inspect = inspect_finite if chosen.check_finite else None
         known = known_checkpoint(model, state)
         self._session = session_for(

@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from .. import vllm_api
+from ..device.ops import ops_for
 from ..errors import SERVES_OLD, ReloadError, UnsupportedError
 from ..interrupts import held
 from ..options import Together
@@ -43,10 +44,22 @@ def reload_call(model: nn.Module, spans_calls: bool = False, together: Any = Non
                 refuse_shared_weights(state)
                 state.refuse_while_asleep("reload")
                 state.refuse_while_update_open()
-                yield state
+                with _reserved_given_back(state):
+                    yield state
         except BaseException as error:
             state.outcome.failed(error)
             raise
+
+
+@contextlib.contextmanager
+def _reserved_given_back(state: EngineState) -> Iterator[None]:
+    """Afterwards torch holds no more of the device than before: what is served beside it allocates too."""
+    ops = ops_for(state.record.target_device)
+    reserved = ops.reserved_bytes()
+    try:
+        yield
+    finally:
+        ops.give_back(reserved)
 
 
 def refuse_shared_weights(state: EngineState) -> None:

@@ -54,7 +54,9 @@ def rollback_on_failure(
     before = state.generation
     with contextlib.ExitStack() as stack:
         if undo:
-            _hold_rollback_source(model, state, session.parts.strategy.commits_each_group, stack)
+            strategy = session.parts.strategy
+            needed = strategy.commits_each_group and not strategy.has_undo_log
+            _hold_rollback_source(model, state, needed, stack)
         try:
             yield
         except BaseException as error:
@@ -67,9 +69,32 @@ def rollback_on_failure(
                     raise  # the other ranks have the new weights: see with_all_ranks
                 if not undo:
                     raise state.break_(f"a streaming reload failed half way: {error}") from error
-                _roll_back(model, state)
+                if not _undo(session, state):
+                    _roll_back(model, state)
                 state.rolled_back_to(before)
             raise
+
+
+def _undo(session: ReloadSession, state: EngineState) -> bool:
+    """Bring the old weights back from the session's undo log. Returns whether it has one.
+
+    Raises:
+        EngineBrokenError: the device failed.
+
+    """
+    log = session.parts.log
+    if log.undo is None:
+        return False
+    session.abort()
+    try:
+        log.before_write()
+        log.undo.roll_back()
+        log.after_writes()
+    except BaseException as error:
+        reason = f"a reload failed half way and the weights served before could not be put back: {error}"
+        raise state.break_(reason) from error
+    logger.warning("A reload failed after some layers were committed; their old values were put back.")
+    return True
 
 
 def _hold_rollback_source(

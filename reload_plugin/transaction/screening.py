@@ -82,7 +82,7 @@ class Screening:
                 load(weights, call_between)
         finally:
             self._replaying, destinations.bytes_read = False, read  # its file is none of the checkpoint's
-        self.spilled_bytes = self._overflow.nbytes
+        self.spilled_bytes = self._overflow.file_bytes
         self._overflow.close()
 
     def check_tied_head(self) -> None:

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from ..commit.strategies import STRATEGIES, CommitLog, CommitStrategy
+from ..commit.undo_log import UndoLog
 from ..device.host_memory import MemoryGauge
 from ..device.ops import ops_for
 from ..device.stream_order import WorkOrder
@@ -92,9 +93,13 @@ def wire(model: nn.Module, state: EngineState, options: SessionOptions) -> Sessi
     trace = LoadTrace(mismatches, False, known.start_shapes, record.world_size > 1, known.is_later)
     completeness = Completeness(trace.loaded, mismatches, known)
     strategy_class = options.strategy or STRATEGIES[options.policy]
-    admission = Admission(record, completeness, gauge, strategy_class.waiting_bytes)
     ops = ops_for(record.target_device)
-    log = CommitLog(state.handles, state.native, ops.fence)
+    waiting = strategy_class.waiting_bytes
+    if not ops.on_host:  # a full device has less than the budget
+        waiting = min(waiting, max(0, ops.free_bytes() // 2 - record.largest))
+    admission = Admission(record, completeness, gauge, waiting)
+    undo = UndoLog(record.target_device) if strategy_class.has_undo_log else None
+    log = CommitLog(state.handles, state.native, ops.fence, undo)
     strategy = strategy_class(log, gauge, admission, _Release(completeness, trace))
     view = _view_of(record, known, options, gauge, strategy)
     touching = functools.partial(_note_touched, log, completeness)
@@ -180,5 +185,5 @@ def _staging_of(view: ModelView) -> Iterator[torch.Tensor]:
 
 def _note_touched(log: CommitLog, completeness: Completeness, storage: StagedStorage) -> None:
     """Served memory is about to be written to."""
-    log.before_write()
+    log.before_write(*(memory for memory in (storage.served_memory,) if memory is not None))
     log.groups.add(completeness.group_of(storage.primary.name))

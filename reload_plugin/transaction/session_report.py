@@ -6,8 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from ..device.ops import ops_for
 from ..report import ReloadReport
 from .caches import CACHES
+from .session_parts import SessionParts
 
 if TYPE_CHECKING:
     from .session import ReloadSession
@@ -17,8 +19,8 @@ if TYPE_CHECKING:
 class ReportFacts:
     """What only the caller of a session knows of the reload."""
 
-    rollback: str = "host"
-    """Where the old weights were until the commit."""
+    rollback: str | None = None
+    """Where the old weights were until the commit; None for where the strategy has them."""
     planned_seconds: float | None = None
     """Seconds of the plan, where there was one to make."""
     kept_by_plan: Mapping[str, str] | None = None
@@ -28,6 +30,12 @@ class ReportFacts:
     """Bytes that the caller wrote to a file first."""
     sent: int | None = None
     """For a partial update: how many weights came."""
+
+
+def _place_of_old_values(parts: SessionParts) -> str:
+    if parts.strategy.has_undo_log or ops_for(parts.record.target_device).on_host:
+        return "host"
+    return "none" if parts.strategy.commits_each_group else "device"
 
 
 def make_report(session: ReloadSession, kept: dict[str, str], ignored: dict[str, str]) -> ReloadReport:
@@ -44,7 +52,7 @@ def make_report(session: ReloadSession, kept: dict[str, str], ignored: dict[str,
     return ReloadReport(
         source=session.source,
         policy=parts.strategy.name,
-        old_generation=facts.rollback,
+        old_generation=facts.rollback or _place_of_old_values(parts),
         tensors=session.loaded.count,
         nbytes=session.loaded.nbytes,
         bytes_read=None if facts.spilled_bytes else parts.intake.destinations.bytes_read,
