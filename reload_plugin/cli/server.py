@@ -312,7 +312,7 @@ def _push_chunks(server: Server, path: str, options: dict[str, Any], pause: Paus
     infos = source.infos() or ()
     total, done = sum(info.meta().nbytes for info in infos), 0
     with _explained(server):
-        server.post("start_weight_update", {})  # vLLM 0.24 wants a body
+        server.post("start_weight_update", {})  # older versions want a body
         try:
             with progress("sending") as tick:
                 for names, nbytes in _chunks({info.name: info.meta().nbytes for info in infos}, chunk_bytes):

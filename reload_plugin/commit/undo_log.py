@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 
 from ..device.host_copies import HostCopies
+from ..device.ops import ops_for
 from ..record.snapshot import ABSENT, Key, Snapshot, read, write
 from .group_commit import Commit, exchange_contents
 
@@ -39,7 +40,7 @@ class UndoLog:
             return
         whole = torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
         # Some attributes of layers are on the CPU (the host's copies of scales).
-        kept = whole.clone() if storage.device.type == "cpu" else self.copies.copy(whole)
+        kept = whole.clone() if ops_for(storage.device).on_host else self.copies.copy(whole)
         self._saved[storage._cdata] = whole, kept
         self.nbytes += kept.nbytes
 

@@ -148,7 +148,7 @@ class FilesTransfer:
 
     @contextlib.contextmanager
     def _ending_on_failure(self) -> Iterator[None]:
-        """Whatever is raised ends the update; vLLM 0.24 calls only a part of ``update_weights``."""
+        """Whatever is raised ends the update; older versions of vLLM call parts of ``update_weights``."""
         try:
             yield
         except BaseException as error:

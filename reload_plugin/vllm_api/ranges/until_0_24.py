@@ -24,7 +24,6 @@ class CallsUntil024(CallsUntil025):
         return super().transfer_methods(cls) | {
             "__init__": _init,
             "parse_update_info": _parsing(vars(cls)["parse_update_info"]),
-            "trainer_send_weights": staticmethod(_send_nothing),
         }
 
 
@@ -41,7 +40,3 @@ def _parsing(parse: Callable[[Any, object], Any]) -> Callable[[Any, object], Any
         return parsed
 
     return parse_update_info
-
-
-def _send_nothing(*_: Any, **__: Any) -> None:
-    raise NotImplementedError("Files are not sent by a trainer: write a checkpoint and name its path.")

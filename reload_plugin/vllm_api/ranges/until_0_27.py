@@ -1,8 +1,9 @@
-"""vLLM up to 0.27: it asks by class which layers are processed last."""
+"""vLLM up to 0.27: it asks by class which layers are processed last, and transfer engines also send."""
 
 from __future__ import annotations
 
 import sys
+from typing import Any
 
 from torch import nn
 
@@ -21,3 +22,11 @@ class CallsUntil027(CallsUntil029):
 
     def _last_classes(self) -> tuple[type, ...]:
         return (get(ATTENTION_BASE, "AttentionLayerBase"), get(ATTENTION, "MMEncoderAttention"))
+
+    def transfer_methods(self, cls: type) -> dict[str, Any]:
+        """See ``Calls``."""
+        return super().transfer_methods(cls) | {"trainer_send_weights": staticmethod(_send_nothing)}
+
+
+def _send_nothing(*_: Any, **__: Any) -> None:
+    raise NotImplementedError("Files are not sent by a trainer: write a checkpoint and name its path.")
