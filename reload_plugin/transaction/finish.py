@@ -7,6 +7,7 @@ from typing import Protocol
 
 from ..interrupts import deliver
 from ..record.changes import Change
+from ..record.late_bound import make_anew
 from .session_parts import SessionParts
 from .session_state import SessionState
 
@@ -35,10 +36,12 @@ def process_and_commit(session: Finished, parts: SessionParts, agree: Callable[[
         parts.pipeline.process_tail()
     parts.load_format.check_untouched(session.source)
     deliver()
+    parts.log.refuse_unmakeable()
     session.state = SessionState.STAGED
     agree()
     with parts.clock.timed("commit"):
         parts.strategy.commit_all()
+        make_anew(parts.record.late_bound)
         parts.log.after_writes()
         session.state = SessionState.COMMITTED
         parts.state.commit(session.weight_version, session.source)

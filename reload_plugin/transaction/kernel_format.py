@@ -8,9 +8,12 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
+from .. import vllm_api
+from ..commit.graph_guard import refuse_unmakeable
 from ..device.ops import ops_for
 from ..errors import SERVES_OLD, KernelFormatError, weights_error
 from ..options import ReloadOptions
+from ..record.late_bound import make_anew
 from ..record.model_record import LayerRecord, ModelRecord
 from ..record.module_state import owns_native, tensors_in
 from ..record.snapshot import ABSENT
@@ -36,6 +39,8 @@ def copy_kernel_format(
     started = time.perf_counter()
     state = state_of(model)
     _require_tensors_only(state.record)
+    if vllm_api.captures_graphs(state.record.vllm_config):
+        refuse_unmakeable(state.record.late_bound)
     served = _served(model)
     staged: dict[str, torch.Tensor] = {}
     offenders: dict[str, dict[str, str]] = {"unexpected": {}, "duplicate": {}, "misshapen": {}}
@@ -53,6 +58,7 @@ def copy_kernel_format(
     with state.record.changes.blocked(), torch.inference_mode(False), torch.no_grad():
         ops.fence()  # forward passes that were queued before read the old values
         _copy_all(staged, served)
+        make_anew(state.record.late_bound)
         ops.fence()
         state.commit(chosen.weight_version, source, whole=False)
     state.replace_rollback_source(None)

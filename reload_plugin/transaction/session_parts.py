@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from .. import vllm_api
 from ..commit.strategies import STRATEGIES, CommitLog, CommitStrategy
 from ..device.host_memory import MemoryGauge
 from ..device.ops import ops_for
@@ -94,7 +95,8 @@ def wire(model: nn.Module, state: EngineState, options: SessionOptions) -> Sessi
     strategy_class = options.strategy or STRATEGIES[options.policy]
     admission = Admission(record, completeness, gauge, strategy_class.waiting_bytes)
     ops = ops_for(record.target_device)
-    log = CommitLog(state.handles, state.native, ops.fence)
+    graphs = vllm_api.captures_graphs(record.vllm_config)
+    log = CommitLog(state.handles, state.native, ops.fence, record.late_bound, graphs)
     strategy = strategy_class(log, gauge, admission, _Release(completeness, trace))
     view = _view_of(record, known, options, gauge, strategy)
     touching = functools.partial(_note_touched, log, completeness)

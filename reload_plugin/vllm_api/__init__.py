@@ -19,6 +19,7 @@ from .checkpoint_files import (
     weight_files,
 )
 from .engine_config import captures_graphs, construct_on_meta, full_config, has_sleep_mode, one_rank
+from .late_values import LATE_VALUES
 from .loading import (
     current_vllm_config,
     default_weight_loader,
@@ -93,6 +94,7 @@ __all__ = [
     "ENGINE_CORE",
     "EXECUTOR",
     "INPLACE",
+    "LATE_VALUES",
     "LAYERWISE",
     "LOADER_UTILS",
     "MODEL_UTILS",
