@@ -8,6 +8,7 @@ from typing import Protocol
 from ..interrupts import deliver
 from ..record.changes import Change
 from ..record.late_bound import make_anew
+from .misplaced_weights import refuse_rearranged_experts
 from .session_parts import SessionParts
 from .session_state import SessionState
 
@@ -29,6 +30,7 @@ def process_and_commit(session: Finished, parts: SessionParts, agree: Callable[[
         agree: called between the last preparation and the first commit; raises where none is to commit.
 
     """
+    refuse_rearranged_experts(parts.state)
     session.state = SessionState.PROCESSING
     with parts.processing.context():
         parts.load_format.enter(session)
