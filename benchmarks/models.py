@@ -41,7 +41,7 @@ class Model:
     @property
     def missing(self) -> str | None:
         """The operator of this model that vLLM's kernels for this processor lack, or None."""
-        needs = "cpu_gemm_wna16" if self.form == "w4a16" and not torch.cuda.is_available() else ""
+        needs = "cpu_gemm_wna16" if self.form == "w4a16" and not torch.accelerator.is_available() else ""
         return None if has_operator(needs) else needs
 
     def small(self) -> "Model":

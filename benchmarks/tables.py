@@ -32,7 +32,12 @@ class Way:
     """Whether only the changed weights are sent, as a partial update."""
     comes: str = "folder"
     """``folder``, an iterator in order (``ordered``) or at random (``shuffled``), or ``pushed``: a call of
-    ``model.load_weights`` on the served model for each tensor."""
+    ``model.load_weights`` on the served model for each tensor. On an accelerator also ``device``, an iterator
+    through one buffer there, and ``streams``, chunks on two of its streams in turn."""
+    spare: float | None = None
+    """Free memory of the accelerator, as a share of the weights' bytes; None: what the engine leaves."""
+    asleep: int = 0
+    """The level of ``sleep`` that the engine comes from; 0 is none."""
     disk: str = "warm"
     """``cold``: the files are not in the page cache."""
     by_loader: bool = False
@@ -52,6 +57,8 @@ class Way:
                 "comes": self.comes,
                 "disk": self.disk,
                 "by_loader": self.by_loader,
+                "spare": self.spare,
+                "asleep": self.asleep,
                 "options": options,
             }
             for name in names

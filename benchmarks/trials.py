@@ -22,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # for tests/
 import engine
 import floor
 import machine
+import on_the_device
 
 OPTIONS = {"max_num_seqs": 4}
 TOP = 25
@@ -62,7 +63,8 @@ def time_reloads(
         folders: name -> folder of the checkpoints.
         options: options of the engine.
         steps: one for each reload: ``to`` (the checkpoint whose answer is expected), ``folder`` (what is
-            read), ``comes``, ``disk``, ``by_loader`` and ``options`` (see ``tables.Way``).
+            read), ``comes``, ``disk``, ``by_loader``, ``spare``, ``asleep`` and ``options`` (see
+            ``tables.Way``).
         started: monotonic time at which this process was requested; None if it was running before.
         floor_of: the checkpoint whose floor is measured afterwards; none if None.
         profile: whether to do the last step again under a profiler, after the one before it.
@@ -90,7 +92,10 @@ def time_reload(llm: Any, number: int, step: Mapping[str, Any]) -> dict[str, Any
     """One reload and the answer afterwards. The clock runs during the reload only."""
     (machine.evict if step["disk"] == "cold" else machine.warm_up)(step["folder"])
     call = prepare(llm, number, step)
-    with machine.Peak() as peak:
+    if step["asleep"]:
+        llm.sleep(level=step["asleep"])
+        llm.wake_up()
+    with on_the_device.card_with(llm, step["spare"]), machine.Peak() as peak:
         fetched = machine.read_from_disk()
         began = time.perf_counter()
         call()
@@ -121,6 +126,10 @@ def prepare(llm: Any, number: int, step: Mapping[str, Any]) -> Any:
         asked["weights_path"] = step["folder"]
         return lambda: llm.collective_rpc("reload_weights", kwargs=asked)
     weights = stream(step["folder"], step["comes"] == "shuffled", number)
+    if step["comes"] == "streams":
+        return lambda: llm.collective_rpc(on_the_device.push_on_two_streams, args=(list(weights),))
+    if step["comes"] == "device":
+        weights = on_the_device.through_one_buffer(list(weights))
     if step["comes"] == "pushed":
         pairs = list(weights)
         return lambda: llm.collective_rpc(push_in_worker, args=(pairs,))

@@ -16,7 +16,7 @@ import random
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from tests import oracle  # before torch: it sets the environment that engines read
@@ -27,7 +27,7 @@ import torch  # isort: skip
 from reload_plugin import ReloadError, status
 from reload_plugin.vllm_hooks import workers
 from tests.checkpoints import read_tensors
-from tests.zoo import case_named
+from tests.zoo import Case, case_named
 
 MODELS = ("llama", "llama_tied", "mixtral", "deepseek_v2", "w8a8_dynamic", "gemma3")
 Weights = list[tuple[str, torch.Tensor]]
@@ -42,6 +42,7 @@ class Lab:
     weights: dict[str, Weights]
     cold: dict[str, oracle.Snapshot]
     places: oracle.Snapshot
+    folders: dict[str, Path] = field(default_factory=dict)
 
     @property
     def model(self) -> torch.nn.Module:
@@ -69,20 +70,27 @@ class Lab:
         """vLLM's whole-model processing, which frameworks call after a push."""
         from vllm.model_executor.model_loader.utils import process_weights_after_loading
 
-        process_weights_after_loading(self.model, self.llm.llm_engine.model_config, torch.device("cpu"))
+        device = next(self.model.parameters()).device
+        process_weights_after_loading(self.model, self.llm.llm_engine.model_config, device)
 
 
 @contextlib.contextmanager
 def lab(name: str, root: Path, **overrides: object) -> Iterator[Lab]:
     """The lab of one model of the zoo; ``overrides`` are arguments of its engine."""
-    case = case_named(name)
+    with lab_of(case_named(name), root, **overrides) as one:
+        yield one
+
+
+@contextlib.contextmanager
+def lab_of(case: Case, root: Path, **overrides: object) -> Iterator[Lab]:
+    """The same of any case."""
     folders = oracle.write(case, root)
     with oracle.running(case, folders["B"]) as llm:
         cold_b = oracle.snapshot(llm, case)
     with oracle.running(case, folders["A"], **overrides) as llm:
         cold_a = oracle.snapshot(llm, case)
         weights = {letter: list(read_tensors(folders[letter]).items()) for letter in "AB"}
-        yield Lab(llm, case, weights, {"A": cold_a, "B": cold_b}, cold_a)
+        yield Lab(llm, case, weights, {"A": cold_a, "B": cold_b}, cold_a, folders)
 
 
 Road = Callable[[Lab, Weights], None]

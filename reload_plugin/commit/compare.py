@@ -16,6 +16,7 @@ from torch import nn
 from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-defined]
 
 from ..record.group_state import GroupState
+from ..record.late_bound import LateBound
 from ..record.module_state import cell_content, has_attributes, is_foreign, owns_native, reachable
 from ..record.snapshot import ABSENT, Snapshot, equal, read
 from ..record.staged_group import StagedGroup
@@ -23,13 +24,18 @@ from ..tensors import storage_id, wraps_others
 from .group_commit import Commit, _fits_in_place
 
 
-def plan_commit(staged: StagedGroup) -> Commit:
+def plan_commit(staged: StagedGroup, late: LateBound) -> Commit:
     """Compare a group's served state with its result. The group has to show its served state; nothing is
     written.
+
+    Args:
+        staged: processed.
+        late: attributes that the first forward pass sets; an object that was just made has none of them.
+
     """
     assert staged.result is not None, "a commit needs the result of processing"
     commit = Commit(staged.group.name)
-    comparison = _Comparison(staged.served, staged.result, commit, staged.overwritten)
+    comparison = _Comparison(staged.served, staged.result, commit, staged.overwritten, late)
     for (holder, served), (_, result) in zip(staged.served.contents, staged.result.contents, strict=True):
         comparison.contents(staged.group.name, holder, served, result)
     commit.native = _still_reachable(staged)
@@ -58,8 +64,14 @@ class _Comparison:
     """Walks served and new values in parallel and collects the changes that make them equal."""
 
     def __init__(
-        self, served: GroupState, result: GroupState, commit: Commit, overwritten: Collection[int] = ()
+        self,
+        served: GroupState,
+        result: GroupState,
+        commit: Commit,
+        overwritten: Collection[int],
+        late: LateBound,
     ) -> None:
+        self._late = late
         self._overwritten = overwritten
         self._served = served
         self._result = result
@@ -75,6 +87,8 @@ class _Comparison:
         if result is served and not self._restaged:
             return
         for key, old, new in served.changes_to(result, self._restaged):
+            if new is None and self._late.is_late(holder, key[1]):
+                continue  # set by the first forward pass, and the runtime's
             value = new if old is ABSENT else self.value(f"{path}.{key[1]}", old, new)
             if value is not old:
                 self._commit.writes.append((holder, key, value))

@@ -16,9 +16,11 @@ from ..device.host_memory import MemoryGauge
 from ..load.admission import Admission
 from ..load.overflow import OPEN_BUDGET, OPEN_STREAMING
 from ..process.native_handles import Handles, forget_handles
+from ..record.late_bound import LateBound
 from ..record.staged_group import StagedGroup
 from ..record.staged_storage import StagedStorage
 from .compare import plan_commit
+from .graph_guard import refuse_stale_graphs, refuse_unmakeable
 from .group_commit import Commit
 from .undo_log import UndoLog
 
@@ -32,6 +34,8 @@ class CommitLog:
         handles: known native handles of the model.
         native: group name -> memory that the group's native handles point into, of the model.
         fence: waits until the device has done all work that was queued, on every stream.
+        late: attributes that the first forward pass sets.
+        graphs: whether graphs were captured, which have addresses and numbers baked in.
         undo: saves what is overwritten; None where nothing is to be saved.
 
     """
@@ -41,8 +45,13 @@ class CommitLog:
         handles: Handles,
         native: dict[str, list[torch.Tensor]],
         fence: Callable[[], None],
+        late: LateBound,
+        graphs: bool,
         undo: UndoLog | None = None,
     ) -> None:
+        self._late = late
+        self._graphs = graphs
+        self._planned = False
         self.groups: set[str] = set()
         """Names of groups whose served values changed or may have changed."""
         self.moved: list[str] = []
@@ -77,6 +86,34 @@ class CommitLog:
         """
         self._fence()
 
+    def refuse_unmakeable(self) -> None:
+        """Raises UnsupportedError where captured graphs read a tensor made of weights that nothing can make
+        anew where it is.
+        """
+        if self._graphs:
+            refuse_unmakeable(self._late)
+
+    def compare(self, group: StagedGroup) -> Commit:
+        """What would make a processed group's served values equal to its result. It has to show what it
+        serves.
+        """
+        return plan_commit(group, self._late)
+
+    def plan(self, group: StagedGroup) -> Commit:
+        """The same, to be committed.
+
+        Raises:
+            UnsupportedError: captured graphs would not see it.
+
+        """
+        if not self._planned:
+            self._planned = True
+            self.refuse_unmakeable()
+        commit = self.compare(group)
+        if self._graphs:
+            refuse_stale_graphs(commit)
+        return commit
+
     def apply(self, commit: Commit) -> None:
         """Serve the new values of one group."""
         self.moved += [path for _, _, path in commit.moves]
@@ -88,6 +125,9 @@ class CommitLog:
         finally:
             if commit.begun:
                 self.groups.add(commit.name)
+        for holder, key, value in commit.writes:
+            if value is not None:
+                self._late.settle(holder, key[1])
         self._native[commit.name] = commit.native
         for _, replaced in commit.exchanges:
             forget_handles(replaced, self._handles)
@@ -166,7 +206,7 @@ class StagedCommit(CommitStrategy):
     waiting_bytes = OPEN_BUDGET
 
     def keep(self, group: StagedGroup) -> None:
-        commit = plan_commit(group)
+        commit = self._log.plan(group)
         beside = commit.nbytes_beside(group)
         self._gauge.add(beside)
         for storage in self._release(group, commit.kept_storages(applied=False)):
@@ -185,7 +225,7 @@ class StreamingCommit(CommitStrategy):
     waiting_bytes = OPEN_STREAMING
 
     def keep(self, group: StagedGroup) -> None:
-        commit = plan_commit(group)
+        commit = self._log.plan(group)
         self._log.apply(commit)
         for storage in self._release(group, commit.kept_storages(applied=True)):
             storage.drop_references()
@@ -216,7 +256,7 @@ class PreparedCommit(CommitStrategy):
     has_undo_log = True
 
     def keep(self, group: StagedGroup) -> None:
-        commit = plan_commit(group)
+        commit = self._log.plan(group)
         if self._finishing:
             self._log.apply(commit)
             keep = commit.kept_storages(applied=True)

@@ -36,7 +36,8 @@ class WorkOrder:
             self._several = True
             now.wait_stream(self._last)
             for tensor in self._staging():
-                tensor.record_stream(now)
+                if tensor.device.type != "cpu":  # of weights that vLLM offloads to the host
+                    tensor.record_stream(now)
         self._last = now
 
     def settle(self) -> None:

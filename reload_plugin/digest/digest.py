@@ -12,6 +12,7 @@ import torch
 
 from ..device.hashing import Hash, form_of
 from ..process.native_handles import Handles, handle_in
+from ..record.late_bound import LateBound
 from ..record.model_record import HolderRecord, ModelRecord
 from ..record.module_state import holds_nothing, owns_native, reachable, values_of
 from ..record.snapshot import ABSENT, tables_of
@@ -38,7 +39,7 @@ def digest_of(record: ModelRecord, handles: Handles, forget: bool = True) -> str
         already.
 
     """
-    builder = _DigestBuilder(handles)
+    builder = _DigestBuilder(handles, record.late_bound)
     try:
         for layer in record.layers:
             if not layer.has_keys:
@@ -56,7 +57,8 @@ def digest_of(record: ModelRecord, handles: Handles, forget: bool = True) -> str
 class _DigestBuilder:
     """Hashes one model, each tensor's values once."""
 
-    def __init__(self, handles: Handles) -> None:
+    def __init__(self, handles: Handles, late: LateBound) -> None:
+        self._late = late
         self._total = Hash()
         self._handles = handles
         self._found: set[int] = set()
@@ -79,6 +81,8 @@ class _DigestBuilder:
         tables = tables_of(held)
         for key in holder.keys:
             kind, name = key
+            if self._late.is_late(held, name):
+                continue
             value = tables[kind].get(name, ABSENT)
             if holds_nothing(type(value)):
                 if isinstance(value, (bool, int, float)):

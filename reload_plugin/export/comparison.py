@@ -9,7 +9,6 @@ from typing import ClassVar
 from torch import nn
 
 from ..checkpoint import Source, TensorInfo
-from ..commit.compare import plan_commit
 from ..commit.strategies import CommitStrategy, StrategyName
 from ..device.gc_pause import full_gc_paused
 from ..interrupts import call_between, held
@@ -37,7 +36,7 @@ class _Comparing(CommitStrategy):
     found: Compared
 
     def keep(self, group: StagedGroup) -> None:
-        commit = plan_commit(group)
+        commit = self._log.compare(group)
         self.found[group.group.name] = difference(commit, self.twins)
         for storage in self._release(group, set()):
             storage.drop_references()

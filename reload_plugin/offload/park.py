@@ -21,7 +21,7 @@ from ..errors import EngineBrokenError, ReloadError, SessionError, UnsupportedEr
 from ..export.answers import reports_in
 from ..export.served import end_push
 from ..transaction.engine_state import PARKED, EngineState, state_of
-from ..transaction.reload_call import refuse_shared_weights
+from ..transaction.misplaced_weights import refuse_others_memory
 from .parked_weights import ParkedWeights, packed_parameters
 
 
@@ -232,7 +232,7 @@ def unpark_model(model: nn.Module, rank: int = 0) -> ParkReport:
 
 
 def _refuse(state: EngineState, sleeps: bool) -> None:
-    refuse_shared_weights(state)
+    refuse_others_memory(state)
     state.refuse_while_update_open()
     if state.broken is not None:
         raise EngineBrokenError(

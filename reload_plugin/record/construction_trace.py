@@ -23,6 +23,8 @@ class ConstructionTrace(TorchDispatchMode):
     """Notes what the constructor puts into each storage: nothing, one value, or computed values."""
 
     _EMPTY = ("empty", "new_empty")
+    _COPIES = frozenset({"_to_copy", "clone", "_pin_memory", "get_cuda_view_from_cpu_tensor"})
+    """The last two are of vLLM's offloader: pinned memory, and a view of it for the device."""
     _FILLS: Mapping[str, float] = {"zeros": 0, "new_zeros": 0, "ones": 1, "new_ones": 1}
 
     def __init__(self) -> None:
@@ -57,7 +59,7 @@ class ConstructionTrace(TorchDispatchMode):
             return Constant(self._FILLS[base])
         if base in ("full", "new_full") and isinstance(args[-1], (int, float, bool, complex)):
             return Constant(args[-1])
-        if name in ("_to_copy", "clone") and isinstance(args[0], torch.Tensor):
+        if name.rpartition("::")[2] in self._COPIES and isinstance(args[0], torch.Tensor):
             return self.initial.get(storage_id(args[0]) or 0, AsServed())
         return AsServed()
 

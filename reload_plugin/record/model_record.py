@@ -17,6 +17,7 @@ from torch import nn
 
 from ..errors import NotRecordedError
 from .changes import Changes
+from .late_bound import LateBound
 from .snapshot import Contents, Key
 from .tensor_layout import (
     Geometry,
@@ -58,8 +59,8 @@ class TensorRecord:
     @functools.cached_property
     def scalars(self) -> torch.Tensor | None:
         """The constructor's values of a buffer of at most ``_FEW_BYTES``, in load-format layout: attention
-        scales, which few checkpoints contain. None for parameters, whose weights may be read directly into
-        served memory. The record owns the tensor.
+        scales, which few checkpoints contain. In host memory. None for parameters, whose weights may be read
+        directly into served memory. The record owns the tensor.
         """
         initial = self.format.initial
         if self.is_parameter or not isinstance(initial, Values) or initial.tensor.nbytes > _FEW_BYTES:
@@ -205,6 +206,8 @@ class ModelRecord:
     """Load-format tensor -> number of its group in ``groups``, which keep the model's order."""
     complete: bool = False
     """Whether the effect of PWAL is recorded, which ends the start."""
+    late_bound: LateBound = field(default_factory=LateBound)
+    """What the first forward pass sets."""
     changes: Changes = field(default_factory=Changes)
     """The reloads that are under way."""
 

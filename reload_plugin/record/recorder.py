@@ -24,6 +24,7 @@ from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-def
 from .. import vllm_api
 from ..tensors import storage_id
 from .construction_trace import ConstructionTrace
+from .late_bound import LateBound
 from .layer_groups import _group
 from .model_record import RECORD_ATTRIBUTE, HolderRecord, LayerRecord, ModelRecord, TensorRecord
 from .module_state import holders_of
@@ -265,6 +266,7 @@ def finish_record(
         target_device=target_device,
         groups=groups,
         group_of={t.name: number for number, group in enumerate(groups) for t in group.tensors},
+        late_bound=LateBound(module for layer in record.layers if (module := layer.ref()) is not None),
         complete=True,
     )
     vllm_api.attach(model, RECORD_ATTRIBUTE, finished)

@@ -18,9 +18,10 @@ from ..options import ReloadOptions, options, road_options
 from ..report import ReloadReport
 from .engine_state import EngineState, state_of
 from .known import known_checkpoint, learn_copy_plan, session_for
+from .misplaced_weights import refuse_misplaced_weights
 from .policies import policy_for_iterator, strategy_between_calls
 from .push_intake import GatheringIntake, gathering_intake, inspect_finite
-from .reload_call import as_reload_errors, refuse_shared_weights, reload_call, with_all_ranks
+from .reload_call import as_reload_errors, reload_call, with_all_ranks
 from .rollback import after_commit, rollback_on_failure
 from .session import ReloadSession
 
@@ -119,7 +120,7 @@ def open_layerwise(model: nn.Module) -> None:
     """
     state = state_of(model)
     with state.in_a_call():
-        refuse_shared_weights(state)
+        refuse_misplaced_weights(state)
         state.refuse_while_asleep("start an update")
         state.refuse_while_update_open()
         _open_update(model, state, "a weight update", road_options())
@@ -131,6 +132,7 @@ def finish_layerwise(model: nn.Module) -> ReloadReport:
 
     Raises:
         SessionError: no update is open.
+        UnsupportedError: experts were rearranged since it was opened.
         WeightsError: the update stays open: send what is missing and finish again, or abort it.
 
     """

@@ -82,6 +82,8 @@ class EngineState:
         self.deferred_groups = set(record.groups_with_added_parameters)
         """Names of groups that stay open until all weights have come: a loader made a parameter for one, of
         which its load format tells nothing, or comes back to its parameters when others have come."""
+        self.enters_collectives = False
+        """Whether processing was seen to enter collectives: all ranks process layers in one order then."""
         self.start = StartedFrom()
         """What is known of the checkpoint the engine started with."""
         self.generation = Generation()

@@ -7,6 +7,8 @@ from typing import Protocol
 
 from ..interrupts import deliver
 from ..record.changes import Change
+from ..record.late_bound import make_anew
+from .misplaced_weights import refuse_rearranged_experts
 from .session_parts import SessionParts
 from .session_state import SessionState
 
@@ -28,6 +30,7 @@ def process_and_commit(session: Finished, parts: SessionParts, agree: Callable[[
         agree: called between the last preparation and the first commit; raises where none is to commit.
 
     """
+    refuse_rearranged_experts(parts.state)
     session.state = SessionState.PROCESSING
     with parts.processing.context():
         parts.load_format.enter(session)
@@ -36,10 +39,12 @@ def process_and_commit(session: Finished, parts: SessionParts, agree: Callable[[
         parts.pipeline.process_tail()
     parts.load_format.check_untouched(session.source)
     deliver()
+    parts.log.refuse_unmakeable()
     session.state = SessionState.STAGED
     agree()
     with parts.clock.timed("commit"):
         parts.strategy.commit_all()
+        make_anew(parts.record.late_bound)
         parts.log.after_writes()
         session.state = SessionState.COMMITTED
         parts.state.commit(session.weight_version, session.source)

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 
 from torch import nn
 
+from .. import vllm_api
 from ..commit.strategies import CommitStrategy
 from ..load.admission import Admission
 from ..load.completeness import Completeness
@@ -58,6 +59,8 @@ class GroupPipeline:
         self._whole_model = whole_model
         self._open: dict[int, StagedGroup] = {}
         """Groups that wait for weights."""
+        self._complete_groups: set[int] = set()
+        """Identities of groups that have all their weights, where they are processed in the model's order."""
         self._late: list[StagedGroup] = []
         """Groups that are processed and that the tail of PWAL changes once more."""
         self._complete = CompleteLayers(trace, completeness)
@@ -78,10 +81,29 @@ class GroupPipeline:
         """Process groups that have everything, unless nothing is to be committed anyway."""
         if not complete or self._whole_model or mismatches:
             return
-        for group in complete:
+        for group in self._in_turn(complete):
             waits = group.group.deferred or group.group.name in self._state.deferred_groups
             if id(group) in self._open and not waits:
                 self._close(group)
+
+    def _in_turn(self, complete: list[StagedGroup]) -> list[StagedGroup]:
+        """The groups that may be processed now: those that are complete. Where processing enters collectives
+        each waits for those before it in the model, so that all ranks have one order. Ranks that have experts
+        of their own complete a layer in different calls of one update: then all layers wait for the end.
+        """
+        if not self._state.enters_collectives:
+            return complete
+        if self._state.vote is None and vllm_api.spreads_experts(self._state.record.vllm_config):
+            return []
+        self._complete_groups |= {id(group) for group in complete}
+        found = []
+        for group in self._open.values():
+            if group.group.deferred or not group.group.tensors:
+                continue
+            if id(group) not in self._complete_groups:
+                break
+            found.append(group)
+        return found
 
     def put_back_parameters(self) -> list[str]:
         """Give complete layers the parameters they had; see ``CompleteLayers.put_back``."""

@@ -14,6 +14,8 @@ from ..device.output_reuse import ReusableOutputs, reusing_served_outputs
 from ..options import Wanted
 from ..process.native_handles import Handles, NativeWatch, release_native_memory, watching_native
 from ..process.processing import process_group, process_tail
+from ..ranks.collectives import CollectiveGate, vote_of_call
+from ..ranks.meeting import Meetings
 from ..record.model_record import ModelRecord
 from ..record.staged_group import StagedGroup
 from .engine_state import EngineState
@@ -43,7 +45,8 @@ class GroupProcessing:
         """Why the reload cannot be finished any more, once processing failed."""
         self.digest: Wanted = True
         """Whether native handles are hashed when they are made: False is no."""
-        self._record, self._handles = state.record, state.handles
+        self._state, self._record, self._handles = state, state.record, state.handles
+        self._meetings: Meetings | None = None
         self._at_once, self._log, self._clock = strategy.commits_each_group, log, clock
         self._watch = ProcessingWatch()
 
@@ -72,11 +75,30 @@ class GroupProcessing:
                     self.digest is not False,
                     reuses_outputs=self._at_once,
                 )
-                process_group(group, self._record, original_process_weights(), *watched)
+                with self._gate(group.group.name):
+                    process_group(group, self._record, original_process_weights(), *watched)
         finally:
             if released or group.overwritten or group.written_served_storages():
                 self._log.groups.add(group.group.name)
         self.spoiled = None
+
+    @contextlib.contextmanager
+    def _gate(self, name: str) -> Iterator[None]:
+        """Around processing: ranks enter collectives together, or none does. The vote is the reload's, or in
+        a call that only brings weights that of the call.
+        """
+        vote = self._state.vote or vote_of_call(self._record)
+        if vote is None:
+            yield
+            return
+        if self._meetings is None or self._meetings.vote is not vote:
+            self._meetings = Meetings(vote)
+        gate = CollectiveGate(self._meetings)
+        try:
+            with gate.around(name):
+                yield
+        finally:
+            self._state.enters_collectives |= gate.entered
 
     def _release_native_memory(self, group: StagedGroup) -> bool:
         """Release the served native memory of a layer that is too large for the budget twice, where served
@@ -89,7 +111,7 @@ class GroupProcessing:
 
     def process_tail(self, model: nn.Module) -> None:
         """What vLLM does once all layers are processed."""
-        with self._clock.timed("process"):
+        with self._clock.timed("process"), self._gate("the model's own hook"):
             process_tail(model, self._record, original_process_weights())
 
 

@@ -8,11 +8,14 @@ from collections.abc import Container, Iterable
 import torch
 from torch import nn
 
+from .. import vllm_api
+from ..commit.graph_guard import refuse_unmakeable
 from ..commit.undo_log import UndoLog
 from ..device.ops import ops_for
 from ..device.stream_order import SourceReads
 from ..errors import SERVES_OLD, KernelFormatError, weights_error
 from ..options import ReloadOptions
+from ..record.late_bound import make_anew
 from ..record.model_record import LayerRecord, ModelRecord
 from ..record.module_state import owns_native, tensors_in
 from ..record.snapshot import ABSENT
@@ -41,23 +44,27 @@ def copy_kernel_format(
     started = time.perf_counter()
     state = state_of(model)
     _require_tensors_only(state.record)
+    if vllm_api.captures_graphs(state.record.vllm_config):
+        refuse_unmakeable(state.record.late_bound)
     served = _served(model)
-    is_host = ops_for(state.record.target_device).on_host
+    ops = ops_for(state.record.target_device)
     sent = _Sent(source, served)
-    copied = _copy_at_the_end if is_host else _copy_at_once
+    copied = _copy_at_the_end if ops.on_host else _copy_at_once
     with state.record.changes.blocked(), torch.inference_mode(False), torch.no_grad():
         copied(state, weights, sent)
+        make_anew(state.record.late_bound)
+        ops.fence()
         state.commit(chosen.weight_version, source, whole=False)
     state.replace_rollback_source(None)
     nbytes, names = sent.nbytes, list(sent.names)
     return ReloadReport(
         source=source,
-        policy="staged" if is_host else "undo",
+        policy="staged" if ops.on_host else "undo",
         tensors=len(names),
         nbytes=nbytes,
         replayed=len(names),
         layers=len({name.rpartition(".")[0] for name in names}),
-        staging_bytes=nbytes if is_host else 0,
+        staging_bytes=nbytes if ops.on_host else 0,
         seconds={"total": time.perf_counter() - started},
         version=state.generation.version,
         weight_version=chosen.weight_version,

@@ -27,12 +27,13 @@ from ..ranks.votes import counts_calls
 from ..report import ReloadReport
 from .chunked_update import GatheredUpdate
 from .engine_state import EngineState, state_of
+from .misplaced_weights import refuse_misplaced_weights
 from .named_weights import NamedWeights, Weights, name_of
 from .push import SOURCE, LivePush
 from .push_failures import PushFailures
 from .push_intake import open_intake
 from .push_kinds import PushKind, PushKinds
-from .reload_call import as_reload_errors, refuse_shared_weights, with_all_ranks
+from .reload_call import as_reload_errors, with_all_ranks
 
 logger = logging.getLogger("vllm.reload_plugin")
 
@@ -242,7 +243,7 @@ class LoadWeights:
             if named.first is None or named.first not in push.names or not push.intake.in_order:
                 return push
             logger.info("%s begins again, and what came of it before is dropped.", push.describe())
-        refuse_shared_weights(state)
+        refuse_misplaced_weights(state)
         state.refuse_while_update_open()
         known_whole = self._will_be_whole(named) and not isinstance(push, LivePush)
         opened = LivePush(open_intake(model, state, SOURCE, known_whole), self._expected(model, state))

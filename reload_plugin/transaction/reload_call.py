@@ -8,17 +8,14 @@ from typing import Any
 
 from torch import nn
 
-from .. import vllm_api
 from ..device.ops import ops_for
-from ..errors import SERVES_OLD, ReloadError, UnsupportedError
+from ..errors import SERVES_OLD, ReloadError
 from ..interrupts import held
 from ..options import Together
 from ..ranks.joint import joint_vote, together_in
 from ..ranks.votes import vote_for
 from .engine_state import EngineState, state_of
-
-SHARED = "ipc_cache"
-"""vLLM's name of the loader that maps weights of a daemon."""
+from .misplaced_weights import refuse_misplaced_weights
 
 
 @contextlib.contextmanager
@@ -32,7 +29,7 @@ def reload_call(model: nn.Module, spans_calls: bool = False, together: Any = Non
         together: the option of that name, not yet checked.
 
     Raises:
-        UnsupportedError: see ``refuse_shared_weights``.
+        UnsupportedError: see ``refuse_misplaced_weights``.
         SessionError: the engine sleeps; a weight update is open and well, or another thread is in a call, it
             says whose.
 
@@ -41,7 +38,7 @@ def reload_call(model: nn.Module, spans_calls: bool = False, together: Any = Non
     with held(), state.in_a_call() if not spans_calls else contextlib.nullcontext():
         try:
             with with_all_ranks(state, together_in(together)):
-                refuse_shared_weights(state)
+                refuse_misplaced_weights(state)
                 state.refuse_while_asleep("reload")
                 state.refuse_while_update_open()
                 with _reserved_given_back(state):
@@ -60,18 +57,6 @@ def _reserved_given_back(state: EngineState) -> Iterator[None]:
         yield
     finally:
         ops.give_back(reserved)
-
-
-def refuse_shared_weights(state: EngineState) -> None:
-    """Raises UnsupportedError where the weights are the memory of vLLM's weight cache, which other engines of
-    this machine serve too.
-    """
-    if vllm_api.load_format(state.record.vllm_config) == SHARED:
-        raise UnsupportedError(
-            f"This engine serves weights out of the memory of vLLM's weight cache (load_format={SHARED!r}), "
-            f"and so do others: a reload would change theirs too. {SERVES_OLD} Start the engine with another "
-            "load format to reload it."
-        )
 
 
 @contextlib.contextmanager

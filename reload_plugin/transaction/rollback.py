@@ -14,6 +14,7 @@ from ..checkpoint import DummyWeights, Rereadable, Source, TensorInfo, held_open
 from ..errors import SERVES_OLD, SourceError
 from ..interrupts import call_held
 from ..plan.checkpoint_plan import Plan
+from ..record.late_bound import make_anew
 from .engine_state import EngineState
 from .known import known_checkpoint, session_for
 from .session import ReloadSession
@@ -89,6 +90,7 @@ def _undo(session: ReloadSession, state: EngineState) -> bool:
     try:
         log.before_write()
         log.undo.roll_back()
+        make_anew(state.record.late_bound)
         log.after_writes()
     except BaseException as error:
         reason = f"a reload failed half way and the weights served before could not be put back: {error}"

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from .. import vllm_api
 from ..commit.strategies import STRATEGIES, CommitLog, CommitStrategy
 from ..commit.undo_log import UndoLog
 from ..device.host_memory import MemoryGauge
@@ -99,7 +100,8 @@ def wire(model: nn.Module, state: EngineState, options: SessionOptions) -> Sessi
         waiting = min(waiting, max(0, ops.free_bytes() // 2 - record.largest))
     admission = Admission(record, completeness, gauge, waiting)
     undo = UndoLog(record.target_device) if strategy_class.has_undo_log else None
-    log = CommitLog(state.handles, state.native, ops.fence, undo)
+    graphs = vllm_api.captures_graphs(record.vllm_config)
+    log = CommitLog(state.handles, state.native, ops.fence, record.late_bound, graphs, undo)
     strategy = strategy_class(log, gauge, admission, _Release(completeness, trace))
     view = _view_of(record, known, options, gauge, strategy)
     touching = functools.partial(_note_touched, log, completeness)

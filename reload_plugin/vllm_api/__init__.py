@@ -18,7 +18,17 @@ from .checkpoint_files import (
     stored_weights,
     weight_files,
 )
-from .engine_config import captures_graphs, construct_on_meta, full_config, has_sleep_mode, one_rank
+from .engine_config import (
+    captures_graphs,
+    construct_on_meta,
+    full_config,
+    has_sleep_mode,
+    one_rank,
+    prefetches_weights,
+    spreads_experts,
+)
+from .expert_balancing import models_being_rearranged, note_balancer
+from .late_values import LATE_VALUES
 from .loading import (
     current_vllm_config,
     default_weight_loader,
@@ -37,6 +47,8 @@ from .symbols import (
     ENGINE,
     ENGINE_CORE,
     EXECUTOR,
+    EXPERT_BALANCER,
+    GROUP_COORDINATOR,
     INPLACE,
     LAYERWISE,
     LOADER_UTILS,
@@ -92,7 +104,10 @@ __all__ = [
     "ENGINE",
     "ENGINE_CORE",
     "EXECUTOR",
+    "EXPERT_BALANCER",
+    "GROUP_COORDINATOR",
     "INPLACE",
+    "LATE_VALUES",
     "LAYERWISE",
     "LOADER_UTILS",
     "MODEL_UTILS",
@@ -144,12 +159,15 @@ __all__ = [
     "local_folder",
     "minor_of",
     "missing_seams",
+    "models_being_rearranged",
     "models_of",
     "name_of",
     "native_constructors",
+    "note_balancer",
     "one_rank",
     "partial_loading",
     "passes_over",
+    "prefetches_weights",
     "process_layers",
     "process_online",
     "register_transfer_engine",
@@ -157,6 +175,7 @@ __all__ = [
     "reset_update_target",
     "revision_of",
     "seams_of",
+    "spreads_experts",
     "starts_from_dummy",
     "starts_from_files",
     "stored_weights",

@@ -31,6 +31,20 @@ def one_rank(model: str, engine: dict[str, Any]) -> Iterator[Any]:
             get(distributed, "destroy_distributed_environment")()
 
 
+def spreads_experts(config: Any) -> bool:
+    """Whether each rank has experts of its own, and not a share of every one."""
+    return bool(getattr(getattr(config, "parallel_config", None), "enable_expert_parallel", False))
+
+
+def prefetches_weights(config: Any) -> bool:
+    """Whether vLLM's prefetch offloader serves the weights: parameters are then buffers that layers share,
+    and their values come from copies on the host before each layer runs.
+    """
+    offload = getattr(config, "offload_config", None)
+    group_size = getattr(getattr(offload, "prefetch", None), "offload_group_size", 0)
+    return group_size > 0 and getattr(offload, "offload_backend", "auto") != "uva"
+
+
 def construct_on_meta(config: Any, watching: contextlib.AbstractContextManager[object]) -> nn.Module:
     """The model of a config, as ``initialize_model`` makes it, without memory.
 

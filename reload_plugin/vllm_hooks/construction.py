@@ -48,6 +48,7 @@ def recording_processing(then: Callable[[], None]) -> Callable[[Callable[..., No
             from ..checkpoint import start_stamps
             from ..checkpoint.config import start_config
             from ..process.native_handles import Handles, watching_native
+            from ..ranks.collectives import CollectiveGate
             from ..record.model_record import record_of
             from ..record.recorder import TailWatch, finish_record, observe
             from ..record.write_watch import WriteWatch
@@ -65,13 +66,15 @@ def recording_processing(then: Callable[[], None]) -> Callable[[Callable[..., No
             handles: Handles = {}
             writes = WriteWatch(record)
             watch = TailWatch(model, record, writes)
-            with watch, watching_native(target_device, handles), writes:
+            gate = CollectiveGate()
+            with watch, watching_native(target_device, handles), writes, gate.around(""):
                 original(model, model_config, target_device)
             writes.keep_if_rebound()
             record = finish_record(
                 model, record, loaded, watch.before_tail, model_config, target_device, writes
             )
             state = begin_state(model, record, handles)
+            state.enters_collectives = gate.entered
             state.start.stamps = start_stamps(record.vllm_config, model_config, model)
             state.start.config = start_config(model_config)
             state.start.remember_listing(model, record)

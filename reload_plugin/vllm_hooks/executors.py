@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from ..ranks.collectives import refuse_collectives
 from ..ranks.votes import begin_call, refuse_next
 from ..transaction.push_failures import current_call
 from .workers import states_of
@@ -59,7 +60,9 @@ def telling_other_ranks(original: Callable[..., Any]) -> Callable[..., Any]:
 
     def handle_output(self: Any, output: Any) -> Any:
         if isinstance(output, BaseException):
-            refuse_next([state.record for state in states_of(self.worker)], output)
+            records = [state.record for state in states_of(self.worker)]
+            refuse_next(records, output)
+            refuse_collectives(records, output)
         return original(self, output)
 
     return handle_output

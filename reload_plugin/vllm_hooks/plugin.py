@@ -117,10 +117,21 @@ def _patch_workers(hooks: Hooks) -> None:
     replace_method(module, cls, "sleep", workers.sleeping)
     replace_method(module, cls, "wake_up", workers.waking)
     replace_method(module, cls, "discard", workers.discarding)
+    replace_method(*vllm_api.EXPERT_BALANCER, "add_model", _noting_balancer)
     worker = getattr(sys.modules.get(module), cls, None)
     if worker is not None:
         workers.add_worker_calls(worker)
         parking.add_parking_calls(worker)
+
+
+def _noting_balancer(original: Callable[..., Any]) -> Callable[..., Any]:
+    """``EplbState.add_model``: whether it moves experts is asked before a reload."""
+
+    def add_model(self: Any, *args: Any, **kwargs: Any) -> Any:
+        vllm_api.note_balancer(self)
+        return original(self, *args, **kwargs)
+
+    return add_model
 
 
 def _offer_transfer_engine() -> None:

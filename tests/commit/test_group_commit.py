@@ -15,6 +15,7 @@ from reload_plugin.commit.compare import plan_commit
 from reload_plugin.commit.group_commit import Commit
 from reload_plugin.process.native_handles import release_native_memory
 from reload_plugin.record.group_state import GroupState, TensorState
+from reload_plugin.record.late_bound import LateBound
 from reload_plugin.record.module_state import tensors_in
 from reload_plugin.record.snapshot import read
 from reload_plugin.tensors import storage_id
@@ -39,7 +40,7 @@ def plan(served: object, twin: object, captured: tuple[torch.Tensor, ...] = ()) 
         captured=list(captured),
         overwritten=set(),
     )
-    return plan_commit(staged)
+    return plan_commit(staged, LateBound())
 
 
 def commit(served: object, twin: object) -> Commit:
@@ -133,7 +134,7 @@ def test_one_object_with_two_states_gets_the_values_of_the_later_one() -> None:
         captured=[],
         overwritten=set(),
     )
-    plan_commit(staged).apply()
+    plan_commit(staged, LateBound()).apply()
     assert layer.weight is weight
     assert weight.data_ptr() == address
     assert torch.equal(weight, torch.ones(3))

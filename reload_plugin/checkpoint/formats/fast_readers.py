@@ -57,7 +57,7 @@ def instanttensor(files: Sequence[str], device: torch.device, largest: int) -> P
     if device.type != "cuda":
         raise ValueError(f"it reads to NVIDIA GPUs only, and the model is on {device}")
     opened = importlib.import_module("instanttensor").safe_open
-    number = torch.cuda.current_device() if device.index is None else device.index
+    number = torch.accelerator.current_device_index() if device.index is None else device.index
     with opened(list(files), framework="pt", device=number, process_group=None, copy=True) as file:
         yield from file.tensors()
 

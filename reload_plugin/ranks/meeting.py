@@ -1,0 +1,86 @@
+"""Ranks that are about to enter a collective meet at the store first: all of them enter it, or none does."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections import defaultdict
+from collections.abc import Sequence
+
+from ..errors import RanksDisagreeError
+from ..interrupts import deliver
+from .votes import COMMIT, Vote
+
+
+class Meetings:
+    """Where a rank meets others in one reload, or in one call of the executor.
+
+    Args:
+        vote: of this rank. A rank that fails votes against, which ends the waiting of all others.
+
+    """
+
+    def __init__(self, vote: Vote) -> None:
+        self.vote = vote
+        self._met: dict[str, int] = defaultdict(int)
+        """Set of ranks -> how often this rank has met them."""
+
+    def meet(self, ranks: Sequence[int], where: str) -> None:
+        """Wait until all of some ranks are about to do the same. Costs each rank four operations of the store
+        and a look at it now and then.
+
+        Args:
+            ranks: global ranks, this one among them. Where some are not among those that vote (experts spread
+                over replicas), nobody waits: their failures are not told here.
+            where: what it is; the same on all of them.
+
+        Raises:
+            RanksDisagreeError: a rank voted against, is at another place, or did not come.
+
+        """
+        numbers = self._numbers(ranks)
+        if numbers is None:
+            return
+        vote = self.vote
+        who = hashlib.sha256(repr(numbers).encode()).hexdigest()[:16]
+        self._met[who] += 1
+        prefix = f"{vote._prefix}meet/{who}/{self._met[who]}/"
+        here, count, go = prefix + "at/" + where, prefix + "count", prefix + "go"
+        vote._past += [here, count, go]
+        same = vote._store.add(here, 1)
+        mine = vote._place.rank
+        if vote._store.add(count, 1) == len(numbers):  # the last one to come sees where all of them are
+            if same == len(numbers):
+                vote._store.set(go, "")
+            else:
+                vote._decide({mine: f"was at {where} when another rank was elsewhere"})
+        if not self._ended(go):
+            vote._decide({mine: f"waited {vote.vote_timeout:g} s for the others at {where}"})
+        elif vote._store.check([go]):
+            return
+        raise self._disagree()
+
+    def _numbers(self, ranks: Sequence[int]) -> list[int] | None:
+        """The numbers that ranks have in the vote; None where one has none."""
+        import torch.distributed as dist
+
+        place = self.vote._place
+        numbers = [place.rank - dist.get_rank() + rank for rank in ranks]
+        return numbers if all(0 <= number < place.ranks for number in numbers) else None
+
+    def _ended(self, go: str) -> bool:
+        """Wait for the word of the last one to come, or for a decision; says whether there was one."""
+        deadline = time.monotonic() + self.vote.vote_timeout
+        pause = 0.0002
+        while not any(self.vote._store.check([key]) for key in (go, self.vote._prefix + "decision")):
+            if time.monotonic() > deadline:
+                return False
+            deliver()
+            time.sleep(pause)
+            pause = min(2 * pause, 0.02)
+        return True
+
+    def _disagree(self) -> RanksDisagreeError:
+        decision: str = self.vote._store.get(self.vote._prefix + "decision").decode()
+        assert decision != COMMIT, "no rank is ready to commit while one processes"
+        return self.vote._disagree(self.vote._reasons(decision))
