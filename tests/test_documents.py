@@ -201,6 +201,8 @@ def _is_script(words: list[str]) -> bool:
         return all((ROOT / word).exists() for word in words[2:] if "/" in word)
     module = words[0] == "-m"
     name = words[1].replace(".", "/") + ".py" if module else words[0]
+    if module and (ROOT / name.removesuffix(".py") / "__main__.py").is_file():
+        name = name.removesuffix(".py") + "/__main__.py"
     if not (ROOT / name).is_file():
         return False
     arguments = words[2 if module else 1 :]

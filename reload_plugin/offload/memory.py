@@ -28,12 +28,16 @@ def needs_of(target: torch.device, nbytes: int, largest: int) -> Needs:
     return {_HOST: largest, target: nbytes + largest}
 
 
-def refuse_if_short(needs: Needs, doing: str) -> dict[str, int]:
+_NOTHING_CHANGED = "Nothing was changed. Free memory there, or name another device."
+
+
+def refuse_if_short(needs: Needs, doing: str, then: str = _NOTHING_CHANGED) -> dict[str, int]:
     """Compare what is needed with what there is, host, device and control group.
 
     Args:
         needs: see ``Needs``.
         doing: what the memory is for, as the subject of a sentence.
+        then: how things stand, and what to do.
 
     Returns:
         Device -> bytes that are available.
@@ -46,8 +50,5 @@ def refuse_if_short(needs: Needs, doing: str) -> dict[str, int]:
     short = [device for device, nbytes in needs.items() if nbytes > available[device]]
     if short:
         lines = [f"{needs[d]:,} bytes on {d}, where {available[d]:,} are available" for d in short]
-        raise OffloadError(
-            f"{doing} needs {' and '.join(lines)}. Nothing was changed. Free memory there, or name another "
-            "device."
-        )
+        raise OffloadError(f"{doing} needs {' and '.join(lines)}. {then}")
     return {str(device): nbytes for device, nbytes in available.items()}

@@ -164,7 +164,8 @@ class ParkedWeights:
             for memory in self._memories:
                 device = memory.storage.device
                 needs[device] = needs.get(device, 0) + memory.nbytes
-            refuse_if_short(needs, "Bringing the weights back")
+            stay = "They stay parked. Free memory there and unpark again."
+            refuse_if_short(needs, "Bringing the weights back", stay)
         filled: list[_Memory] = []
         try:
             for memory in self._memories:
