@@ -143,7 +143,7 @@ def test_diff_counts_elements_that_changed_in_any_bit(run: Run, tmp_path: Path) 
         "bytes": torch.arange(4, dtype=torch.uint8),
         "complex": torch.zeros(3, dtype=torch.complex64),
         "shape": torch.zeros(2, 3),
-        "dtype": torch.zeros(2),
+        "dtype": torch.zeros(2, dtype=torch.float32),
         "gone": torch.zeros(1),
         "none": torch.zeros(0, 3),
     }
@@ -152,7 +152,7 @@ def test_diff_counts_elements_that_changed_in_any_bit(run: Run, tmp_path: Path) 
     other["some"][7] = float("nan")
     other["bytes"][0] = 9
     other["complex"][1] = 1j
-    other |= {"shape": torch.zeros(3, 2), "dtype": torch.zeros(2).half(), "new": torch.zeros(1)}
+    other |= {"shape": torch.zeros(3, 2), "dtype": torch.zeros(2, dtype=torch.float16), "new": torch.zeros(1)}
     del other["gone"]
     save_file(one, tmp_path / "a.safetensors")
     save_file(other, tmp_path / "b.safetensors")
