@@ -157,6 +157,14 @@ def vote_of_call(record: ModelRecord) -> Vote | None:
     return _votes_of_call.vote(record)
 
 
+def leave_collectives(records: Iterable[ModelRecord]) -> None:
+    """A call of the executor is over on this rank: others may wait in it for a collective."""
+    for record in records:
+        vote = _votes_of_call.vote(record)
+        if vote is not None:
+            Meetings(vote).leave()
+
+
 def refuse_collectives(records: Iterable[ModelRecord], error: BaseException) -> None:
     """A call of the executor raised on this rank: others may wait in it for a collective."""
     for record in records:

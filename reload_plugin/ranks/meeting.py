@@ -35,7 +35,7 @@ class Meetings:
             where: what it is; the same on all of them.
 
         Raises:
-            RanksDisagreeError: a rank voted against, is at another place, or did not come.
+            RanksDisagreeError: a rank voted against, is at another place, has left, or did not come.
 
         """
         numbers = self._numbers(ranks)
@@ -58,7 +58,19 @@ class Meetings:
             vote._decide({mine: f"waited {vote.vote_timeout:g} s for the others at {where}"})
         elif vote._store.check([go]):
             return
+        elif gone := [number for number in numbers if vote._store.check([self._left(number)])]:
+            vote._decide(dict.fromkeys(gone, f"was done with this call, and did not come to {where}"))
         raise self._disagree()
+
+    def leave(self) -> None:
+        """The rank is done with what the vote is about, and comes to no other meeting of it."""
+        keys = [self._left(self.vote._place.rank), self._left("any")]
+        self.vote._past += keys
+        for key in keys:
+            self.vote._store.set(key, "")
+
+    def _left(self, number: int | str) -> str:
+        return f"{self.vote._prefix}left/{number}"
 
     def _numbers(self, ranks: Sequence[int]) -> list[int] | None:
         """The numbers that ranks have in the vote; None where one has none."""
@@ -69,10 +81,13 @@ class Meetings:
         return numbers if all(0 <= number < place.ranks for number in numbers) else None
 
     def _ended(self, go: str) -> bool:
-        """Wait for the word of the last one to come, or for a decision; says whether there was one."""
+        """Wait for the word of the last one to come, for a decision, or until somebody has left; says whether
+        one of these was there in time.
+        """
+        ends = (go, self.vote._prefix + "decision", self._left("any"))
         deadline = time.monotonic() + self.vote.vote_timeout
         pause = 0.0002
-        while not any(self.vote._store.check([key]) for key in (go, self.vote._prefix + "decision")):
+        while not any(self.vote._store.check([key]) for key in ends):
             if time.monotonic() > deadline:
                 return False
             deliver()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from ..ranks.collectives import refuse_collectives
+from ..ranks.collectives import leave_collectives, refuse_collectives
 from ..ranks.votes import begin_call, refuse_next
 from ..transaction.push_failures import current_call
 from .workers import states_of
@@ -56,6 +56,7 @@ def counting_calls_of_a_loop(original: Callable[..., None]) -> Callable[..., Non
 def telling_other_ranks(original: Callable[..., Any]) -> Callable[..., Any]:
     """``WorkerProc.handle_output``, which gets what a call of the worker returned, or its error: a rank whose
     call raised takes part in no vote of this call any more, so it refuses the one that others may wait in.
+    One whose call brought weights of an update comes to no collective of that call any more.
     """
 
     def handle_output(self: Any, output: Any) -> Any:
@@ -63,6 +64,9 @@ def telling_other_ranks(original: Callable[..., Any]) -> Callable[..., Any]:
             records = [state.record for state in states_of(self.worker)]
             refuse_next(records, output)
             refuse_collectives(records, output)
+        else:
+            loading = [one for one in states_of(self.worker) if one.update is not None]
+            leave_collectives(one.record for one in loading if one.enters_collectives)
         return original(self, output)
 
     return handle_output

@@ -26,6 +26,7 @@ from reload_plugin.errors import ReloadError
 from reload_plugin.record.recorder import record_constructed
 from reload_plugin.transaction.engine_state import state_of
 from reload_plugin.transaction.reload import reload_weights
+from reload_plugin.ranks import votes
 from reload_plugin.ranks.votes import begin_call
 from reload_plugin.transaction.chunked_update import abort_weight_update, finish_layerwise, open_layerwise
 from reload_plugin.vllm_hooks import executors, plugin
@@ -92,10 +93,12 @@ def call(function, *args):
     # as vLLM's worker process does with a call of its executor
     begin_call()
     try:
-        return function(*args)
+        answer = function(*args)
     except Exception as error:
-        tell(types.SimpleNamespace(worker=worker), error)
-        raise
+        answer = error
+    tell(types.SimpleNamespace(worker=worker), answer)
+    if isinstance(answer, Exception):
+        raise answer
 
 def update(step, fails="", backwards=False, spread=False):
     # in chunks, each a call
@@ -103,7 +106,7 @@ def update(step, fails="", backwards=False, spread=False):
     items = list(weights(step).items())
     if backwards:
         items.reverse()
-    started, before, said = time.monotonic(), values(model), "committed"
+    started, before, said, first = time.monotonic(), values(model), "committed", votes._reload_ids.call
     try:
         call(open_layerwise, model)
         for number, item in enumerate(items):
@@ -116,6 +119,8 @@ def update(step, fails="", backwards=False, spread=False):
         Reducing.fails = False
     if said != "committed":
         call(abort_weight_update, model)
+    while votes._reload_ids.call < first + 5:  # every rank gets the same calls
+        begin_call()
     return {"said": said, "seconds": time.monotonic() - started, "scales": scales(),
             "same": values(model) == before, "broken": state_of(model).broken}
 
