@@ -54,11 +54,11 @@ class Meetings:
                 vote._store.set(go, "")
             else:
                 vote._decide({mine: f"was at {where} when another rank was elsewhere"})
-        if not self._ended(go):
+        if not self._ended(go, numbers):
             vote._decide({mine: f"waited {vote.vote_timeout:g} s for the others at {where}"})
         elif vote._store.check([go]):
             return
-        elif gone := [number for number in numbers if vote._store.check([self._left(number)])]:
+        elif gone := self._gone(numbers):
             vote._decide(dict.fromkeys(gone, f"was done with this call, and did not come to {where}"))
         raise self._disagree()
 
@@ -80,20 +80,25 @@ class Meetings:
         numbers = [place.rank - dist.get_rank() + rank for rank in ranks]
         return numbers if all(0 <= number < place.ranks for number in numbers) else None
 
-    def _ended(self, go: str) -> bool:
-        """Wait for the word of the last one to come, for a decision, or until somebody has left; says whether
-        one of these was there in time.
+    def _ended(self, go: str, numbers: Sequence[int]) -> bool:
+        """Wait for the word of the last one to come, for a decision, or until one of those awaited has left;
+        says whether one of these was there in time.
         """
-        ends = (go, self.vote._prefix + "decision", self._left("any"))
-        deadline = time.monotonic() + self.vote.vote_timeout
+        store, deadline = self.vote._store, time.monotonic() + self.vote.vote_timeout
         pause = 0.0002
-        while not any(self.vote._store.check([key]) for key in ends):
+        while not any(store.check([key]) for key in (go, self.vote._prefix + "decision")):
+            # Others than those awaited may leave: ranks of another pipeline stage.
+            if store.check([self._left("any")]) and self._gone(numbers):
+                break
             if time.monotonic() > deadline:
                 return False
             deliver()
             time.sleep(pause)
             pause = min(2 * pause, 0.02)
         return True
+
+    def _gone(self, numbers: Sequence[int]) -> list[int]:
+        return [number for number in numbers if self.vote._store.check([self._left(number)])]
 
     def _disagree(self) -> RanksDisagreeError:
         decision: str = self.vote._store.get(self.vote._prefix + "decision").decode()
