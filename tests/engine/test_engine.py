@@ -679,7 +679,7 @@ def test_an_iterator_is_held_to_its_manifest(on_a: Engine) -> None:
 
 
 def test_options_that_do_not_exist_are_named(on_a: Engine) -> None:
-    with pytest.raises(reload_plugin.ReloadError, match="policies are auto, host, spill"):
+    with pytest.raises(reload_plugin.ReloadError, match="policies are auto, device, host, spill"):
         on_a.push(iter(on_a.weights("B")), policy="careful")
     with pytest.raises(reload_plugin.ReloadError, match="reread"):
         on_a.push(iter(on_a.weights("B")), policy="reread")

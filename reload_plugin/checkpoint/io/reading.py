@@ -130,12 +130,12 @@ class _Reading:
                     following = next(batches, None)
                     if more := following is not None:
                         waiting.append(self._submit(reader, following))
-                        ahead += waiting[-1][2].nbytes
+                        ahead += following.nbytes
                 if not waiting:
                     return
                 batch, tensors, read = waiting.popleft()
                 read.wait()
-                ahead -= read.nbytes
+                ahead -= batch.nbytes
                 self._note_read(read.nbytes)
                 del read
                 if isinstance(tensors, DirectRead):
