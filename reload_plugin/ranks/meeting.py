@@ -26,7 +26,7 @@ class Meetings:
         """Set of ranks -> how often this rank has met them."""
 
     def meet(self, ranks: Sequence[int], where: str) -> None:
-        """Wait until all of some ranks are about to do the same. Costs each rank four operations of the store
+        """Wait until all of some ranks are about to do the same. Costs each rank some store operations
         and a look at it now and then.
 
         Args:
@@ -47,10 +47,10 @@ class Meetings:
         prefix = f"{vote._prefix}meet/{who}/{self._met[who]}/"
         here, count, go = prefix + "at/" + where, prefix + "count", prefix + "go"
         vote._past += [here, count, go]
-        same = vote._store.add(here, 1)
+        vote._store.add(here, 1)
         mine = vote._place.rank
-        if vote._store.add(count, 1) == len(numbers):  # the last one to come sees where all of them are
-            if same == len(numbers):
+        if vote._store.add(count, 1) == len(numbers):  # the last one to come: all have said where they are
+            if vote._store.add(here, 0) == len(numbers):
                 vote._store.set(go, "")
             else:
                 vote._decide({mine: f"was at {where} when another rank was elsewhere"})
