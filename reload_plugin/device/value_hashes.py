@@ -16,8 +16,10 @@ _PIECE = 1 << 20
 WIDTH = xxhash.xxh3_128().digest_size
 _WORTH_SHARING = 4 << 20
 """Bytes from which on a team hashes: its threads have to wait for one another at the end."""
-_CHUNK = 1 << 22
-"""Words that are multiplied and summed at a time on a device: 32 MiB of temporary memory, twice."""
+_CHUNK = 1 << 15
+"""Words that make one sum on a device. Their weights stay there: 256 KiB."""
+_AT_ONCE = 32
+"""Sums that a device makes at a time: 8 MiB of temporary memory, twice for words below 8 bytes."""
 
 
 def pieces_of(tensor: torch.Tensor) -> list[memoryview]:
@@ -91,16 +93,26 @@ def device_sums(tensor: torch.Tensor) -> torch.Tensor:
     """
     words = _words_of(tensor)
     weights = _weights(tensor.device)
-    chunks = [words[start : start + _CHUNK] for start in range(0, len(words), _CHUNK)]
-    return torch.stack([(chunk.to(torch.int64) * weights[: len(chunk)]).sum() for chunk in chunks])
+    whole = len(words) // _CHUNK * _CHUNK
+    sums = [
+        (block.to(torch.int64) * weights).sum(1)
+        for block in words[:whole].view(-1, _CHUNK).split(_AT_ONCE)
+        if len(block)
+    ]
+    if whole < len(words):
+        rest = words[whole:].to(torch.int64)
+        sums.append((rest * weights[: len(rest)]).sum(0, keepdim=True))
+    return torch.cat(sums)
 
 
 def _words_of(tensor: torch.Tensor) -> torch.Tensor:
-    """The memory of a contiguous tensor in words as large as fit."""
+    """The memory of a contiguous tensor in words as large as divide it."""
     flat = _bytes_of(tensor)
     for word in (torch.int64, torch.int32, torch.int16):
-        if flat.numel() % word.itemsize == 0 and flat.data_ptr() % word.itemsize == 0:
-            return flat.view(word)
+        if flat.numel() % word.itemsize == 0:
+            # The same words wherever the tensor lies: a view may begin anywhere in its storage.
+            aligned = flat if flat.data_ptr() % word.itemsize == 0 else flat.clone()
+            return aligned.view(word)
     return flat
 
 

@@ -79,7 +79,7 @@ def test_a_tensor_without_values_is_hashed_by_what_it_says_of_itself() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.int8, torch.int64, torch.float8_e5m2])
 def test_sums_of_a_device_see_one_word_and_two_that_change_places(dtype: torch.dtype) -> None:
-    count = _CHUNK * 8 // dtype.itemsize + 5  # more than one chunk, and no whole number of words
+    count = 40 * _CHUNK * 8 // dtype.itemsize + 5  # more than one chunk, and no whole number of words
     tensor = (torch.arange(count) % 120).to(dtype)
     before = device_sums(tensor)
     assert torch.equal(before, device_sums(tensor.clone()))
@@ -90,6 +90,13 @@ def test_sums_of_a_device_see_one_word_and_two_that_change_places(dtype: torch.d
     changed = tensor.clone()
     changed[:words], changed[words : 2 * words] = tensor[words : 2 * words], tensor[:words]
     assert not torch.equal(before, device_sums(changed))
+
+
+def test_sums_of_a_device_do_not_depend_on_where_a_tensor_begins() -> None:
+    values = (torch.arange(1 << 12) % 120).to(torch.int8)
+    shifted = torch.cat([torch.zeros(1, dtype=torch.int8), values])[1:]
+    assert shifted.data_ptr() % 8
+    assert torch.equal(device_sums(values), device_sums(shifted))
 
 
 class Packed(torch.nn.Module):
