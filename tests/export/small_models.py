@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from typing import Any
 
 import torch
+from packaging.version import Version
 
 SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 50}
 ENCODER = {**SMALL, "intermediate_size": 24, "max_position_embeddings": 32}
@@ -24,7 +26,7 @@ class Family:
     squeezed: dict[str, int] = field(default_factory=dict)
     """End of a name -> dimension of size 1 that transformers 5.19 loses when it saves."""
     cast_buffers: bool = False
-    """Whether transformers itself loads a buffer in another dtype where it offloads buffers."""
+    """Whether transformers itself loads a buffer in another dtype where it offloads buffers, as 5.19 does."""
 
 
 def _made(model: str, config: str, **options: Any) -> Callable[[], Any]:
@@ -153,7 +155,7 @@ FAMILIES = (
         "kimi_k25",
         "many-to-one with a rope permutation, one-to-many",
         _made("Kimi_K25ForConditionalGeneration", "Kimi_K25Config", **KIMI),
-        cast_buffers=True,
+        cast_buffers=Version(version("transformers")) < Version("5.24"),
     ),
     Family(
         "step3p7",
