@@ -53,7 +53,8 @@ def park(engine: Any) -> list[ParkReport]:
 
     Every weight is then a real tensor on the CPU: the same object, with its class, attributes and place in
     its module. Reading and writing it is allowed; what is written counts after ``unpark``. So does a reload
-    by any road, which takes device memory for one copy of the model meanwhile. Requests are refused until
+    by any road, which takes device memory for a layer at a time; for one copy of the model where attention
+    reads weights of other layers when it is processed (MLA). Requests are refused until
     then. Calling it again changes nothing.
 
     Where vLLM's sleep mode is on (``enable_sleep_mode``), the engine is also put to sleep (level 1), which

@@ -48,8 +48,8 @@ def session_for(
     memory where a device serves.
     """
     folder = chosen.pop("spill_dir", None)
-    if state.parked is not None:
-        policy = "staged"  # a layer that is committed is on the host, where the tail cannot read it (MLA)
+    if state.parked is not None and _tail_reads_others(model, state):
+        policy = "staged"  # what is committed is on the host, where MLA's attention cannot read it
 
     def order(infos: Any) -> Any:
         return _order(model, state, infos)
@@ -68,6 +68,22 @@ def session_for(
         overflow=overflow,
         agree=state.vote,
         **chosen,
+    )
+
+
+def _tail_reads_others(model: nn.Module, state: EngineState) -> bool:
+    """Whether what is processed last may read weights of other layers: a hook of the model, or attention that
+    holds a projection.
+    """
+    if hasattr(model, "process_weights_after_loading"):
+        return True
+    last = (layer.ref() for layer in state.record.layers if layer.deferred)
+    return any(
+        True
+        for attention in last
+        if attention is not None
+        for part in attention.children()
+        for _ in part.parameters()
     )
 
 

@@ -63,7 +63,8 @@ def strategy_between_calls(state: EngineState, policy: Policy | None = None) -> 
     """The strategy for an update that lets the engine serve between its calls: results wait beside the served
     weights where there is room by ``policy``, else in host memory.
     """
-    beside = _serves_from_host(state) or (policy is not None and policy.rollback == "device")
+    on_device = policy is not None and policy.rollback == "device" and state.parked is None
+    beside = _serves_from_host(state) or on_device
     return "staged" if beside else "prepared"
 
 
@@ -87,6 +88,8 @@ def _voters(state: EngineState) -> int:
 def _named(state: EngineState, name: str) -> Policy:
     if name in ("host", "device") and _serves_from_host(state):
         return POLICY_OF_CPU
+    if name == "device" and state.parked is not None:
+        return POLICIES["host"]  # the old weights are there
     return POLICIES[name]
 
 
@@ -101,7 +104,7 @@ def _in_memory(state: EngineState) -> Policy:
         return POLICY_OF_CPU
     needed = _needed(state)
     on_device, on_host = ops_for(state.record.target_device).free_bytes(), available()
-    if _fits(on_device, needed):
+    if _fits(on_device, needed) and state.parked is None:
         return POLICIES["device"]
     # One rank sees the memory of all: each of them may be the last to look.
     if _fits(on_host // ranks_of(state.record), needed):

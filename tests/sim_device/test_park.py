@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
+import itertools
 from typing import TYPE_CHECKING
 
 import pytest
@@ -27,6 +29,7 @@ from tests.sim_device.models import (
     built,
     expect_cold,
     expect_unmoved,
+    in_chunks,
     start,
     weights,
 )
@@ -36,6 +39,7 @@ if TYPE_CHECKING:
     from tests.engine.gpu_methods.driver import Built
 
 MLA = "mla bf16"
+LAYERS = 24
 
 
 def described(model: Built) -> list[tuple[object, ...]]:
@@ -99,6 +103,23 @@ def test_a_reload_while_parked_shows_after_unpark(sim: SimDevice, name: str, roa
         expect_cold(name, "B", model)
         ROADS[road](model, "A")
         expect_cold(name, "A", model)
+
+
+@pytest.mark.parametrize("name", [DENSE, PACKED, EXPERTS])
+@on_sim(start)
+def test_a_reload_while_parked_takes_a_layer_of_the_device_at_a_time(sim: SimDevice, name: str) -> None:
+    with built(name, layers=LAYERS) as model:
+        most = 6 * state_of(model.model).record.largest  # two of them are a chunk of the caller
+        roads = (ROADS["host iterator"], functools.partial(in_chunks, parts=60), ROADS["live push"])
+        for reload, generation in itertools.product(roads, "BA"):
+            with reload_plugin.parked(model.model) as (report, *_):
+                gc.collect()
+                before = sim.counters.allocated
+                sim.reset()
+                reload(model, generation)
+                extra = sim.counters.peak_allocated - before
+                assert extra <= most < report.nbytes // 2, (reload, generation, extra, most)
+            expect_cold(name, generation, model, LAYERS)
 
 
 @on_sim(start)
