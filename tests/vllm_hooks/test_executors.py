@@ -108,7 +108,7 @@ class Said:
             pytest.skip(f"this vLLM has no {status}")
         self.answers = [(getattr(statuses, status), result)]
 
-    def dequeue(self, timeout: float | None = None) -> tuple[Any, Any]:  # noqa: ARG002 - it is there
+    def dequeue(self, timeout: float | None = None) -> tuple[Any, Any]:
         if not self.answers:
             raise TimeoutError
         return self.answers.pop()
@@ -129,9 +129,7 @@ def ask(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
 
     def ask(ranks: list[object], tolerant: bool = False, **how: Any) -> Any:
         executor = cls.__new__(cls)
-        config = types.SimpleNamespace(
-            parallel_config=types.SimpleNamespace(enable_fault_tolerance=tolerant)
-        )
+        config = types.SimpleNamespace(parallel_config=types.SimpleNamespace(enable_fault_tolerance=tolerant))
         vars(executor).update(
             response_mqs=ranks,
             rpc_broadcast_mq=types.SimpleNamespace(enqueue=lambda _: None),
