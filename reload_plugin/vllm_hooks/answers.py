@@ -151,7 +151,7 @@ def _is_failure(answer: Answered) -> bool:
 
 
 def _has_text(answer: Answered) -> bool:
-    """Whether it is a failure with the text of its error; from vLLM 0.33 on some bring what a KV connector
+    """Whether it is a failure with the text of its error; in newer versions some bring what a KV connector
     has to be told instead.
     """
     return getattr(answer[0], "name", "") == "FAILURE"
@@ -220,7 +220,7 @@ def reading_own_answers(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _raise_if_nameless(error: Exception, call: _Call) -> None:
-    """vLLM's fault tolerance (from 0.33 on) hears all ranks and says that some failed, not which and why."""
+    """vLLM's fault tolerance hears all ranks and says that some failed, not which and why."""
     if type(error) is RuntimeError and (causes := call.all_failures()) and causes not in str(error):
         raise RuntimeError(f"{error}: {causes}") from error
 
