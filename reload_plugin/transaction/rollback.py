@@ -15,6 +15,7 @@ from ..errors import SERVES_OLD, SourceError
 from ..interrupts import call_held
 from ..plan.checkpoint_plan import Plan
 from ..record.late_bound import make_anew
+from .copied_heads import refresh_copied_heads
 from .engine_state import EngineState
 from .known import known_checkpoint, session_for
 from .session import ReloadSession
@@ -151,3 +152,4 @@ def after_commit(
         arrived = [TensorInfo(name, one.shape, one.dtype) for name, one in completeness.arrived.items()]
         state.plans.learn_by_loader(completeness.names_of_group(state.record), arrived)
     state.outcome.error = None
+    refresh_copied_heads(state)

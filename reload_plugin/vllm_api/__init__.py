@@ -18,6 +18,7 @@ from .checkpoint_files import (
     stored_weights,
     weight_files,
 )
+from .copied_heads import put_back_copied_heads, refresh_copied_heads
 from .engine_config import (
     captures_graphs,
     construct_on_meta,
@@ -43,6 +44,7 @@ from .seams import SEAMS, Seam, missing_seams, seams_of
 from .symbols import (
     ATTENTION,
     CONFIGS,
+    COPIED_HEADS,
     DUMMY,
     ENGINE,
     ENGINE_CORE,
@@ -100,6 +102,7 @@ __all__ = [
     "ATTENTION",
     "BUILDS",
     "CONFIGS",
+    "COPIED_HEADS",
     "DUMMY",
     "ENGINE",
     "ENGINE_CORE",
@@ -170,6 +173,8 @@ __all__ = [
     "prefetches_weights",
     "process_layers",
     "process_online",
+    "put_back_copied_heads",
+    "refresh_copied_heads",
     "register_transfer_engine",
     "release_native",
     "reset_update_target",

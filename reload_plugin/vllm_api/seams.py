@@ -15,6 +15,7 @@ from .symbols import (
     ATTENTION_BASE,
     CLIENTS,
     CONFIGS,
+    COPIED_HEADS,
     DUMMY,
     EXECUTOR,
     EXPERT_BALANCER,
@@ -84,6 +85,7 @@ def _of_workers(place: tuple[str, str], *methods: str, since: Minor = (0, 0)) ->
 
 _SCALES = "QuantizationConfig.get_cache_scale_mapper"
 _METADATA = "QuantizationConfig.get_checkpoint_weight_mapper"
+_COPIED_HEADS = ("_SOURCES", "refresh_quantized_lm_heads", "restore_quantized_lm_heads")
 
 SEAMS: tuple[Seam, ...] = (
     Seam(LOADER_UTILS, "initialize_model"),
@@ -125,6 +127,7 @@ SEAMS: tuple[Seam, ...] = (
     Seam(RUNAI, "is_runai_obj_uri"),
     Seam(RUNAI_LOADER, "RunaiModelStreamerLoader"),
     Seam(*GROUP_COORDINATOR),
+    *(Seam(COPIED_HEADS, name, since=(0, 33), imported_by_vllm=True) for name in _COPIED_HEADS),
     *_of_workers(EXPERT_BALANCER, "add_model"),
     *(seam for runner in RUNNERS for seam in _of_workers(runner, "reload_weights", "get_model")),
     *_of_workers(WORKER, "execute_model", "update_weights", "finish_weight_update", "sleep", "wake_up"),
@@ -148,7 +151,9 @@ def missing_seams() -> list[str]:
 
 @functools.cache
 def _defined_in(module: str) -> frozenset[str]:
-    """Classes and methods (``Class.method``) that a module's source defines, without importing it."""
+    """What a module's source defines, without importing it: functions, variables, classes, and methods
+    (``Class.method``).
+    """
     try:
         spec = importlib.util.find_spec(module)
     except ImportError:
@@ -163,4 +168,6 @@ def _defined_in(module: str) -> frozenset[str]:
             found.add(cls)
         elif method := re.match(r"    (?:async )?def (\w+)", line):
             found.add(f"{cls}.{method[1]}")
+        elif other := re.match(r"(?:async )?def (\w+)|(\w+)(?:: [^=]+)? = ", line):
+            found.add(other[1] or other[2])
     return frozenset(found)

@@ -32,6 +32,7 @@ RUNNERS = (
     ("vllm.v1.worker.gpu.model_runner", "GPUModelRunner"),
 )
 """Both model runners, as (module, class); the CPU runners derive from them."""
+COPIED_HEADS = "vllm.model_executor.layers.quantization.online.lm_head"
 EXPERT_BALANCER = ("vllm.distributed.eplb.eplb_state", "EplbState")
 GROUP_COORDINATOR = ("vllm.distributed.parallel_state", "GroupCoordinator")
 WORKER = ("vllm.v1.worker.gpu_worker", "Worker")

@@ -101,7 +101,13 @@ class _Call:
                 if not self._is_out_of_patience():
                     continue
             assert answer is not None, "patience begins with a failure"
-            return answer if not _is_failure(answer) else (answer[0], self._all_failures(answer))
+            return answer if not _has_text(answer) else (answer[0], self._all_failures(answer))
+
+    def all_failures(self) -> str:
+        """The causes by rank, as far as they have come; empty where no rank has failed."""
+        come = (self._come(rank) for rank in self._ranks)
+        first = next((answer for answer in come if answer and _has_text(answer)), None)
+        return "" if first is None else self._all_failures(first)
 
     def _taken(self, rank: int, timeout: float | None) -> Answered:
         return self._ranks[rank].take(self._numbers[rank], timeout)
@@ -110,7 +116,7 @@ class _Call:
         for rank in self._ranks:
             if rank != waiting_for and (answer := self._come(rank)) and _is_failure(answer):
                 self._failed_at = self._failed_at or time.monotonic()
-                return answer
+                return answer if _has_text(answer) else _as_text(rank, answer)
         return None
 
     def _come(self, rank: int, timeout: float = 0.0) -> Answered | None:
@@ -132,7 +138,7 @@ class _Call:
             if answer is None:
                 silent.append(rank)
             elif _is_failure(answer):
-                texts[rank] = str(answer[1])
+                texts[rank] = str((answer if _has_text(answer) else _as_text(rank, answer))[1])
         causes = {rank: text for rank, text in texts.items() if not text.startswith(NOT_EVERY_RANK)}
         if not causes:
             return str(first[1])
@@ -141,7 +147,19 @@ class _Call:
 
 
 def _is_failure(answer: Answered) -> bool:
+    return getattr(answer[0], "name", "").startswith("FAILURE")
+
+
+def _has_text(answer: Answered) -> bool:
+    """Whether it is a failure with the text of its error; in newer versions some bring what a KV connector
+    has to be told instead.
+    """
     return getattr(answer[0], "name", "") == "FAILURE"
+
+
+def _as_text(rank: int, answer: Answered) -> Answered:
+    """A failure of the other kind as one with a text, for a rank that has not answered."""
+    return type(answer[0]).FAILURE, f"rank {rank} failed in a forward pass; its log says why"
 
 
 class _Answer:
@@ -189,6 +207,7 @@ def reading_own_answers(original: Callable[..., Any]) -> Callable[..., Any]:
         except BaseException as error:
             if isinstance(error, Exception):
                 _raise_if_dead(self, given.get("method"))
+                _raise_if_nameless(error, call)
             if not call.sent:
                 for answers in asked.values():
                     answers.asked -= 1
@@ -198,6 +217,12 @@ def reading_own_answers(original: Callable[..., Any]) -> Callable[..., Any]:
                 self.response_mqs = queues
 
     return collective_rpc
+
+
+def _raise_if_nameless(error: Exception, call: _Call) -> None:
+    """vLLM's fault tolerance hears all ranks and says that some failed, not which and why."""
+    if type(error) is RuntimeError and (causes := call.all_failures()) and causes not in str(error):
+        raise RuntimeError(f"{error}: {causes}") from error
 
 
 # -- dead workers -----------------------------------------------------------------------------------

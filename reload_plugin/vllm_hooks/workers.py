@@ -72,6 +72,8 @@ def add_worker_calls(worker: type) -> None:
         if engine is not None:
             vllm_api.reset_update_target(engine)
         self._weight_update_active = False
+        for model in vllm_api.models_of(self):
+            vllm_api.put_back_copied_heads(model)
         return abandon_updates(states_of(self))
 
     def export_checkpoint(

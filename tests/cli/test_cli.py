@@ -11,7 +11,7 @@ import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import httpx
 import pytest
@@ -562,6 +562,44 @@ def test_a_server_is_pushed_to_in_chunks(
     assert whole != on_a
     run("push", folders["B"], "--url", server)
     assert tokens(server) == whole
+
+
+@pytest.mark.parametrize("fails", [False, True])
+@pytest.mark.parametrize("pause", ["wait", "keep", "none"])
+def test_what_becomes_of_a_request_that_comes_while_weights_are_pushed(
+    run: Run,
+    server: str,
+    folders: dict[str, Path],
+    monkeypatch: pytest.MonkeyPatch,
+    pause: str,
+    fails: bool,
+) -> None:
+    """From vLLM 0.33 on it is refused with 503 unless the pause keeps it. Afterwards all are answered."""
+    monkeypatch.setenv("VLLM_API_KEY", KEY)
+    refused = pause == "wait" and vllm_api.minor_of(vllm_api.version()) >= (0, 33)
+    own, answers = remote.Server.rpc, []
+
+    def ask() -> None:
+        body = {"model": "policy", "prompt": PROMPT, "max_tokens": 4}
+        headers = {"Authorization": f"Bearer {KEY}"}
+        answers.append(httpx.post(f"{server}/v1/completions", json=body, headers=headers, timeout=60))
+
+    asking = threading.Thread(target=ask)
+
+    def rpc(self: remote.Server, method: str, *args: Any, **kwargs: Any) -> list[Any]:
+        if method == "reload_weights":
+            asking.start()
+            asking.join(60 if refused or pause == "none" else 0.5)
+            assert bool(answers) is (refused or pause == "none")
+            if fails:
+                kwargs["weights_path"] = "/nowhere"
+        return own(self, method, *args, **kwargs)
+
+    monkeypatch.setattr(remote.Server, "rpc", rpc)
+    assert (run("push", folders["B"], "--url", server, "--pause", pause).code == 0) is not fails
+    asking.join(60)
+    assert [answer.status_code for answer in answers] == [503 if refused else 200]
+    assert tokens(server)
 
 
 def test_a_server_is_verified_and_exported_over_its_socket(

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 import reload_plugin
-from reload_plugin.errors import PartialUpdateError
+from reload_plugin import vllm_api
+from reload_plugin.errors import PartialUpdateError, SourceError
 from tests import oracle, roads
 from tests.roads import Lab, Weights
 
@@ -96,6 +97,41 @@ def test_nccl_broadcasts_in_two_calls(lab: Lab, letter: str) -> None:
     assert reload_plugin.status(lab.llm)[0].known
 
 
+REMEMBERING = pytest.mark.skipif(
+    vllm_api.minor_of(vllm_api.version()) < (0, 33), reason="this vLLM wants names with each update"
+)
+
+
+def nccl_update(lab: Lab, weights: Weights, info: dict[str, list]) -> None:
+    """One update in one call, which stays open."""
+    engine = worker_of(lab).weight_transfer_engine
+    engine.packed, engine.model_update_group = False, Replay([tensor for _, tensor in weights])
+    lab.llm.start_weight_update()
+    lab.llm.update_weights({"update_info": info})
+
+
+@REMEMBERING
+def test_an_nccl_update_that_names_nothing_brings_the_weights_of_the_last_one(lab: Lab) -> None:
+    """Trainers of vLLM 0.33 send names, dtypes and shapes once."""
+    for letter, info in (("B", described(lab.weights["B"])), ("A", {}), ("B", {}), ("A", {})):
+        nccl_update(lab, lab.weights[letter], info)
+        lab.llm.finish_weight_update()
+        assert lab.difference(letter) == ""
+        assert reload_plugin.status(lab.llm)[0].known
+
+
+@REMEMBERING
+def test_an_nccl_update_that_names_nothing_and_follows_none_is_not_committed(lab: Lab) -> None:
+    """A worker that was started anew remembers nothing, and its trainer does not know."""
+    worker_of(lab).weight_transfer_engine._last_update_info.clear()
+    nccl_update(lab, lab.weights["B"], {})
+    with pytest.raises(SourceError, match="gave no weights"):
+        lab.llm.finish_weight_update()
+    assert lab.llm.collective_rpc("abort_weight_update") == [True]
+    assert lab.difference("A") == ""
+    test_an_nccl_update_that_names_nothing_brings_the_weights_of_the_last_one(lab)
+
+
 def test_a_trainer_of_nccl_that_goes_away_leaves_the_old_weights(lab: Lab) -> None:
     weights = lab.weights["B"]
     engine = worker_of(lab).weight_transfer_engine
@@ -167,7 +203,7 @@ def test_nccl_m2n_receives_into_served_memory(
 
     norm = dict(lab.weights["B"])[NORM]
     served = lab.model.model.norm.weight
-    monkeypatch.setattr(m2n_engine, "comm_ptr", lambda _: 0)
+    monkeypatch.setattr(m2n_engine, "comm_ptr", lambda _: 0, raising=False)  # up to vLLM 0.32
     with engine_in(
         lab,
         m2n_engine.M2NWeightTransferEngine,

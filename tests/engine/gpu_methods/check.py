@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from tests.engine.gpu_methods import driver, walker
-from tests.engine.gpu_methods.rows import ROWS, Row
+from tests.engine.gpu_methods.rows import NEWER, ROWS, Row
 
 # Tensors that no weight decides, by the last part of their path.
 CONSTANT = {
@@ -30,6 +30,7 @@ CONSTANT = {
     "gemm1_alpha": "constants of the activation function",
     "gemm1_beta": "the same",
     "gemm1_clamp_limit": "the same",
+    "expert_substitution_routes": "which experts are constants",
 }
 CONSTANT_IN = {
     "online nvfp4 experts": {"alpha_or_gscale", "w13_input_scale", "w2_input_scale"},
@@ -64,7 +65,7 @@ class Warm:
 
 
 def _row(name: str) -> Row:
-    return next(row for row in ROWS if row.name == name)
+    return next(row for row in ROWS + NEWER if row.name == name)
 
 
 def start() -> None:

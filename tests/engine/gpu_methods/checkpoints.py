@@ -246,6 +246,18 @@ def _qwen3_moe(config: dict[str, Any]) -> tuple[list[Linear], dict[str, Spec]]:
     return linears, tensors
 
 
+def _substituted(config: dict[str, Any]) -> tuple[list[Linear], dict[str, Spec]]:
+    """Qwen3-MoE, with a constant in place of each expert that `approximate_experts` names."""
+    linears, tensors = _qwen3_moe(config)
+    gone = [
+        f"model.layers.{layer}.mlp.experts.{expert}."
+        for layer, experts in config["approximate_experts"].items()
+        for expert in experts
+    ]
+    kept = [linear for linear in linears if not linear.prefix.startswith(tuple(gone))]
+    return kept, tensors | {f"{prefix}approx_value": _vector(HIDDEN) for prefix in gone}
+
+
 def _deepseek(config: dict[str, Any]) -> tuple[list[Linear], dict[str, Spec]]:
     rank, rope, nope, v = (
         config[k] for k in ("kv_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim")
@@ -329,6 +341,9 @@ MODELS = {
         _mixtral,
     ),
     "qwen3_moe": Tiny(_config("qwen3_moe", "Qwen3MoeForCausalLM", 1, **_MOE), _qwen3_moe),
+    "qwen3_moe_substituted": Tiny(
+        _config("qwen3_moe", "Qwen3MoeForCausalLM", 1, **_MOE, approximate_experts={"0": [0]}), _substituted
+    ),
     "deepseek": Tiny(_config("deepseek_v2", "DeepseekV2ForCausalLM", 1, **_MLA), _deepseek),
     "gpt_oss": Tiny(
         _config(

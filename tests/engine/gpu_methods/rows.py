@@ -28,6 +28,8 @@ class Row:
     packages: tuple[str, ...] = ()
     environment: dict[str, str] = field(default_factory=dict)
     extra: Callable[[dict[str, Any]], dict[str, Spec]] | None = None
+    since: tuple[int, int] = (0, 0)
+    """The first minor version of vLLM that has the method."""
 
 
 # ---- quantization_config as checkpoints state it
@@ -126,6 +128,11 @@ def backend(linear: str | None = None, moe: str | None = None, **more: Any) -> d
 
 def online(name: str, linear: str | None = None, moe: str | None = None) -> dict[str, Any]:
     return backend(linear, moe, quantization=name)
+
+
+def requantized(**layers: str) -> dict[str, Any]:
+    """Online quantization of layers that the checkpoint has in another format."""
+    return {"engine": {"quantization_config": layers}}
 
 
 HOPPER_FLASHINFER = {"packages": ("flashinfer",), "environment": {"VLLM_HAS_FLASHINFER_CUBIN": "1"}}
@@ -702,6 +709,53 @@ ATTENTION = (
         **online("fp8_per_block", "marlin"),
     ),
 )
+
+NEWER = (
+    Row(
+        "online fp8 from mxfp8",
+        "llama",
+        disk.mxfp8,
+        ("Fp8PerTensorOnlineLinearMethod",),
+        modelopt("MXFP8"),
+        **requantized(linear="fp8_per_tensor"),
+        since=(0, 32),
+    ),
+    Row(
+        "online fp8 experts from nvfp4",
+        "mixtral",
+        disk.nvfp4_modelopt,
+        ("Fp8PerTensorOnlineMoEMethod", "TritonExperts"),
+        NVFP4,
+        **requantized(moe="fp8_per_tensor"),
+        since=(0, 33),
+    ),
+    Row(
+        "online fp8 channel experts from nvfp4 compressed",
+        "mixtral",
+        disk.nvfp4_compressed,
+        ("Fp8PtpcOnlineMoEMethod", "TritonExperts"),
+        CT_NVFP4,
+        **requantized(moe="fp8_per_channel"),
+        since=(0, 33),
+    ),
+    Row(
+        "online int8 experts from nvfp4",
+        "mixtral",
+        disk.nvfp4_modelopt,
+        ("Int8OnlineMoEMethod", "TritonExperts"),
+        NVFP4,
+        **requantized(moe="int8_per_channel_weight_only"),
+        since=(0, 33),
+    ),
+    Row(
+        "bf16 experts substituted by constants",
+        "qwen3_moe_substituted",
+        disk.plain,
+        ("SubstitutedRoutedExperts", "ConstantExpertSubstitution", "TritonExperts"),
+        since=(0, 33),
+    ),
+)
+"""What not every vLLM has that is supported: checkpoints quantized anew, constants in place of experts."""
 
 ROWS = LINEAR + EXPERTS + ONLINE + ATTENTION
 

@@ -12,11 +12,17 @@ from concurrent.futures import Future
 
 import pytest
 
+from reload_plugin import vllm_api
 from tests.engine.gpu_methods import check
 from tests.engine.gpu_methods.process import Worker
-from tests.engine.gpu_methods.rows import NOT_RUN, ROWS
+from tests.engine.gpu_methods.rows import NEWER, NOT_RUN, ROWS
 
-NAMES = [row.name for row in ROWS]
+NAMES = [row.name for row in ROWS + NEWER]
+INSTALLED = vllm_api.minor_of(vllm_api.version())
+METHODS = [
+    pytest.param(row.name, marks=pytest.mark.skipif(row.since > INSTALLED, reason="not in this vLLM"))
+    for row in ROWS + NEWER
+]
 SHOWN = 12
 
 
@@ -49,30 +55,30 @@ def warm() -> Iterator[Callable[[str], check.Warm]]:
     yield from _asker(check.warm, check.start_with_plugin)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", METHODS)
 def test_the_row_runs_the_method_it_names(cold: Callable[[str], check.Cold], name: str) -> None:
     assert not cold(name).missing, _text(cold(name).missing)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", METHODS)
 def test_two_cold_starts_on_the_same_weights_agree(cold: Callable[[str], check.Cold], name: str) -> None:
     """Without this, a stand-in that invents values would be blamed on the reload."""
     assert not cold(name).repeated, _text(cold(name).repeated)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", METHODS)
 def test_other_weights_change_every_tensor(cold: Callable[[str], check.Cold], name: str) -> None:
     """Without this, a tensor that a reload forgets could look right."""
     assert not cold(name).same, _text(cold(name).same)
 
 
 @pytest.mark.parametrize("step", ["A to A", "A to B", "A to B to A"])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", METHODS)
 def test_a_reloaded_model_is_the_cold_one(warm: Callable[[str], check.Warm], name: str, step: str) -> None:
     assert not warm(name).differences[step], _text(warm(name).differences[step])
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", METHODS)
 def test_a_reload_moves_no_tensor(warm: Callable[[str], check.Warm], name: str) -> None:
     assert not warm(name).moved, _text(warm(name).moved)
 
