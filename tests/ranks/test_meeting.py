@@ -1,5 +1,5 @@
-"""Who ends the waiting at a meeting: ranks that are awaited there, and nobody else. Two pipeline stages of two
-ranks each, as threads over a real store.
+"""Who ends the waiting at a meeting: ranks that are awaited there, and nobody else. Two pipeline stages of
+two ranks each, as threads over a real store.
 """
 
 import threading
