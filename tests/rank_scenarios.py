@@ -26,6 +26,8 @@ EVERYWHERE = (
     two_ranks.all_offenders_are_named_on_every_rank,
     two_ranks.processing_raises,
     two_ranks.layerwise,
+    two_ranks.any_rank_raises,
+    two_ranks.partial_update,
 )
 ONCE = (
     two_ranks.live_push_fails_on_one_rank,
@@ -55,23 +57,24 @@ PROCESSES = {
         two_ranks.processing_raises,
         two_ranks.the_tail_raises,
         two_ranks.layerwise,
+        two_ranks.any_rank_raises,
+        two_ranks.partial_update,
         two_ranks.live_push_fails_on_one_rank,
         failing_ranks.a_rank_fails_before_its_reload,
         failing_ranks.its_last_chunk_fails,
         failing_ranks.all_causes_are_told_by_rank,
     ),
-    "shared_out": (two_ranks.live_push, two_ranks.warm_equals_cold, two_ranks.each_rank_plans),
-}
-BESIDE = {
-    "tied": (two_ranks.any_rank_raises, two_ranks.partial_update),
-    "experts": (two_ranks.any_rank_raises, two_ranks.partial_update),
-    "stages": (two_ranks.any_rank_raises, two_ranks.partial_update),
     "shared_out": (
+        two_ranks.live_push,
+        two_ranks.warm_equals_cold,
+        two_ranks.each_rank_plans,
         two_ranks.layerwise,
         two_ranks.any_rank_raises,
         two_ranks.names_are_missing,
         two_ranks.partial_update,
     ),
+}
+BESIDE = {
     "grid": (
         two_ranks.live_push,
         two_ranks.warm_equals_cold,
@@ -79,7 +82,7 @@ BESIDE = {
         two_ranks.partial_update,
     ),
 }
-"""Run by `--executor beside`, on the executor of processes; in the suite they would take too long."""
+"""Run by `--executor beside`, on the executor of processes: four ranks, which in the suite take too long."""
 
 
 RAY = {

@@ -73,10 +73,31 @@ def fail_once(worker: Any, replica: int) -> None:
         two_ranks.failing_in("reload_plugin.transaction.reload", "_opened", OSError("the disk is gone"))(None)
 
 
+def push_all(worker: Any, folder: str) -> None:
+    """A live push to every replica: from then on a part of its names waits for the rest."""
+    worker.get_model().load_weights(iter(read_tensors(Path(folder)).items()))
+
+
 def push_half(worker: Any, replica: int, folder: str, half: int) -> None:
     """Half of a live push to one replica, while the other is idle."""
     if worker.parallel_config.data_parallel_index == replica:
         worker.get_model().load_weights(iter(list(read_tensors(Path(folder)).items())[half::2]))
+
+
+class Worker:
+    """The same, as calls that a server's workers have (`--worker-extension-cls`)."""
+
+    def fail_once(self, replica: int) -> None:
+        """See `fail_once`."""
+        fail_once(self, replica)
+
+    def push_all(self, folder: str) -> None:
+        """See `push_all`."""
+        push_all(self, folder)
+
+    def push_half(self, replica: int, folder: str, half: int) -> None:
+        """See `push_half`."""
+        push_half(self, replica, folder, half)
 
 
 def check(found: dict[str, Any]) -> None:
@@ -95,6 +116,7 @@ def check(found: dict[str, Any]) -> None:
         assert "the disk is gone" in error
         assert letters == ["B", "B"]
         assert states == found["reload 2"][2], "a failed reload changed what is said to be served"
+    assert found["pushed to both"] == [["A", "A"]]
     assert found["half 0 pushed to replica 0"] == [["A", "A"]], "half of an update answers"
     assert found["half 1 pushed to replica 0"] == [["B", "A"]]
     assert found["together again"][1] == ["B", "B"]
@@ -125,6 +147,8 @@ async def run(case: oracle.Case, folders: dict[str, Path], cold: dict[str, list]
             found[f"replica {replica} fails"] = [error, await served(engine, cold), told(states)]
         states = await reload_plugin.reload_engine_async(engine, str(folders["A"]))
         found["afterwards"] = ["A", await served(engine, cold), told(states)]
+        await engine.collective_rpc(push_all, args=(str(folders["A"]),))
+        found["pushed to both"] = [await served(engine, cold)]
         for half in range(2):
             await engine.collective_rpc(push_half, args=(0, str(folders["B"]), half))
             found[f"half {half} pushed to replica 0"] = [await served(engine, cold)]

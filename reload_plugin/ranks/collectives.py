@@ -137,13 +137,13 @@ class _VotesOfCall:
 
         if not votes.counts_calls() or votes.ranks_of(record) == 1 or not dist.is_initialized():
             return None
-        if self._call != votes._reload_ids.call:
-            self._call, self._votes = votes._reload_ids.call, {}
+        if self._call != votes.call_number():
+            self._call, self._votes = votes.call_number(), {}
         place = votes.rank_place_of(record, dist.get_rank())
         if place.group not in self._votes:
             of_call = RankPlace(f"collectives/{place.group}", place.rank, place.ranks)
             store = dist.distributed_c10d._get_default_store()
-            vote = Vote(store, of_call, str(self._call), votes._reload_ids._past[place.group])
+            vote = Vote(store, of_call, str(self._call), votes.past_keys(place.group))
             vote.vote_timeout = votes.vote_timeout()
             self._votes[place.group] = vote
         return self._votes[place.group]

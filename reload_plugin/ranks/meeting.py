@@ -44,39 +44,39 @@ class Meetings:
         vote = self.vote
         who = hashlib.sha256(repr(numbers).encode()).hexdigest()[:16]
         self._met[who] += 1
-        prefix = f"{vote._prefix}meet/{who}/{self._met[who]}/"
+        prefix = f"{vote.prefix}meet/{who}/{self._met[who]}/"
         here, count, go = prefix + "at/" + where, prefix + "count", prefix + "go"
-        vote._past += [here, count, go]
-        vote._store.add(here, 1)
-        mine = vote._place.rank
-        if vote._store.add(count, 1) == len(numbers):  # the last one to come: all have said where they are
-            if vote._store.add(here, 0) == len(numbers):
-                vote._store.set(go, "")
+        vote.past += [here, count, go]
+        vote.store.add(here, 1)
+        mine = vote.place.rank
+        if vote.store.add(count, 1) == len(numbers):  # the last one to come: all have said where they are
+            if vote.store.add(here, 0) == len(numbers):
+                vote.store.set(go, "")
             else:
-                vote._decide({mine: f"was at {where} when another rank was elsewhere"})
+                vote.decide({mine: f"was at {where} when another rank was elsewhere"})
         if not self._ended(go, numbers):
-            vote._decide({mine: f"waited {vote.vote_timeout:g} s for the others at {where}"})
-        elif vote._store.check([go]):
+            vote.decide({mine: f"waited {vote.vote_timeout:g} s for the others at {where}"})
+        elif vote.store.check([go]):
             return
         elif gone := self._gone(numbers):
-            vote._decide(dict.fromkeys(gone, f"was done with this call, and did not come to {where}"))
+            vote.decide(dict.fromkeys(gone, f"was done with this call, and did not come to {where}"))
         raise self._disagree()
 
     def leave(self) -> None:
         """The rank is done with what the vote is about, and comes to no other meeting of it."""
-        keys = [self._left(self.vote._place.rank), self._left("any")]
-        self.vote._past += keys
+        keys = [self._left(self.vote.place.rank), self._left("any")]
+        self.vote.past += keys
         for key in keys:
-            self.vote._store.set(key, "")
+            self.vote.store.set(key, "")
 
     def _left(self, number: int | str) -> str:
-        return f"{self.vote._prefix}left/{number}"
+        return f"{self.vote.prefix}left/{number}"
 
     def _numbers(self, ranks: Sequence[int]) -> list[int] | None:
         """The numbers that ranks have in the vote; None where one has none."""
         import torch.distributed as dist
 
-        place = self.vote._place
+        place = self.vote.place
         numbers = [place.rank - dist.get_rank() + rank for rank in ranks]
         return numbers if all(0 <= number < place.ranks for number in numbers) else None
 
@@ -84,9 +84,9 @@ class Meetings:
         """Wait for the word of the last one to come, for a decision, or until one of those awaited has left;
         says whether one of these was there in time.
         """
-        store, deadline = self.vote._store, time.monotonic() + self.vote.vote_timeout
+        store, deadline = self.vote.store, time.monotonic() + self.vote.vote_timeout
         pause = 0.0002
-        while not any(store.check([key]) for key in (go, self.vote._prefix + "decision")):
+        while not any(store.check([key]) for key in (go, self.vote.prefix + "decision")):
             # Others than those awaited may leave: ranks of another pipeline stage.
             if store.check([self._left("any")]) and self._gone(numbers):
                 break
@@ -98,9 +98,9 @@ class Meetings:
         return True
 
     def _gone(self, numbers: Sequence[int]) -> list[int]:
-        return [number for number in numbers if self.vote._store.check([self._left(number)])]
+        return [number for number in numbers if self.vote.store.check([self._left(number)])]
 
     def _disagree(self) -> RanksDisagreeError:
-        decision: str = self.vote._store.get(self.vote._prefix + "decision").decode()
+        decision: str = self.vote.store.get(self.vote.prefix + "decision").decode()
         assert decision != COMMIT, "no rank is ready to commit while one processes"
-        return self.vote._disagree(self.vote._reasons(decision))
+        return self.vote.disagreement(self.vote.reasons(decision))

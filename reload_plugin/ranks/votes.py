@@ -90,10 +90,11 @@ class Vote:
         self.in_doubt = False
         """Whether this rank was ready and then lost the others: they may have committed, or not."""
         self._cast = False
-        self._store = store
-        self._place = place
-        self._past = past
-        self._prefix = f"reload_plugin/{place.group}/{reload_id}/"
+        self.store = store
+        self.place = place
+        self.past = past
+        self.prefix = f"reload_plugin/{place.group}/{reload_id}/"
+        """Of its keys in the store."""
 
     def __call__(self, error: BaseException | None) -> None:
         if self._cast:
@@ -106,79 +107,79 @@ class Vote:
 
     def following(self) -> Vote:
         """A second vote in the same reload, for ranks that agreed in this one."""
-        vote = Vote(self._store, self._place, "", self._past)
-        vote._prefix, vote.vote_timeout = self._prefix + "then/", self.vote_timeout
+        vote = Vote(self.store, self.place, "", self.past)
+        vote.prefix, vote.vote_timeout = self.prefix + "then/", self.vote_timeout
         return vote
 
     @property
     def ranks(self) -> int:
         """How many vote."""
-        return self._place.ranks
+        return self.place.ranks
 
     @property
     def missed(self) -> bool:
         """Whether the others timed out on this rank before it voted."""
-        if not self._store.check([self._prefix + "decision"]):
+        if not self.store.check([self.prefix + "decision"]):
             return False
-        decision: str = self._store.get(self._prefix + "decision").decode()
-        return decision != COMMIT and str(self._place.rank) in json.loads(decision)
+        decision: str = self.store.get(self.prefix + "decision").decode()
+        return decision != COMMIT and str(self.place.rank) in json.loads(decision)
 
     def note(self, text: str) -> None:
         """Leave a text for ``notes``; to be called before the vote."""
-        self._store.set(self._note(self._place.rank), text)
+        self.store.set(self._note(self.place.rank), text)
 
     def notes(self) -> list[str]:
         """What every rank left, by rank; once all have decided to commit."""
-        found = [self._store.get(self._note(rank)).decode() for rank in range(self._place.ranks)]
-        self._past.append(self._note(self._place.rank))
+        found = [self.store.get(self._note(rank)).decode() for rank in range(self.place.ranks)]
+        self.past.append(self._note(self.place.rank))
         return found
 
     def _note(self, rank: int) -> str:
-        return f"{self._prefix}note/{rank}"
+        return f"{self.prefix}note/{rank}"
 
     def _refuse(self, reason: str) -> None:
         try:
-            self._store.set(self._key(self._place.rank), reason)
-            number = self._store.add(self._prefix + "refusals", 1)
+            self.store.set(self._key(self.place.rank), reason)
+            number = self.store.add(self.prefix + "refusals", 1)
             if number <= TOLD:
-                self._store.set(self._refusal(number), json.dumps([self._place.rank, reason]))
-                self._past.append(self._refusal(number))
-            self._decide({self._place.rank: reason})
+                self.store.set(self._refusal(number), json.dumps([self.place.rank, reason]))
+                self.past.append(self._refusal(number))
+            self.decide({self.place.rank: reason})
         except Exception as error:  # noqa: BLE001 - the reload's own error is the one to raise
             logger.warning("The other ranks could not be told that this one failed: %s", error)
-        self._past += self._keys()
+        self.past += self._keys()
 
     def _agree(self) -> None:
         try:
             decision = self._ready()
             self.in_doubt = False
-            reasons = {} if decision == COMMIT else self._reasons(decision)
+            reasons = {} if decision == COMMIT else self.reasons(decision)
         except Exception as error:
             lost = (
                 "lost the others, which may have committed" if self.in_doubt else "could not reach the others"
             )
-            raise self._disagree({self._place.rank: f"{lost}: {error}"}) from error
+            raise self.disagreement({self.place.rank: f"{lost}: {error}"}) from error
         self.committed = decision == COMMIT
         if self.committed:
             self._forget()
-        self._past += self._keys()
+        self.past += self._keys()
         if not self.committed:
-            raise self._disagree(reasons)
+            raise self.disagreement(reasons)
 
     def _ready(self) -> str:
         """Be ready, and wait; returns the decision."""
         try:
-            self._store.set(self._key(self._place.rank), READY)
+            self.store.set(self._key(self.place.rank), READY)
             self.in_doubt = True
-            if self._store.add(self._prefix + "ready", 1) == self._place.ranks:
-                return self._decide(COMMIT)
+            if self.store.add(self.prefix + "ready", 1) == self.place.ranks:
+                return self.decide(COMMIT)
             if self._decided(self.vote_timeout):
-                return self._decide({})
-            first = self._store.add(self._prefix + "late", 1) == 1
+                return self.decide({})
+            first = self.store.add(self.prefix + "late", 1) == 1
             known = not first and self._decided(LOOKING_SECONDS)
-            return self._decide({} if known else self._silent())
+            return self.decide({} if known else self._silent())
         except KeyboardInterrupt as interrupt:
-            decision = self._decide({self._place.rank: "was interrupted"})
+            decision = self.decide({self.place.rank: "was interrupted"})
             if decision != COMMIT:
                 raise
             self.postponed = interrupt
@@ -187,8 +188,8 @@ class Vote:
     def _decided(self, seconds: float) -> bool:
         """Wait for a decision by looking often: a wait inside the store would lock other threads out."""
         deadline = time.monotonic() + seconds
-        pause, longest = 0.0005, max(0.02, LOOKS * self._place.ranks)
-        while not self._store.check([self._prefix + "decision"]):
+        pause, longest = 0.0005, max(0.02, LOOKS * self.place.ranks)
+        while not self.store.check([self.prefix + "decision"]):
             if time.monotonic() > deadline:
                 return False
             deliver()
@@ -196,63 +197,63 @@ class Vote:
             pause = min(2 * pause, longest)
         return True
 
-    def _decide(self, wish: str | dict[int, str]) -> str:
+    def decide(self, wish: str | dict[int, str]) -> str:
         """Decide, unless it has been decided; returns the decision that holds."""
         text = wish if isinstance(wish, str) else json.dumps(wish)
-        held: bytes = self._store.compare_set(self._prefix + "decision", "", text)
+        held: bytes = self.store.compare_set(self.prefix + "decision", "", text)
         return held.decode()
 
     def _silent(self) -> dict[int, str]:
-        ranks = self._missing(range(self._place.ranks))
+        ranks = self._missing(range(self.place.ranks))
         if not ranks:  # one of them is, or ended, between its key and its count
-            mine = self._place.rank
+            mine = self.place.rank
             return {mine: f"waited {self.vote_timeout:g} s, and a rank was not counted though it was ready"}
         return dict.fromkeys(
-            ranks, f"did not answer {self._place.called(self._place.rank)} within {self.vote_timeout:g} s"
+            ranks, f"did not answer {self.place.called(self.place.rank)} within {self.vote_timeout:g} s"
         )
 
     def _missing(self, ranks: range) -> list[int]:
         """Those of these ranks that have not voted. Asks for many at once; halves where one is missing."""
-        if self._store.check([self._key(rank) for rank in ranks]):
+        if self.store.check([self._key(rank) for rank in ranks]):
             return []
         if len(ranks) == 1:
             return list(ranks)
         half = len(ranks) // 2
         return self._missing(ranks[:half]) + self._missing(ranks[half:])
 
-    def _reasons(self, decision: str) -> dict[int, str]:
+    def reasons(self, decision: str) -> dict[int, str]:
         """Rank -> why it refused: what was decided on, and whatever other ranks have said since."""
         reasons = {int(rank): str(reason) for rank, reason in json.loads(decision).items()}
         # One by one of those that refused: to ask for each rank would cost their square in all.
-        for number in range(1, min(self._store.add(self._prefix + "refusals", 0), TOLD) + 1):
-            if self._store.check([self._refusal(number)]):
-                rank, reason = json.loads(self._store.get(self._refusal(number)))
+        for number in range(1, min(self.store.add(self.prefix + "refusals", 0), TOLD) + 1):
+            if self.store.check([self._refusal(number)]):
+                rank, reason = json.loads(self.store.get(self._refusal(number)))
                 reasons[rank] = reason
         return reasons
 
     def _forget(self) -> None:
         """All ranks have come to this reload, so nobody is in an earlier one."""
         try:
-            for key in self._past:
-                self._store.delete_key(key)
+            for key in self.past:
+                self.store.delete_key(key)
         except Exception as error:  # noqa: BLE001 - commit is decided; a key that stays does no harm
             logger.warning("Keys of earlier reloads could not be deleted: %s", error)
-        self._past.clear()
+        self.past.clear()
 
-    def _disagree(self, reasons: dict[int, str]) -> RanksDisagreeError:
-        lines = [f"  {self._place.called(rank)}: {reason}" for rank, reason in sorted(reasons.items())]
+    def disagreement(self, reasons: dict[int, str]) -> RanksDisagreeError:
+        lines = [f"  {self.place.called(rank)}: {reason}" for rank, reason in sorted(reasons.items())]
         text = "\n".join([f"{NOT_EVERY_RANK} to commit this reload, so none does.", *lines])
         return RanksDisagreeError(f"{text}\nEvery rank serves what it served before.", reasons)
 
     def _refusal(self, number: int) -> str:
-        return f"{self._prefix}refusal/{number}"
+        return f"{self.prefix}refusal/{number}"
 
     def _key(self, rank: int) -> str:
-        return f"{self._prefix}{rank}"
+        return f"{self.prefix}{rank}"
 
     def _keys(self) -> list[str]:
-        shared = [self._prefix + name for name in ("ready", "refusals", "late", "decision")]
-        return [self._key(self._place.rank), *shared]
+        shared = [self.prefix + name for name in ("ready", "refusals", "late", "decision")]
+        return [self._key(self.place.rank), *shared]
 
 
 class ReloadIds:
@@ -267,7 +268,7 @@ class ReloadIds:
         self.call = 0
         """Calls of the executor so far; 0 outside of its workers."""
         self._numbers: dict[str, int] = defaultdict(int)
-        self._past: dict[str, list[str]] = defaultdict(list)
+        self.past: dict[str, list[str]] = defaultdict(list)
         self._store: Callable[[], object] = lambda: None
 
     def begin_call(self) -> None:
@@ -280,10 +281,10 @@ class ReloadIds:
         if self._store() is not store:
             self._store = weakref.ref(store)
             self._numbers.clear()
-            self._past.clear()
+            self.past.clear()
         self._numbers[place.group] += 1
         reload_id = f"{self.call}.{self._numbers[place.group]}"
-        return Vote(store, place, reload_id, self._past[place.group])
+        return Vote(store, place, reload_id, self.past[place.group])
 
 
 # One a process: it counts within the store of torch's default process group, of which a process has one.
@@ -295,9 +296,19 @@ def begin_call() -> None:
     _reload_ids.begin_call()
 
 
+def call_number() -> int:
+    """Of the present call of the executor; 0 where calls are not counted."""
+    return _reload_ids.call
+
+
 def counts_calls() -> bool:
     """Whether reloads are counted within calls of an executor, which every rank gets alike."""
-    return _reload_ids.call > 0
+    return call_number() > 0
+
+
+def past_keys(group: str) -> list[str]:
+    """The list of keys that go when this group has decided to commit the next time."""
+    return _reload_ids.past[group]
 
 
 def vote_for(record: ModelRecord) -> Vote | None:

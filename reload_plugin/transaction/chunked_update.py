@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Iterator
+from contextvars import ContextVar
 from typing import Any, Protocol
 
 import torch
@@ -14,7 +15,8 @@ from torch import nn
 from ..device.host_memory import settle_heap
 from ..errors import SERVES_OLD, SessionError
 from ..interrupts import held, let_through
-from ..options import ReloadOptions, options, road_options
+from ..options import ReloadOptions, Together, options, road_options
+from ..ranks.joint import together_in
 from ..report import ReloadReport
 from .engine_state import EngineState, state_of
 from .known import known_checkpoint, learn_copy_plan, session_for
@@ -126,6 +128,27 @@ def open_layerwise(model: nn.Module) -> None:
         _open_update(model, state, "a weight update", road_options())
 
 
+_finishing_with: ContextVar[Together | None] = ContextVar("_finishing_with", default=None)
+
+
+@contextlib.contextmanager
+def finishing_together(together: Any) -> Iterator[None]:
+    """Within, updates of this thread that are finished commit with those of other engines, or not at all.
+
+    Args:
+        together: the option of that name, see ``ranks.joint``; not yet checked.
+
+    Raises:
+        ReloadError: it is not valid; the update stays open.
+
+    """
+    token = _finishing_with.set(together_in(together))
+    try:
+        yield
+    finally:
+        _finishing_with.reset(token)
+
+
 @held()
 def finish_layerwise(model: nn.Module) -> ReloadReport:
     """vLLM's ``finalize_layerwise_reload``: check, process, commit.
@@ -134,12 +157,14 @@ def finish_layerwise(model: nn.Module) -> ReloadReport:
         SessionError: no update is open.
         UnsupportedError: experts were rearranged since it was opened.
         WeightsError: the update stays open: send what is missing and finish again, or abort it.
+        RanksDisagreeError: another rank, or another engine under ``finishing_together``, is not ready; the
+            update stays open.
 
     """
     state = state_of(model)
     with state.in_a_call():
         try:
-            with with_all_ranks(state), as_reload_errors(state):
+            with with_all_ranks(state, _finishing_with.get()), as_reload_errors(state):
                 update = state.update
                 if not isinstance(update, (ReloadSession, GatheredUpdate)):
                     raise SessionError(

@@ -42,8 +42,9 @@ def base_of(model: nn.Module, state: EngineState) -> Source | None:
 def overlay_update(
     model: nn.Module, state: EngineState, base: Source, top: Source
 ) -> tuple[Overlay, frozenset[str] | None]:
-    """The overlay of ``top`` on ``base``, and the groups that ``top`` changes. The groups are None if they
-    are not known, because the model's loader delays weights or combines several.
+    """The overlay of ``top`` on ``base``, and the groups that ``top`` changes: none where all of ``top`` is
+    for other ranks. The groups are None if they are not known, because the model's loader delays weights or
+    combines several.
 
     Raises:
         WeightsError: some weights of ``top`` do not fit or are not used.
@@ -51,7 +52,8 @@ def overlay_update(
     """
     changed = _known_groups(state, top)
     if changed is None:
-        changed = frozenset(_plan_of(model, state, top).names_of_group) or None
+        plan = _plan_of(model, state, top)
+        changed = frozenset(plan.names_of_group) or (frozenset() if _uses_none(plan) else None)
     return Overlay(base, top), changed
 
 
@@ -136,7 +138,7 @@ def update_in_place(
     """
     plan = _plan_of(model, state, top)
     touched = frozenset(plan.names_of_group)
-    if not touched:
+    if not touched and not _uses_none(plan):
         raise PartialUpdateError(
             "This model's loader delays weights or combines several, so it is not known which layers they "
             f"change, and the other weights cannot be read again. {SERVES_OLD} Send all weights."
@@ -195,9 +197,23 @@ def _plan_of(model: nn.Module, state: EngineState, top: Source) -> Plan:
     found = {kind: names for kind, names in vars(plan.mismatches).items() if kind != "missing" and names}
     if found:
         raise weights_error(top.description, SERVES_OLD, **found)
-    if all(written == "none" for written in plan.coverage.values()):
+    if _uses_none(plan) and not _is_spread(state.record):
         raise SourceError(f"{top.description} holds no weight that the model uses. {SERVES_OLD}")
     return plan
+
+
+def _uses_none(plan: Plan) -> bool:
+    """Whether this rank uses none of the weights: all may be of other pipeline stages, or other ranks'
+    experts. It takes part in the update all the same, as every rank does.
+    """
+    return all(written == "none" for written in plan.coverage.values())
+
+
+def _is_spread(record: ModelRecord) -> bool:
+    """Whether there may be weights that other ranks use and this one does not."""
+    parallel = getattr(record.vllm_config, "parallel_config", None)
+    stages = getattr(parallel, "pipeline_parallel_size", 1)
+    return stages > 1 or getattr(parallel, "enable_expert_parallel", False)
 
 
 def _refuse(state: EngineState, top: Source, unfit: Iterable[str]) -> None:

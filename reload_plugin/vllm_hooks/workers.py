@@ -48,12 +48,12 @@ def guarding(original: Callable[..., Any]) -> Callable[..., Any]:
 
 def add_worker_calls(worker: type) -> None:
     """Add what ``collective_rpc`` reaches by name: ``reload_status``, ``note_reset_caches``,
-    ``abort_weight_update``, ``export_checkpoint`` and ``verify_checkpoint``.
+    ``finish_together``, ``abort_weight_update``, ``export_checkpoint`` and ``verify_checkpoint``.
     """
     from ..export.answers import told
     from ..export.served import export_rank
     from ..export.verify import verify_model
-    from ..transaction.chunked_update import abandon_updates
+    from ..transaction.chunked_update import abandon_updates, finishing_together
     from ..transaction.status import status_of
 
     def reload_status(self: Any, digest: bool = True) -> dict[str, Any]:
@@ -65,6 +65,13 @@ def add_worker_calls(worker: type) -> None:
     def note_reset_caches(self: Any, outcomes: dict[str, str]) -> None:
         """Put into the last report what became of caches (by name) that only the engine can reset."""
         state_of(vllm_api.unwrapped(self.model_runner.get_model())).outcome.note_caches(outcomes)
+
+    def finish_together(self: Any, together: dict[str, Any]) -> None:
+        """vLLM's ``finish_weight_update``: all of several engines commit their updates, or none does. After
+        an error the update is open: abort it on every engine.
+        """
+        with finishing_together(together):
+            self.finish_weight_update()
 
     def abort_weight_update(self: Any) -> bool:
         """End the open weight update of this worker; says whether one was open."""
@@ -89,8 +96,8 @@ def add_worker_calls(worker: type) -> None:
         model = vllm_api.unwrapped(self.model_runner.get_model())
         return told(lambda: verify_model(model, path, rank=int(getattr(self, "rank", 0))))
 
-    added = (reload_status, note_reset_caches, abort_weight_update, export_checkpoint, verify_checkpoint)
-    for function in added:
+    added = (reload_status, note_reset_caches, finish_together, abort_weight_update)
+    for function in (*added, export_checkpoint, verify_checkpoint):
         add_method(worker, function)
 
 

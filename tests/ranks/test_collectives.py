@@ -106,7 +106,7 @@ def update(step, fails="", backwards=False, spread=False):
     items = list(weights(step).items())
     if backwards:
         items.reverse()
-    started, before, said, first = time.monotonic(), values(model), "committed", votes._reload_ids.call
+    started, before, said, first = time.monotonic(), values(model), "committed", votes.call_number()
     try:
         call(open_layerwise, model)
         for number, item in enumerate(items):
@@ -119,7 +119,7 @@ def update(step, fails="", backwards=False, spread=False):
         Reducing.fails = False
     if said != "committed":
         call(abort_weight_update, model)
-    while votes._reload_ids.call < first + 5:  # every rank gets the same calls
+    while votes.call_number() < first + 5:  # every rank gets the same calls
         begin_call()
     return {"said": said, "seconds": time.monotonic() - started, "scales": scales(),
             "same": values(model) == before, "broken": state_of(model).broken}

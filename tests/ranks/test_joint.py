@@ -95,7 +95,7 @@ def test_replicas_number_themselves() -> None:
     whole = joint.JointReload({"a": 1, "b": 4}, 5.0)  # the store is there as long as this is
     option = whole.option("b", "127.0.0.1", replica=2)
     vote = joint.joint_vote(Record(data_parallel_index=3, tensor_parallel_size=2), Together(**option))
-    assert vote._place.rank == 1 + 2
+    assert vote.place.rank == 1 + 2
 
 
 @pytest.mark.parametrize(
