@@ -98,8 +98,13 @@ class _Slot:
         if self._sealed is not None:
             self._sealed.synchronize()
         for part, target in self._waiting:
-            target.copy_(part)
+            copy_on_host(target, part)
         self._waiting, self._used, self._sealed = [], 0, None
+
+
+def copy_on_host(target: torch.Tensor, source: torch.Tensor) -> None:
+    """A copy from one place of host memory to another, on this thread."""
+    target.copy_(source)
 
 
 _lock = threading.Lock()
