@@ -53,8 +53,10 @@ BUS, MEMORY = 55e9, 2.2e12
 HOST_COPY, HOST_COPY_FRESH = 10.9e9, 2.7e9
 """Bytes a second of a core, measured on the machine of the results: into memory that is there, and into memory whose pages
 are not there yet."""
-READERS = 4
-"""Threads that read files, or copy in host memory where the code asks for several."""
+READERS, TEAM = 4, 8
+"""Threads that read files, and that copy to and from pinned memory."""
+HANDOVER = 12e-6
+"""Seconds that it takes to give a thread a copy and to hear that it is done, measured like the rates."""
 SPARE = 0.08
 
 
@@ -89,8 +91,14 @@ def _tiny(shape: Shape) -> checkpoints.Tiny:
     """Its checkpoint with an eighth of each width."""
     hidden, inner, vocabulary = shape.hidden // 8, shape.inner // 8, shape.vocabulary // 8
     head, heads, kv_heads = 128, shape.heads // 8, shape.kv_heads // 8
-    kind, architecture = ("qwen3_moe", "Qwen3MoeForCausalLM") if shape.experts else ("llama", "LlamaForCausalLM")
-    more = dict(checkpoints._MOE, num_experts=shape.experts, moe_intermediate_size=inner) if shape.experts else {}
+    kind, architecture = (
+        ("qwen3_moe", "Qwen3MoeForCausalLM") if shape.experts else ("llama", "LlamaForCausalLM")
+    )
+    more = (
+        dict(checkpoints._MOE, num_experts=shape.experts, moe_intermediate_size=inner)
+        if shape.experts
+        else {}
+    )
     config = checkpoints._config(
         kind,
         architecture,
@@ -128,46 +136,52 @@ class HostWork:
 
     def __init__(self, sim: SimDevice) -> None:
         self._sim = sim
-        self._free = [0.0] * READERS
-        """When each thread is done with what it was given, by the virtual clock."""
+        self.reset()
 
     def reset(self) -> None:
-        self._free = [0.0] * READERS
+        """When each thread is done with what it was given, by the virtual clock: none has anything."""
+        self._readers, self._team = [0.0] * READERS, [0.0] * TEAM
 
     def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
         """On the calling thread."""
         del source
-        self._sim.advance(target.nbytes * SCALE / HOST_COPY_FRESH)
+        self._sim.advance(target.nbytes * SCALE / HOST_COPY)
+
+    def begin(self, target: torch.Tensor, source: torch.Tensor, after: Any) -> Callable[[], object]:
+        """On a thread of a team, which waits for an event first. Returns what waits for the thread."""
+        rate = HOST_COPY_FRESH if after is not None else HOST_COPY  # the undo log's memory is new
+        self._sim.advance(HANDOVER)
+        ready = 0.0 if after is None else self._sim.seconds_of(after)
+        ends = self._queued(self._team, source.nbytes * SCALE / rate, ready)
+        return lambda: self._sim.wait_until(ends)
 
     def submit(self, reads: Any, runs: Any, held: Any) -> Any:
         """A batch of reads that begins when a thread is free."""
         from reload_plugin.checkpoint.io.readahead import Batch
 
         batch = Batch(runs, reads.cache, held=held)
-        batch.ends = self._queued(batch.nbytes * SCALE / HOST_COPY)
+        batch.ends = self._queued(self._readers, batch.nbytes * SCALE / HOST_COPY)
         return batch
 
     def wait(self, batch: Any) -> None:
-        self._until(batch.ends)
+        self._sim.wait_until(batch.ends)
 
-    def _queued(self, seconds: float) -> float:
-        number = self._free.index(min(self._free))
-        self._free[number] = max(self._free[number], self._sim.counters.host_seconds) + seconds
-        return self._free[number]
-
-    def _until(self, when: float) -> None:
-        self._sim.advance(max(0.0, when - self._sim.counters.host_seconds))
+    def _queued(self, threads: list[float], seconds: float, ready: float = 0.0) -> float:
+        number = threads.index(min(threads))
+        threads[number] = max(threads[number], self._sim.wait_until(0.0), ready) + seconds
+        return threads[number]
 
 
 @contextlib.contextmanager
 def _without_bytes(work: HostWork) -> Iterator[None]:
     """Within, time passes by the clock alone, and buffers have sizes as the models have."""
     from reload_plugin.checkpoint.io import readahead
-    from reload_plugin.device import host_copies
+    from reload_plugin.device import pinned, uploads
 
     with contextlib.ExitStack() as stack:
         put = lambda owner, **given: stack.enter_context(mock.patch.multiple(owner, **given))  # noqa: E731
-        put(host_copies, copy_on_host=work.copy)
+        put(uploads, copy_on_host=work.copy)
+        put(pinned.CopyTeam, copy=lambda _, target, source, after=None: work.begin(target, source, after))
         put(readahead.ReadAhead, submit=lambda reads, runs, held: work.submit(reads, runs, held))
         put(readahead.Batch, wait=lambda batch: work.wait(batch))
         stack.enter_context(work._sim.timing(SCALE, moves=False))
@@ -178,11 +192,12 @@ def _without_bytes(work: HostWork) -> Iterator[None]:
 def _small_buffers() -> Iterator[None]:
     from reload_plugin.checkpoint.io import read_batches, readahead
     from reload_plugin.commit import strategies
-    from reload_plugin.device import host_copies
+    from reload_plugin.device import pinned, uploads
 
     with contextlib.ExitStack() as stack:
         for owner, name in (
-            (host_copies, "SLOT"),
+            (pinned, "SLOT"),
+            (uploads, "PART"),
             (read_batches, "BATCH"),
             (read_batches, "SHARED"),
             (readahead, "SHARED"),
@@ -191,6 +206,8 @@ def _small_buffers() -> Iterator[None]:
             stack.enter_context(mock.patch.object(owner, name, getattr(owner, name) // SCALE))
         stack.enter_context(mock.patch.object(readahead, "reader_thread_count", lambda: READERS))
         stack.enter_context(mock.patch.object(read_batches, "reader_thread_count", lambda: READERS))
+        stack.enter_context(mock.patch.object(pinned, "THREADS", TEAM))
+        stack.enter_context(mock.patch.object(pinned.os, "cpu_count", lambda: 2 * TEAM))
         yield
 
 

@@ -18,6 +18,8 @@ import torch
 from .accelerator import AcceleratorOps
 from .cpu import CpuOps
 from .host_memory import HostPool
+from .pinned import PinnedBlocks
+from .uploads import Copier
 
 
 class DeviceOps(Protocol):
@@ -63,6 +65,14 @@ class DeviceOps(Protocol):
 
         ``target`` is written in place. On an accelerator the copy may be queued: ``source`` has to keep its
         memory and its values until ``fence``.
+        """
+
+    def copier(self, blocks: PinnedBlocks) -> Copier:
+        """What one session copies its weights into staging with.
+
+        Args:
+            blocks: pinned host memory of the engine.
+
         """
 
     def copy_bytes(self, target: torch.UntypedStorage, start: int, source: torch.Tensor) -> bool:

@@ -125,6 +125,16 @@ class SimDevice:
         """Add to the virtual clock: the host worked so long."""
         self._compiled.advance(seconds)
 
+    def wait_until(self, seconds: float) -> float:
+        """The host waits until then, if that is to come. Returns the virtual clock."""
+        now: float = self._compiled.wait_until(seconds)
+        return now
+
+    def seconds_of(self, event: torch.Event) -> float:
+        """When a recorded event happens, by the virtual clock."""
+        found: float = self._compiled.event_seconds(event.event_id)
+        return found
+
     @contextlib.contextmanager
     def pool(self, tag: str) -> Iterator[None]:
         """Within, new memory belongs to a pool that can sleep."""

@@ -53,7 +53,18 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
     auto lock = locked();
     runtime().set_timing(measured, moves, scale);
   });
-  module.def("advance", [](double seconds) { auto lock = locked(); runtime().advance(seconds); });
+  module.def("event_seconds", [](int64_t id) { auto lock = locked(); return reinterpret_cast<sim::Event*>(id)->seconds; });
+  module.def("wait_until", [](double seconds) {
+    sim::Clocked clocked;
+    auto lock = locked();
+    runtime().advance(std::max(0.0, seconds - runtime().host_seconds));
+    return runtime().host_seconds;
+  });
+  module.def("advance", [](double seconds) {
+    sim::Clocked clocked;
+    auto lock = locked();
+    runtime().advance(seconds);
+  });
   module.def("set_pinned_limit", [](size_t nbytes) { auto lock = locked(); runtime().pinned_limit = nbytes; });
   module.def("synchronize", [] { auto lock = locked(); runtime().finish_device(); });
   module.def("empty_cache", [] { auto lock = locked(); runtime().empty_cache(); });

@@ -167,7 +167,10 @@ void Runtime::wait(const Event& event, StreamId id) {
   streams_[id].seconds = std::max(streams_[id].seconds, event.seconds);
 }
 
-bool Runtime::is_done(const Event& event) { return streams_[event.stream].done >= event.place; }
+bool Runtime::is_done(const Event& event) {
+  if (measured_ && event.seconds <= host_seconds) run_until(event.stream, event.place);
+  return streams_[event.stream].done >= event.place;
+}
 
 void Runtime::finish_event(const Event& event) {
   run_until(event.stream, event.place);
