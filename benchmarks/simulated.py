@@ -1,24 +1,25 @@
 """Whole reloads of large models on the simulated device, by its virtual clock: every figure is simulated.
 
-    python benchmarks/simulated.py [--models 8B ...] [--output FOLDER] [--label before]
+    python benchmarks/simulated.py [--models 8B ...] [--sources folder ...] [--output FOLDER]
 
 What the clock counts:
 
-- the device: each copy at the rate of its path (host to device 55 GB/s each way, from pageable memory 9.7 GB/s,
-  on the device 2.2 TB/s), 5 µs a launch, 20 µs a wait, streams and copy engines that run beside one another
-  (`tests/sim_device/csrc/streams.cpp`);
-- the host's Python and torch: *measured*, as processor time of the thread that reloads, between the calls of the
-  device, on this machine. It runs on the same clock, so it overlaps with copies that are queued;
-- reading files from the page cache and copies within host memory: bytes by the rates below, on so many threads.
+- the device: each copy at the rate of its path (host to device 55 GB/s each way, from pageable memory
+  9.7 GB/s, on the device 2.2 TB/s), 5 µs a launch, 20 µs a wait, streams and copy engines that run beside one
+  another (`tests/sim_device/csrc/streams.cpp`);
+- the host's Python and torch: *measured*, as processor time of the thread that reloads, between the calls of
+  the device, on this machine. It runs on the same clock, so it overlaps with copies that are queued;
+- reading files from the page cache and copies within host memory: bytes by the rates below, on several
+  threads, and the time it takes to hand work to a thread.
 
 What it does not count: kernels other than copies and fills are charged for their bytes alone; the time of this
-simulation, which includes torch's allocation of device memory; other threads of the process that want Python's
-lock; page faults of the sources. No byte moves while the clock runs. Before that each model is reloaded with
-bytes, and its values are compared with those that were sent.
+simulation, which includes torch's allocation of device memory; other threads of the process that want
+Python's lock; page faults of the sources; limits of the host's memory bandwidth. No byte moves while the
+clock runs. Before that each model is reloaded with bytes, and values are compared with those that were sent.
 
-A model has all its layers and tensors, each with 1/64 of its elements (1/8 of each width), and its payloads count
-64-fold; sizes of buffers are divided by 64 too. Norms and routers so count 8-fold, which is below 1 % of the
-bytes.
+A model has all its layers and tensors, each with 1/64 of its elements (1/8 of each width), and its payloads
+count 64-fold; sizes of buffers are divided by 64 too. Norms and routers so count 8-fold, which is below 1 %
+of the bytes.
 """
 
 import argparse
@@ -36,11 +37,12 @@ from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import document
+import machine
+import plot
 import torch
 from safetensors.torch import save_file
 
-import document
-import machine
 from tests.engine.gpu_methods import checkpoints
 from tests.engine.gpu_methods.rows import Row
 from tests.sim_device.device import SimDevice
@@ -149,6 +151,7 @@ class HostWork:
 
     def begin(self, target: torch.Tensor, source: torch.Tensor, after: Any) -> Callable[[], object]:
         """On a thread of a team, which waits for an event first. Returns what waits for the thread."""
+        del target
         rate = HOST_COPY_FRESH if after is not None else HOST_COPY  # the undo log's memory is new
         self._sim.advance(HANDOVER)
         ready = 0.0 if after is None else self._sim.seconds_of(after)
@@ -204,10 +207,10 @@ def _small_buffers() -> Iterator[None]:
             *((strategy, "waiting_bytes") for strategy in set(strategies.STRATEGIES.values())),
         ):
             stack.enter_context(mock.patch.object(owner, name, getattr(owner, name) // SCALE))
-        stack.enter_context(mock.patch.object(readahead, "reader_thread_count", lambda: READERS))
-        stack.enter_context(mock.patch.object(read_batches, "reader_thread_count", lambda: READERS))
+        stack.enter_context(mock.patch.object(readahead, "reader_thread_count", return_value=READERS))
+        stack.enter_context(mock.patch.object(read_batches, "reader_thread_count", return_value=READERS))
         stack.enter_context(mock.patch.object(pinned, "THREADS", TEAM))
-        stack.enter_context(mock.patch.object(pinned.os, "cpu_count", lambda: 2 * TEAM))
+        stack.enter_context(mock.patch.object(pinned.os, "cpu_count", return_value=2 * TEAM))
         yield
 
 
@@ -438,8 +441,32 @@ def markdown(report: dict[str, Any]) -> str:
     return f"# {report['title']}\n\n{document.table(COLUMNS, rows)}\n"
 
 
+def draw(report: dict[str, Any], path: Path) -> None:
+    """Plot simulated seconds and floors, a row for each reload."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")  # no display
+    from matplotlib import pyplot as plt
+
+    found = [(name, row) for name, model in report["models"].items() for row in model["reloads"]]
+    figure, axes = plt.subplots(figsize=(10, 0.3 * len(found) + 2), layout="constrained")
+    for what, key in (("ours", "seconds"), ("floor", "floor")):
+        figures, places = [row[key] for _, row in found], range(len(found))
+        axes.plot(figures, places, "o", color=plot.COLOURS[what], label=plot.LABELS[what])
+    texts = [f"{name}, {row['source']}, {row['memory']}, {row['old_generation']}" for name, row in found]
+    axes.set_yticks(range(len(found)), texts)
+    axes.invert_yaxis()
+    axes.set_xscale("log")
+    axes.set_xlabel("simulated seconds")
+    axes.grid(axis="x", alpha=0.3)
+    axes.set_title(report["title"])
+    axes.legend(frameon=False)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
 def main() -> None:
-    """Measure, and write JSON and Markdown."""
+    """Measure, and write JSON, Markdown and a plot."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", nargs="+", choices=SHAPES, default=list(SHAPES))
     parser.add_argument("--sources", nargs="+", choices=SOURCES, default=SOURCES)
@@ -450,6 +477,7 @@ def main() -> None:
     arguments.output.mkdir(parents=True, exist_ok=True)
     (arguments.output / "simulated.json").write_text(json.dumps(report, indent=1))
     (arguments.output / "simulated.md").write_text(markdown(report))
+    draw(report, arguments.output / "simulated.png")
 
 
 if __name__ == "__main__":

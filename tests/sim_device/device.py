@@ -104,8 +104,8 @@ class SimDevice:
 
     @contextlib.contextmanager
     def timing(self, scale: float = 1.0, moves: bool = True) -> Iterator[None]:
-        """Within, the virtual clock also runs while this thread computes outside of the device's calls, by the
-        thread's processor time. So work of the host and of the device overlap as they would.
+        """Within, the virtual clock also runs while this thread computes outside of the device's calls, by
+        the thread's processor time. So work of the host and of the device overlap as they would.
 
         Args:
             scale: each payload counts for so many times its bytes.
