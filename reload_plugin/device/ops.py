@@ -2,9 +2,8 @@
 
 A new device brings a class with the members of ``DeviceOps``, and a line in ``ops_for``. ``AcceleratorOps``
 is right for every device that torch has a module for, so a subclass of it overrides only what the device does
-better. A copy engine for GPUs (pinned ring, copy stream, an event a slot, undo log in host memory) is such a
-subclass: ``copy`` queues, ``fence`` waits for what was queued, and ``reads_files`` stays False unless files
-can be read into device memory without a copy.
+better. ``copier`` gives what one session copies its weights with (``uploads``: a pinned ring, an event a slot);
+``reads_files`` stays False unless files can be read into device memory without a copy.
 """
 
 from __future__ import annotations
