@@ -2,7 +2,7 @@
 
 A new device brings a class with the members of ``DeviceOps``, and a line in ``ops_for``. ``AcceleratorOps``
 is right for every device that torch has a module for, so a subclass of it overrides only what the device does
-better. ``copier`` gives what one session copies its weights with (``uploads``: a pinned ring, an event a slot);
+better. ``copier`` gives what one session copies its weights with (``uploads``: a ring, an event a slot);
 ``reads_files`` stays False unless files can be read into device memory without a copy.
 """
 
