@@ -8,6 +8,7 @@ import torch
 
 from ..device.host_copies import HostCopies
 from ..device.ops import ops_for
+from ..device.pinned import PinnedBlocks
 from ..record.snapshot import ABSENT, Key, Snapshot, read, write
 from .group_commit import Commit, exchange_contents
 
@@ -20,14 +21,15 @@ class UndoLog:
 
     Args:
         device: that serves.
+        blocks: pinned memory of the engine.
 
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, blocks: PinnedBlocks) -> None:
         self.nbytes = 0
         """Bytes of host memory."""
         self._device = device
-        self.copies = HostCopies(device)
+        self.copies = HostCopies(device, blocks)
         self._saved: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         """Storage (by identity) -> (its bytes, their old values on the host)."""
         self._inverses: list[Callable[[], object]] = []
@@ -64,7 +66,7 @@ class UndoLog:
 
     def keep(self) -> None:
         """The new values stay: give the memory back."""
-        self.copies.finish()
+        self.copies.finish(drop=True)
         self._saved, self._inverses = {}, []
 
     def roll_back(self) -> None:

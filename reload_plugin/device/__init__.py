@@ -1,7 +1,10 @@
 """Everything about hardware. ``ops.DeviceOps`` is what the rest of the package asks of a device.
 
-``cpu`` and ``accelerator`` implement it. These files exist for the CPU alone, where a reload competes with
-kernels for cores and memory bandwidth, and freshly mapped pages cost more than the copy into them:
+``cpu`` and ``accelerator`` implement it. ``uploads`` (host memory to a device) and ``host_copies`` (the way
+back) go through rings of pinned blocks that each engine owns; threads fill and empty them (``pinned``).
+
+These files exist for the CPU alone, where a reload competes with kernels for cores and memory bandwidth, and
+freshly mapped pages cost more than the copy into them:
 
 - ``host_memory``: the pool that staging is reused from (law: memory stays within one layer and a budget), and
   malloc's thresholds, so that what processing frees is reused for the next layer and unmapped at the end.

@@ -9,6 +9,8 @@ import torch
 
 from .available_memory import available
 from .host_memory import HostPool
+from .pinned import PinnedBlocks
+from .uploads import Uploads
 from .value_hashes import contiguous_parts, device_sums
 
 
@@ -42,6 +44,10 @@ class AcceleratorOps:
     def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
         """Torch's copy, queued on the current stream where it can be."""
         target.copy_(source)
+
+    def copier(self, blocks: PinnedBlocks) -> Uploads:
+        """Through a ring of pinned memory, where torch has one for this device."""
+        return Uploads(self.device, blocks if self._is_accelerator else None)
 
     def copy_bytes(
         self,

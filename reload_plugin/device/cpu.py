@@ -9,6 +9,7 @@ import torch
 
 from .available_memory import available
 from .host_memory import SMALL, HostPool
+from .pinned import PinnedBlocks
 from .value_hashes import WIDTH, contiguous_parts, digests_of, lies_in_one_piece, pieces_at, pieces_of
 
 DIRECT_BYTES = 1 << 20
@@ -35,6 +36,16 @@ class CpuOps:
             return pool.take(nbytes)
         placeholder.resize_(nbytes)
         return placeholder
+
+    def copier(self, blocks: PinnedBlocks) -> CpuOps:  # noqa: ARG002 - nothing crosses a bus
+        """These operations themselves."""
+        return self
+
+    def sources_read(self) -> None:
+        """Copies are done when they return."""
+
+    def finish(self) -> None:
+        """Nothing is held."""
 
     def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
         """``memmove`` by this thread where both are plain, contiguous and small; else torch's copy."""

@@ -2,29 +2,29 @@
 
 from __future__ import annotations
 
-import threading
+from collections.abc import Callable
 
 import torch
 
-SLOT = 16 << 20
-"""Bytes of one block: long enough for the full rate of the bus."""
-SLOTS = 8
-"""Blocks of a ring; together 128 MiB of pinned memory, whatever the size of the largest tensor."""
+from . import pinned
+from .pinned import CopyTeam, PinnedBlocks, bytes_of
 
 
 class HostCopies:
     """Copies to pageable host memory that are queued on the current stream. One object a session.
 
     Device memory may be overwritten by work that is queued later on the same stream. The copies can be read
-    after ``finish``.
+    after ``finish``. Where no memory can be pinned, each copy is done when ``copy`` returns.
 
     Args:
         device: that memory is copied from.
+        blocks: pinned memory of the engine.
 
     """
 
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
+    def __init__(self, device: torch.device, blocks: PinnedBlocks) -> None:
+        self._device, self._blocks = device, blocks
+        self._team = CopyTeam()
         self._slots: list[_Slot] = []
         self._next = 0
 
@@ -32,31 +32,47 @@ class HostCopies:
         """A tensor in host memory, of the same sizes and strides, that has the values of ``tensor`` after
         ``finish``. No device memory is allocated.
         """
-        source = _bytes_of(tensor)
-        target = torch.empty(source.numel(), dtype=torch.uint8)
+        source = bytes_of(tensor)
+        target = torch.empty(source.numel(), dtype=torch.uint8, device="cpu")
         start = 0
         while start < source.numel():
             slot = self._open_slot()
+            if slot is None:
+                target[start:].copy_(source[start:])
+                break
             start += slot.take(source[start:], target[start:])
         return target.view(tensor.dtype).as_strided(tensor.size(), tensor.stride())
 
-    def finish(self) -> None:
-        """Wait for what is still on its way, and give the ring back."""
-        slots, self._slots, self._next = self._slots, [], 0
-        for slot in slots:
-            slot.empty()
-        with _lock:
-            _unused.extend(slot.memory for slot in slots)
+    def finish(self, drop: bool = False) -> None:
+        """Wait for what is still on its way, and give the ring back.
 
-    def _open_slot(self) -> _Slot:
-        """The block that is being filled; the next one, emptied, when that is full."""
+        Args:
+            drop: nobody will read the copies: those that have not begun in host memory are left out.
+
+        """
+        slots, self._slots, self._next = self._slots, [], 0
+        try:
+            for slot in slots:
+                slot.finish() if drop else slot.empty()
+        finally:
+            self._team.close(drop)
+        self._blocks.give_back([slot.memory for slot in slots])
+
+    def _open_slot(self) -> _Slot | None:
+        """The block that is being filled; the next one, emptied, when that is full. None without a ring."""
         if self._slots and not self._slots[self._next].full:
             return self._slots[self._next]
         if self._slots:
             self._slots[self._next].seal()
-            self._next = (self._next + 1) % SLOTS
+            self._next = (self._next + 1) % pinned.SLOTS
         if self._next == len(self._slots):
-            self._slots.append(_Slot(_pinned_block(), self._device))
+            memory = self._blocks.take()
+            if memory is not None:
+                self._slots.append(_Slot(memory, self._device, self._team))
+            elif self._slots:
+                self._next = 0  # a shorter ring
+            else:
+                return None
         slot = self._slots[self._next]
         slot.empty()
         return slot
@@ -65,20 +81,21 @@ class HostCopies:
 class _Slot:
     """One block of the ring: what it holds, and where that goes."""
 
-    def __init__(self, memory: torch.Tensor, device: torch.device) -> None:
-        self.memory, self._device = memory, device
+    def __init__(self, memory: torch.Tensor, device: torch.device, team: CopyTeam) -> None:
+        self.memory, self._device, self._team = memory, device, team
         self._used = 0
         self._waiting: list[tuple[torch.Tensor, torch.Tensor]] = []
         """(bytes of the block, where they go)."""
         self._sealed: torch.Event | None = None
+        self._jobs: list[Callable[[], object]] = []
 
     @property
     def full(self) -> bool:
-        return self._used >= SLOT or self._sealed is not None
+        return self._used >= self.memory.numel() or self._sealed is not None
 
     def take(self, source: torch.Tensor, target: torch.Tensor) -> int:
         """Queue a copy of as much of ``source`` as fits. Returns how many bytes."""
-        count = min(source.numel(), SLOT - self._used)
+        count = min(source.numel(), self.memory.numel() - self._used)
         part = self.memory[self._used : self._used + count]
         part.copy_(source[:count], non_blocking=True)
         self._waiting.append((part, target[:count]))
@@ -86,38 +103,27 @@ class _Slot:
         return count
 
     def seal(self) -> None:
-        """Everything that it is to hold is queued."""
+        """Everything that it is to hold is queued: a thread takes it on when it is there."""
         if self._sealed is None:
             self._sealed = torch.Event(device=self._device)
             self._sealed.record(torch.accelerator.current_stream(self._device))
+            self._jobs = [self._team.copy(target, part, self._sealed) for part, target in self._waiting]
 
     def empty(self) -> None:
-        """Bring what it holds to where that goes."""
+        """Wait until all that it holds is where it goes."""
+        if self._waiting:
+            self.seal()
+        for wait in self._jobs:
+            wait()
+        self._forget()
+
+    def finish(self) -> None:
+        """Wait until the device does not write to it any more."""
         if self._waiting:
             self.seal()
         if self._sealed is not None:
             self._sealed.synchronize()
-        for part, target in self._waiting:
-            target.copy_(part)
-        self._waiting, self._used, self._sealed = [], 0, None
+        self._forget()
 
-
-_lock = threading.Lock()
-_unused: list[torch.Tensor] = []
-"""Pinned blocks for the next session: to pin memory takes longer than to copy it."""
-
-
-def _pinned_block() -> torch.Tensor:
-    with _lock:
-        if _unused:
-            return _unused.pop()
-    return torch.empty(SLOT, dtype=torch.uint8, pin_memory=True)
-
-
-def _bytes_of(tensor: torch.Tensor) -> torch.Tensor:
-    """The memory from the first to the last element of a tensor."""
-    steps = zip(tensor.size(), tensor.stride(), strict=True)
-    count = 1 + sum((size - 1) * stride for size, stride in steps) if tensor.numel() else 0
-    start = tensor.storage_offset() * tensor.element_size()
-    flat = torch.empty(0, dtype=torch.uint8, device=tensor.device)
-    return flat.set_(tensor.untyped_storage(), start, (count * tensor.element_size(),), (1,))
+    def _forget(self) -> None:
+        self._waiting, self._jobs, self._used, self._sealed = [], [], 0, None

@@ -18,6 +18,7 @@ from typing import NamedTuple
 import torch
 
 from .gc_pause import collect_young
+from .pinned import PinnedBlocks
 
 SMALL = 1 << 20
 """Requests below this come from torch's allocator."""
@@ -67,6 +68,8 @@ class HostPool:
         self._size = ROOM + SPARE
         self._blocks: list[_Block] = []
         """In order of address. A free block of the right size is reused together with its storage object."""
+        self.pinned = PinnedBlocks()
+        """What the engine's sessions copy to and from a device through."""
 
     def reserve(self, nbytes: int) -> None:
         """Make the arena large enough for a layer of ``nbytes`` bytes and for a part of the next, whose

@@ -2,9 +2,8 @@
 
 A new device brings a class with the members of ``DeviceOps``, and a line in ``ops_for``. ``AcceleratorOps``
 is right for every device that torch has a module for, so a subclass of it overrides only what the device does
-better. A copy engine for GPUs (pinned ring, copy stream, an event a slot, undo log in host memory) is such a
-subclass: ``copy`` queues, ``fence`` waits for what was queued, and ``reads_files`` stays False unless files
-can be read into device memory without a copy.
+better. ``copier`` gives what one session copies its weights with (``uploads``: a ring, an event a slot);
+``reads_files`` stays False unless files can be read into device memory without a copy.
 """
 
 from __future__ import annotations
@@ -18,6 +17,8 @@ import torch
 from .accelerator import AcceleratorOps
 from .cpu import CpuOps
 from .host_memory import HostPool
+from .pinned import PinnedBlocks
+from .uploads import Copier
 
 
 class DeviceOps(Protocol):
@@ -63,6 +64,14 @@ class DeviceOps(Protocol):
 
         ``target`` is written in place. On an accelerator the copy may be queued: ``source`` has to keep its
         memory and its values until ``fence``.
+        """
+
+    def copier(self, blocks: PinnedBlocks) -> Copier:
+        """What one session copies its weights into staging with.
+
+        Args:
+            blocks: pinned host memory of the engine.
+
         """
 
     def copy_bytes(self, target: torch.UntypedStorage, start: int, source: torch.Tensor) -> bool:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 import torch
 
 from .ops import DeviceOps, ops_for
+from .uploads import Copier
 
 
 class WorkOrder:
@@ -51,15 +52,19 @@ class SourceReads:
 
     Args:
         ops: of the device that weights are copied to.
+        copier: copies them.
 
     """
 
-    def __init__(self, ops: DeviceOps) -> None:
-        self._ops = ops
+    def __init__(self, ops: DeviceOps, copier: Copier) -> None:
+        self._ops, self._copier = ops, copier
         self._last: torch.Event | None = None
 
     def note(self, tensor: torch.Tensor) -> None:
-        """All copies from ``tensor`` are queued. Its memory is not handed out again before they are done."""
+        """All copies from ``tensor`` were asked for. Its memory is not handed out again before they are
+        done.
+        """
+        self._copier.sources_read()
         self._last = self._ops.mark_read(tensor)
 
     def wait(self) -> None:

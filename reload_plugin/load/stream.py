@@ -47,6 +47,8 @@ class WeightStream:
                 f"weights_iterator is a {type(weights).__name__}, not an iterable of (name, tensor). "
                 "The engine serves what it served before."
             ) from error
+        self._stays = isinstance(weights, (list, tuple))
+        """Whether all weights are there at once: none of them is overwritten for the next."""
         self._trace = trace
         self._between = between
         self._aside = aside
@@ -128,7 +130,7 @@ class WeightStream:
         if self._trace.mismatches.count > LIMIT:
             self.exhausted = True
             raise StopIteration
-        if self._reads is not None:
+        if self._reads is not None and not self._stays:
             self._reads.wait()
         started = time.perf_counter()
         try:
@@ -138,6 +140,8 @@ class WeightStream:
                 return self._fetching(next, self._weights)
         except StopIteration:
             self.exhausted = True
+            if self._reads is not None:
+                self._reads.wait()
             raise
         except ReloadError:
             raise

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from ..device.ops import DeviceOps
+from ..device.uploads import Copies
 from ..record.tensor_layout import Geometry
 
 
@@ -96,7 +96,7 @@ def copy_by_plan(
     tensor_plan: TensorPlan,
     tensor: torch.Tensor,
     memory: Callable[[str], torch.UntypedStorage],
-    ops: DeviceOps,
+    copier: Copies,
 ) -> None:
     """Do the copies of a tensor plan: write ``tensor`` to its parameters.
 
@@ -104,14 +104,14 @@ def copy_by_plan(
         tensor_plan: one with copies, which fits the tensor.
         tensor: the weight, on any device and in any layout.
         memory: staging of a parameter, allocated.
-        ops: of the device that staging is on.
+        copier: copies to the device that staging is on.
 
     """
     assert tensor_plan.copies is not None, "computed weights go through the loader"
     plain = tensor_plan.plain
     if plain is not None:
         start = plain.target.offset * plain.target_dtype.itemsize
-        if ops.copy_bytes(memory(plain.parameter), start, tensor):
+        if copier.copy_bytes(memory(plain.parameter), start, tensor):
             return
     source = tensor.detach()
     if any(copy.source is not None for copy in tensor_plan.copies) and not source.is_contiguous():
@@ -125,4 +125,4 @@ def copy_by_plan(
         else:
             base = source if copy.source_dtype == source.dtype else source.view(copy.source_dtype)
             offset = base.storage_offset() + copy.source.offset
-            ops.copy(view, base.as_strided(copy.source.size, copy.source.stride, offset))
+            copier.copy(view, base.as_strided(copy.source.size, copy.source.stride, offset))

@@ -64,7 +64,8 @@ class Intake:
         self._trace, self._completeness, self._memory = trace, completeness, memory
         self._known, self._pipeline, self._clock, self._screening = known, pipeline, clock, screening
         self._ops = ops_for(state.record.target_device)
-        self._reads = SourceReads(self._ops)
+        self._copier = self._ops.copier(state.pool.pinned)
+        self._reads = SourceReads(self._ops, self._copier)
         # Destinations in staging are for weights that nobody wants to see or to put aside on the way.
         by_hand = screening.wants_all(known.planned)
         self.destinations = StagingDestinations(completeness, memory, by_hand, self._ops.reads_files)
@@ -130,6 +131,10 @@ class Intake:
             return self._complete()
         return []
 
+    def close(self) -> None:
+        """Wait for copies that are on their way, and give back what they went through."""
+        self._copier.finish()
+
     # -- what load_by_copy_plan asks of it ---------------------------------------------------------
 
     def copy_by_plan(self, name: str, tensor: torch.Tensor) -> bool:
@@ -141,7 +146,7 @@ class Intake:
         self._trace.current = name
         if not self.destinations.took(name, tensor):
             without = self._completeness.without_overwritten_slots(name, tensor_plan)
-            copy_by_plan(without, tensor, self._memory, self._ops)
+            copy_by_plan(without, tensor, self._memory, self._copier)
         self._completeness.note_copied(name, tensor_plan)
         return True
 

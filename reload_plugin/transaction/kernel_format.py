@@ -119,21 +119,25 @@ def _copy_at_the_end(state: EngineState, weights: Weights, sent: _Sent) -> None:
 
 def _copy_at_once(state: EngineState, weights: Weights, sent: _Sent) -> None:
     ops = ops_for(state.record.target_device)
-    undo, reads = UndoLog(state.record.target_device), SourceReads(ops)
+    undo = UndoLog(state.record.target_device, state.pool.pinned)
+    copier = ops.copier(state.pool.pinned)
+    reads = SourceReads(ops, copier)
     ops.fence()  # forward passes that were queued before read the old values
     try:
         for name, tensor in weights:
             if sent.fits(name, tensor):
                 undo.save(sent.served[name].untyped_storage())
-                sent.served[name].copy_(tensor)
+                copier.copy(sent.served[name].detach(), tensor.detach())
                 reads.note(tensor)
                 reads.wait()
         sent.check()
         ops.fence()
         if state.vote is not None:
             state.vote(None)
+        copier.finish()
     except BaseException as error:
         try:
+            copier.finish()
             undo.roll_back()
             ops.fence()
         except RuntimeError as failed:  # of the device

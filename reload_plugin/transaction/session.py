@@ -334,6 +334,8 @@ class ReloadSession:
         self.state = SessionState.BROKEN if self.touched_groups else SessionState.ABORTED
 
     def _drop(self) -> None:
+        with contextlib.suppress(RuntimeError):  # of the device: the next operation raises it again
+            self._parts.intake.close()
         if self._takeover is not None:
             self._takeover.end()
             self._takeover = None

@@ -99,7 +99,7 @@ def wire(model: nn.Module, state: EngineState, options: SessionOptions) -> Sessi
     if not ops.on_host:  # a full device has less than the budget
         waiting = min(waiting, max(0, ops.free_bytes() // 2 - record.largest))
     admission = Admission(record, completeness, gauge, waiting)
-    undo = UndoLog(record.target_device) if strategy_class.has_undo_log else None
+    undo = UndoLog(record.target_device, state.pool.pinned) if strategy_class.has_undo_log else None
     graphs = vllm_api.captures_graphs(record.vllm_config)
     log = CommitLog(state.handles, state.native, ops.fence, record.late_bound, graphs, undo)
     strategy = strategy_class(log, gauge, admission, _Release(completeness, trace))

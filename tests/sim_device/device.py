@@ -45,6 +45,9 @@ class Counters:
     peak_pinned: int
     limit: int
     host_seconds: float
+    """Of the virtual clock."""
+    measured_seconds: float
+    """Of these, processor time that was measured: see ``timing``."""
 
 
 class SimDevice:
@@ -89,6 +92,48 @@ class SimDevice:
             yield
         finally:
             self._compiled.set_order(-1)
+
+    @contextlib.contextmanager
+    def pinned_limit(self, nbytes: int) -> Iterator[None]:
+        """Within, to pin more than so many bytes of host memory raises ``torch.OutOfMemoryError``."""
+        self._compiled.set_pinned_limit(nbytes)
+        try:
+            yield
+        finally:
+            self._compiled.set_pinned_limit(1 << 40)
+
+    @contextlib.contextmanager
+    def timing(self, scale: float = 1.0, moves: bool = True) -> Iterator[None]:
+        """Within, the virtual clock also runs while this thread computes outside of the device's calls, by
+        the thread's processor time. So work of the host and of the device overlap as they would.
+
+        Args:
+            scale: each payload counts for so many times its bytes.
+            moves: False leaves queued copies and fills out, whose bytes would pass through this processor's
+                cache and leave the host's code slower than it is. Values are then wrong.
+
+        """
+        self.synchronize()
+        self._compiled.set_timing(True, moves, scale)
+        try:
+            yield
+        finally:
+            self.synchronize()
+            self._compiled.set_timing(False, True, 1.0)
+
+    def advance(self, seconds: float) -> None:
+        """Add to the virtual clock: the host worked so long."""
+        self._compiled.advance(seconds)
+
+    def wait_until(self, seconds: float) -> float:
+        """The host waits until then, if that is to come. Returns the virtual clock."""
+        now: float = self._compiled.wait_until(seconds)
+        return now
+
+    def seconds_of(self, event: torch.Event) -> float:
+        """When a recorded event happens, by the virtual clock."""
+        found: float = self._compiled.event_seconds(event.event_id)
+        return found
 
     @contextlib.contextmanager
     def pool(self, tag: str) -> Iterator[None]:

@@ -83,6 +83,7 @@ def _device_module() -> types.ModuleType:
         "is_initialized": lambda: True,
         "device_count": lambda: 1,
         "current_device": lambda: 0,
+        "get_device_name": lambda *_: "simulated",
         "set_device": lambda _: None,
         "_is_in_bad_fork": lambda: False,
         "manual_seed_all": lambda _: None,

@@ -25,6 +25,7 @@ at::Device only_device() { return at::Device(TYPE, 0); }
 // -- memory ---------------------------------------------------------------------------------------
 
 void free_device(void* start) {
+  Clocked clocked;
   std::lock_guard<std::recursive_mutex> lock(runtime().mutex);
   runtime().release(reinterpret_cast<Address>(start));
 }
@@ -45,6 +46,7 @@ struct DeviceMemory final : c10::DeviceAllocator {
     checked([] { runtime().empty_cache(); });
   }
   void recordStream(const at::DataPtr& pointer, c10::Stream stream) override {
+    Clocked clocked;
     std::lock_guard<std::recursive_mutex> lock(runtime().mutex);
     runtime().record_stream(reinterpret_cast<Address>(pointer.get()), stream.id());
   }
@@ -75,6 +77,7 @@ DeviceMemory device_memory;
 REGISTER_ALLOCATOR(TYPE, &device_memory);
 
 void free_pinned(void* start) {
+  Clocked clocked;
   std::lock_guard<std::recursive_mutex> lock(runtime().mutex);
   runtime().release_pinned(start);
 }

@@ -15,6 +15,7 @@ Runtime& runtime() { return Runtime::get(); }
 std::lock_guard<std::recursive_mutex> locked() { return std::lock_guard<std::recursive_mutex>(runtime().mutex); }
 
 std::map<std::string, double> counters() {
+  sim::Clocked clocked;
   auto lock = locked();
   const auto& c = runtime().counters;
   return {
@@ -37,6 +38,7 @@ std::map<std::string, double> counters() {
       {"peak_pinned", runtime().peak_pinned},
       {"limit", runtime().limit},
       {"host_seconds", runtime().host_seconds},
+      {"measured_seconds", runtime().measured_seconds},
   };
 }
 
@@ -47,6 +49,23 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
   module.def("reset", [] { auto lock = locked(); runtime().reset(); });
   module.def("set_limit", [](size_t nbytes) { auto lock = locked(); runtime().set_limit(nbytes); });
   module.def("set_order", [](int64_t seed) { auto lock = locked(); runtime().set_order(seed); });
+  module.def("set_timing", [](bool measured, bool moves, double scale) {
+    auto lock = locked();
+    runtime().set_timing(measured, moves, scale);
+  });
+  module.def("event_seconds", [](int64_t id) { auto lock = locked(); return reinterpret_cast<sim::Event*>(id)->seconds; });
+  module.def("wait_until", [](double seconds) {
+    sim::Clocked clocked;
+    auto lock = locked();
+    runtime().advance(std::max(0.0, seconds - runtime().host_seconds));
+    return runtime().host_seconds;
+  });
+  module.def("advance", [](double seconds) {
+    sim::Clocked clocked;
+    auto lock = locked();
+    runtime().advance(seconds);
+  });
+  module.def("set_pinned_limit", [](size_t nbytes) { auto lock = locked(); runtime().pinned_limit = nbytes; });
   module.def("synchronize", [] { auto lock = locked(); runtime().finish_device(); });
   module.def("empty_cache", [] { auto lock = locked(); runtime().empty_cache(); });
   module.def("current_stream", [] { return runtime().current_stream(); });

@@ -121,7 +121,7 @@ void to_device(const Tensor& given, const Tensor& to, bool non_blocking) {
   checked([&] {
     runtime().require_usable(range_of(to));
     runtime().charge(Engine::to_device_pageable, to.numel() * to.itemsize());
-    copying(from, to)();
+    if (runtime().moves) copying(from, to)();
   });
   finish_current();
 }
@@ -255,6 +255,7 @@ size_t bytes_of(const torch::jit::Stack& stack, size_t count) {
 }
 
 void fallback(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
+  Clocked clocked;
   drain_current();
   size_t payload = bytes_of(*stack, op.schema().arguments().size());
   if (!in_fallback) {

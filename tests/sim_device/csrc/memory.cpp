@@ -277,6 +277,7 @@ void Runtime::set_asleep(const std::string& tag, bool asleep) {
 
 void* Runtime::allocate_pinned(size_t nbytes) {
   if (!nbytes) return nullptr;
+  if (pinned + nbytes > pinned_limit) throw OutOfMemory("no host memory to pin");
   void* start = aligned_alloc(PAGE, (nbytes + PAGE - 1) / PAGE * PAGE);
   if (!start) throw OutOfMemory("no host memory to pin");
   pinned_[reinterpret_cast<Address>(start)] = nbytes;

@@ -5,6 +5,8 @@
 // every time. One process, one device; a lock makes it safe for several threads.
 #pragma once
 
+#include <pthread.h>
+
 #include <array>
 #include <cstdint>
 #include <deque>
@@ -115,6 +117,8 @@ class Runtime {
   // -- what tests set and ask
   void set_limit(size_t nbytes);
   void set_order(int64_t seed);  // negative: nothing runs before it is waited for
+  void set_timing(bool measured, bool moves, double scale);
+  void advance(double seconds);  // the host worked so long
   void reset();                  // counters, peaks and the clock
   void open_pool(std::string tag);
   void discard(const std::string& tag);
@@ -127,10 +131,13 @@ class Runtime {
   std::recursive_mutex mutex;
   Counters counters;
   size_t allocated = 0, reserved = 0, peak_allocated = 0, peak_reserved = 0, limit;
-  size_t pinned = 0, peak_pinned = 0;
+  size_t pinned = 0, peak_pinned = 0, pinned_limit = size_t(1) << 40;
   double host_seconds = 0;
+  double measured_seconds = 0;  // of the thread that set the timing, outside of the device's own calls
+  bool moves = true;            // whether queued copies and fills change bytes
 
  private:
+  friend class Clocked;
   Runtime();
   Block* block_of(Address address);
   Address carve(size_t size);
@@ -161,7 +168,21 @@ class Runtime {
   std::string pool_;
   StreamId last_stream_ = 0;
   bool random_ = false, running_ = false;
+  bool measured_ = false;
+  pthread_t timed_ = 0;
+  double left_ = 0, scale_ = 1;  // when the device's own calls were last left; what payloads count for
   std::mt19937_64 rng_;
+};
+
+// Around each call of the device. Where the timing is measured, the processor's time of the calling thread since
+// the last one counts for the host, and that within does not: the simulation costs what a device does not.
+class Clocked {
+ public:
+  Clocked();
+  ~Clocked();
+
+ private:
+  bool outermost_;
 };
 
 // Holds the lock, lets random orders happen, and raises what the host did to device memory.
@@ -173,6 +194,7 @@ class Entry {
   }
 
  private:
+  Clocked clocked_;
   std::lock_guard<std::recursive_mutex> lock_;
 };
 

@@ -1,6 +1,8 @@
 // Streams are queues that run when somebody waits; events are places in them; the clock is virtual.
 #include "runtime.h"
 
+#include <time.h>
+
 #include <algorithm>
 
 namespace sim {
@@ -24,8 +26,42 @@ double rate_of(Engine engine) {
 }
 
 thread_local StreamId current = 0;
+thread_local int inside = 0;
+
+double processor_seconds() {
+  timespec now;
+  clock_gettime(CLOCK_THREAD_CPUTIME_ID, &now);
+  return double(now.tv_sec) + double(now.tv_nsec) * 1e-9;
+}
 
 }  // namespace
+
+Clocked::Clocked() : outermost_(!inside++) {
+  Runtime& runtime = Runtime::get();
+  if (!outermost_ || !runtime.measured_ || !pthread_equal(pthread_self(), runtime.timed_)) return;
+  double spent = processor_seconds() - runtime.left_;
+  std::lock_guard<std::recursive_mutex> lock(runtime.mutex);
+  runtime.host_seconds += spent;
+  runtime.measured_seconds += spent;
+}
+
+Clocked::~Clocked() {
+  --inside;
+  Runtime& runtime = Runtime::get();
+  if (outermost_ && runtime.measured_ && pthread_equal(pthread_self(), runtime.timed_)) {
+    runtime.left_ = processor_seconds();
+  }
+}
+
+void Runtime::set_timing(bool measured, bool moves_bytes, double scale) {
+  measured_ = measured;
+  moves = moves_bytes;
+  scale_ = scale;
+  timed_ = pthread_self();
+  left_ = processor_seconds();
+}
+
+void Runtime::advance(double seconds) { host_seconds += seconds; }
 
 StreamId Runtime::current_stream() const { return current; }
 
@@ -42,7 +78,7 @@ void Runtime::enqueue(StreamId id, Item item) {
 void Runtime::launch(Engine engine, size_t payload, std::vector<Range> touches, std::function<void()> run) {
   for (auto& range : touches) require_usable(range);
   charge(engine, payload);
-  enqueue(current, Item{std::move(run), std::move(touches)});
+  enqueue(current, Item{moves ? std::move(run) : nullptr, std::move(touches)});
 }
 
 // The host spends a launch; the engine begins when stream and engine are free.
@@ -52,7 +88,7 @@ void Runtime::charge(Engine engine, size_t payload) {
   size_t number = static_cast<size_t>(engine == Engine::to_device_pageable ? Engine::to_device : engine);
   Stream& stream = streams_[current];
   double begins = std::max({stream.seconds, engine_seconds_[number], host_seconds});
-  stream.seconds = engine_seconds_[number] = begins + double(payload) / rate_of(engine);
+  stream.seconds = engine_seconds_[number] = begins + double(payload) * scale_ / rate_of(engine);
   switch (engine) {
     case Engine::to_device:
     case Engine::to_device_pageable:
@@ -131,7 +167,10 @@ void Runtime::wait(const Event& event, StreamId id) {
   streams_[id].seconds = std::max(streams_[id].seconds, event.seconds);
 }
 
-bool Runtime::is_done(const Event& event) { return streams_[event.stream].done >= event.place; }
+bool Runtime::is_done(const Event& event) {
+  if (measured_ && event.seconds <= host_seconds) run_until(event.stream, event.place);
+  return streams_[event.stream].done >= event.place;
+}
 
 void Runtime::finish_event(const Event& event) {
   run_until(event.stream, event.place);
@@ -167,7 +206,8 @@ void Runtime::reset() {
   peak_allocated = allocated;
   peak_reserved = reserved;
   peak_pinned = pinned;
-  host_seconds = 0;
+  host_seconds = measured_seconds = 0;
+  left_ = processor_seconds();
   engine_seconds_ = {};
   for (auto& [id, stream] : streams_) stream.seconds = 0;
 }
