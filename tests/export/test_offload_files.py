@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from compressed_tensors.offload import OffloadCache
 
 from reload_plugin.checkpoint.formats import weight_reader
 from reload_plugin.errors import ExportError
@@ -169,6 +170,7 @@ def test_files_that_are_gone_before_are_named(
     with pytest.raises(ExportError, match=r"(model|scratch)/"):
         save_offloaded(model, place / "out")
     assert files_of(place / "out") == ["model.safetensors"]
+    assert not OffloadCache.onloading_disabled, "other models of the process compute with meta tensors"
 
 
 def test_more_files_than_may_be_open(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:

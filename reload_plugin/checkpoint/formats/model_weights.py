@@ -204,8 +204,15 @@ def _size_of(file: str) -> int:
 def _caches_untouched() -> Iterator[None]:
     """While entered, modules that compressed-tensors offloads show what is held and bring nothing back."""
     offload = sys.modules.get("compressed_tensors.offload")
-    with offload.disable_onloading() if offload is not None else contextlib.nullcontext():
+    if offload is None:
         yield
+        return
+    before = offload.OffloadCache.onloading_disabled
+    try:
+        with offload.disable_onloading():
+            yield
+    finally:  # its own context leaves the switch on after an exception, for every model of the process
+        offload.OffloadCache.onloading_disabled = before
 
 
 def files_of(weights: Mapping[str, HeldWeight]) -> dict[str, Stamp]:
