@@ -60,6 +60,9 @@ class Runner:
     def get_draft_model(self) -> object:
         return self.draft
 
+    def post_kv_cache_wake_up(self) -> None:
+        """vLLM 0.25 calls it after every wake-up."""
+
 
 class Worker:
     """vLLM's worker, as far as the hooks meet it."""
@@ -116,8 +119,9 @@ def test_a_worker_without_a_model_has_none() -> None:
 
 @pytest.mark.parametrize("names", NESTED, ids="-".join)
 def test_a_wrapped_model_is_reloaded_by_us(names: tuple[str, ...]) -> None:
-    from vllm.model_executor.model_loader.reload import inplace, layerwise
+    from vllm.model_executor.model_loader.reload import layerwise
 
+    inplace = pytest.importorskip("vllm.model_executor.model_loader.reload.inplace")
     model = start()
     inplace.reload_weights(None, nested(names, model), iter(B.items()), None, True)
     assert values(model) == values(cold(Model, B))
@@ -232,7 +236,9 @@ def test_a_worker_without_a_model_sleeps_as_without_us(
     sleeping: type, level: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     worker = sleeping()
-    monkeypatch.setattr(worker, "_save_sleep_parameters", lambda _: None)
+    if not hasattr(worker, "get_draft_model"):
+        pytest.skip("vLLM's worker needs its model to sleep")
+    monkeypatch.setattr(worker, "_save_sleep_parameters", lambda _: None, raising=False)
     monkeypatch.setattr(worker, "get_draft_model", lambda: None)
     if level == 2:
         worker.model_runner = types.SimpleNamespace(model=nn.Linear(2, 2))
@@ -246,6 +252,8 @@ def test_after_its_weights_were_discarded_an_engine_claims_nothing(sleeping: typ
     model, draft = start(), start()
     reload_weights(model, iter(A.items()), keep_load_format="host")
     worker = sleeping(model, draft)
+    if how == "discard" and not hasattr(worker, "discard"):
+        pytest.skip("vLLM discards nothing alone before 0.31")
     model.__dict__["named_buffers"] = draft.__dict__["named_buffers"] = list
     worker.model_runner.model = model
     if how == "discard":
@@ -275,6 +283,8 @@ def test_after_its_weights_were_discarded_an_engine_claims_nothing(sleeping: typ
 def test_discarding_the_cache_loses_no_weights(sleeping: type) -> None:
     model = start()
     worker = sleeping(model)
+    if not hasattr(worker, "discard"):
+        pytest.skip("vLLM discards nothing alone before 0.31")
     worker.discard(("kv_cache",))
     assert status_of(model).state == "serving"
     assert forward_pass(worker) == "tokens"
