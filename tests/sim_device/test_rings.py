@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 import torch
 
@@ -71,6 +73,27 @@ def test_a_large_tensor_is_cut_into_parts_that_threads_copy(sim: SimDevice) -> N
     copies.finish()
     assert torch.equal(target.cpu(), source)
     assert len(blocks._unused) == 4
+
+
+@on_sim(start_plain)
+def test_slow_threads_are_waited_for_in_both_directions(sim: SimDevice) -> None:
+    def slow(target: torch.Tensor, source: torch.Tensor) -> None:
+        time.sleep(0.1)
+        target.copy_(source)
+
+    source, target = values(0, pinned.SLOT), torch.empty(pinned.SLOT, dtype=torch.uint8, device=DEVICE)
+    blocks = PinnedBlocks()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pinned, "copy_on_host", slow)
+        up, down = Uploads(sim.device, blocks), HostCopies(sim.device, blocks)
+        up.copy(target, source)
+        up.sources_read()
+        given, source = source.clone(), source.fill_(0)
+        assert torch.equal(target.cpu(), given)
+        up.finish()
+        found = down.copy(target)
+        down.finish()
+        assert torch.equal(found, given)
 
 
 @pytest.mark.parametrize("name", [DENSE, PACKED])
