@@ -20,6 +20,7 @@ from ..device.ops import ops_for
 from ..errors import EngineBrokenError, ReloadError, SessionError, UnsupportedError
 from ..export.answers import reports_in
 from ..export.served import end_push
+from ..transaction.copied_heads import refresh_copied_heads
 from ..transaction.engine_state import PARKED, EngineState, state_of
 from ..transaction.misplaced_weights import refuse_others_memory
 from .parked_weights import ParkedWeights, packed_parameters
@@ -228,6 +229,7 @@ def unpark_model(model: nn.Module, rank: int = 0) -> ParkReport:
         state.unpark()
         if written:
             state.mark_unknown("written while the weights were parked")
+        refresh_copied_heads(state)
     seconds = time.perf_counter() - started
     return report.model_copy(update={"state": "serving", "written": written, "seconds": seconds})
 

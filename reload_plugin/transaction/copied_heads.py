@@ -14,8 +14,11 @@ def refresh_copied_heads(state: EngineState) -> None:
     """Make copies follow the weights that were just committed, by whatever road they came.
 
     vLLM does so after reloads through its runner and its worker, not after pushes by ``model.load_weights``.
-    A failure is logged: the target's weights are served, and a drafter's old head proposes worse tokens only.
+    While the head is parked in host memory nothing is done; ``unpark`` does it then. A failure is logged: the
+    target's weights are served, and a drafter's old head proposes worse tokens only.
     """
+    if state.parked is not None:
+        return
     layers = {found for layer in state.record.layers if (found := layer.ref()) is not None}
     try:
         vllm_api.refresh_copied_heads(layers, state.record.vllm_config)

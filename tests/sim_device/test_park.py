@@ -123,6 +123,18 @@ def test_a_reload_while_parked_takes_a_layer_of_the_device_at_a_time(sim: SimDev
 
 
 @on_sim(start)
+def test_copies_that_a_drafter_has_of_the_head_are_made_when_it_is_back(sim: SimDevice) -> None:
+    made: list[torch.device] = []
+    with built(DENSE) as model, pytest.MonkeyPatch.context() as patch:
+        head = next(p for name, p in model.model.named_parameters() if "lm_head" in name)
+        patch.setattr(vllm_api, "refresh_copied_heads", lambda *_: made.append(head.device))
+        with reload_plugin.parked(model.model):
+            ROADS["host iterator"](model, "B")
+            assert made == []
+        assert [device.type for device in made] == ["sim"]
+
+
+@on_sim(start)
 def test_policies_that_write_layer_by_layer_while_parked(sim: SimDevice) -> None:
     for name in (DENSE, PACKED, MLA):
         with built(name) as model:
