@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
 
 import environment
 
-PROCESSES = ["-n", str(min(2, os.cpu_count() or 1)), "--dist", "loadfile", "--no-loadscope-reorder"]
+PROCESSES = ["-n", str(min(2, os.cpu_count() or 1)), "--dist", "loadfile"]
 """Processes of pytest. Each holds engines of up to 3 GB; the tests of a file share theirs."""
 VARIABLES = {"OMP_WAIT_POLICY": "PASSIVE"}
 """Threads of OpenMP that wait give their core away: the other process of pytest needs it."""
